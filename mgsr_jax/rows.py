@@ -42,7 +42,7 @@ class Rows:
 
 
 class NextTokenView(NamedTuple):
-    """What a loss reads: index t of each field is about the prediction of `labels[t]`."""
+    """What a loss reads: index t of each field is about predicting labels[t]."""
 
     inputs: Int[Array, "*B T"]
     labels: Int[Array, "*B T"]

@@ -19,7 +19,7 @@ Rules = Sequence[tuple[str, P]]
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None
 ) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor; one size may be -1 (all that is left).
+    """A mesh with the axes data, fsdp and tensor; one size may be -1 (the rest).
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -43,7 +43,7 @@ def make_mesh(
 def partition_specs(rules: Rules, tree: Any) -> Any:
     """The spec of every leaf by the first rule that matches its path.
 
-    Scalars are replicated. A rule whose spec is longer than the leaf's rank is an error.
+    Scalars are replicated.
 
     Raises:
       ValueError: a leaf that no rule matches, or a rule that matches no leaf.
