@@ -114,3 +114,20 @@ def from_lists(
         if span_ids is not None:
             rows.span_ids[b, start:end] = span_ids[b]
     return rows
+
+
+def prompts_only(rows: Rows) -> Rows:
+    """The rows cut back to their prompts, as a start for generation."""
+    cut = dataclasses.replace(
+        rows,
+        lengths=rows.prompt_lengths,
+        span_ids=jnp.full_like(rows.span_ids, NO_SPAN),
+        ground_truth=jnp.zeros_like(rows.ground_truth),
+    )
+    return blank_padding(cut)
+
+
+def blank_padding(rows: Rows) -> Rows:
+    """Zeros in place of whatever stale tokens lie beyond each row's length."""
+    inside = jnp.arange(rows.tokens.shape[-1])[None] < rows.lengths[:, None]
+    return dataclasses.replace(rows, tokens=jnp.where(inside, rows.tokens, 0))

@@ -1,0 +1,276 @@
+"""Generation: prefill, then one `lax.while_loop` over a static cache.
+
+A row's next token depends on its own tokens and on random numbers keyed by (example,
+stream, round, position), so a sample does not depend on the batch it was drawn in.
+
+Cache slot = position. A query sees the slots up to its own position, so a row is cut
+back by setting its length: what lies beyond is never seen and is written over later.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.rows import Rows, prompts_only
+from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
+
+STUDENT, TEACHER = 0, 1
+"""Streams of random numbers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Rows in the making.
+
+    Attributes:
+      rows: the tokens so far.
+      cache: keys and values of the positions below `rows.lengths - 1`; None at first.
+      hidden: the model's output at those positions; index t predicts token t + 1.
+        [B, S, D]
+      done: rows that ended in a stop token or are full. [B]
+    """
+
+    rows: Leaf
+    cache: Leaf
+    hidden: Leaf
+    done: Leaf
+
+
+def start(rows: Rows) -> DecodeState:
+    """Nothing decoded yet."""
+    done = jnp.zeros_like(rows.lengths, dtype=bool)
+    return DecodeState(rows=rows, cache=None, hidden=None, done=done)
+
+
+def row_keys(
+    key: PRNGKey, example: Int[Array, "B"], stream: int, round: Int[Array, ""] | int
+) -> RowKeys:
+    """One key a row; the position is folded in where a token is drawn."""
+
+    def fold(example: Int[Array, ""]) -> PRNGKey:
+        by_stream = jax.random.fold_in(jax.random.fold_in(key, example), stream)
+        return jax.random.fold_in(by_stream, round)
+
+    return jax.vmap(fold)(example)
+
+
+def decode(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    *,
+    keys: RowKeys,
+    max_length: int | Int[Array, ""],
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_ids: tuple[int, ...],
+    vocab_size: int | None = None,
+    prefill_width: int | None = None,
+    no_repeat_ngram: int = 0,
+) -> DecodeState:
+    """Extends every row that is not done until it ends or is `max_length` long.
+
+    Args:
+      model, params: the student; `params` best come from `model.decode_params`.
+      state: where to go on; an empty cache is filled first.
+      keys: one a row, see `row_keys`. [B]
+      max_length: tokens of prompt and response; at most the rows' width S.
+      temperature: 0 is greedy. Numbers and lengths are traced, the rest is static.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: then keep the fewest most probable tokens that hold this mass.
+      eos_ids: tokens that end a row; the one that does is part of the row.
+      vocab_size: columns at or beyond it are never drawn.
+      prefill_width: no prompt is longer than this (default S).
+      no_repeat_ngram: forbid tokens that would repeat an n-gram of the row; 0 is off.
+
+    Returns:
+      The state with every row done.
+    """
+    if state.cache is None:
+        state = _prefill(model, params, state, prefill_width)
+    width = state.rows.tokens.shape[1]
+    limit = jnp.minimum(max_length, width)
+    head = model.head_params(params)
+
+    def extend(state: DecodeState) -> DecodeState:
+        rows = state.rows
+        # A finished row runs along: it rewrites its last slot with the same values.
+        position = rows.lengths - 1
+        last = take(rows.tokens, position)[:, None]
+        hidden, cache = model.forward(
+            params, last, positions=position[:, None], cache=state.cache
+        )
+        logits = mask_vocab(model.unembed(head, hidden[:, 0]), vocab_size)
+        if no_repeat_ngram:
+            repeats = _would_repeat(rows, no_repeat_ngram, logits.shape[-1])
+            logits = jnp.where(repeats, -jnp.inf, logits)
+        token = sample(
+            logits,
+            jax.vmap(jax.random.fold_in)(keys, rows.lengths),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        slot = jnp.where(state.done, width, rows.lengths)
+        lengths = jnp.where(state.done, rows.lengths, rows.lengths + 1)
+        return DecodeState(
+            rows=dataclasses.replace(
+                rows, tokens=put(rows.tokens, slot, token), lengths=lengths
+            ),
+            cache=cache,
+            hidden=put(state.hidden, position, hidden[:, 0]),
+            done=state.done | ends(token, eos_ids) | (lengths >= limit),
+        )
+
+    state = dataclasses.replace(state, done=state.done | (state.rows.lengths >= limit))
+    return jax.lax.while_loop(lambda state: jnp.any(~state.done), extend, state)
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "model",
+        "top_k",
+        "top_p",
+        "eos_ids",
+        "vocab_size",
+        "prefill_width",
+        "no_repeat_ngram",
+        "dtype",
+    ),
+)
+def generate(
+    model: Model,
+    params: Params,
+    rows: Rows,
+    *,
+    key: PRNGKey,
+    max_length: int | Int[Array, ""],
+    eos_ids: tuple[int, ...],
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int | None = None,
+    prefill_width: int | None = None,
+    no_repeat_ngram: int = 0,
+    dtype: Any = jnp.float32,
+) -> Rows:
+    """New responses to the prompts of `rows`, which keep their width.
+
+    `dtype` is that of weights and cache; see `decode` for the rest.
+    """
+    params = model.decode_params(params, dtype)
+    state = decode(
+        model,
+        params,
+        start(prompts_only(rows)),
+        keys=row_keys(key, rows.example, STUDENT, 0),
+        max_length=max_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        prefill_width=prefill_width,
+        no_repeat_ngram=no_repeat_ngram,
+    )
+    return state.rows
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    keys: RowKeys,
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Array, "B"]:
+    """One token a row by the Gumbel-max rule: argmax(logits + temperature * noise).
+
+    Dividing the sum by the temperature shows that this samples softmax(logits /
+    temperature); at 0 it is the argmax. Filters work in float32, top-k before top-p.
+    """
+    logits = logits.astype(jnp.float32)
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if top_p < 1.0:
+        logits = jnp.where(_nucleus(logits, temperature, top_p), logits, -jnp.inf)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
+
+
+def take(buffer: Array, index: Int[Array, "B"]) -> Array:
+    """`buffer[b, index[b]]` of every row."""
+    return jax.vmap(lambda row, i: row[i])(buffer, index)
+
+
+def put(buffer: Array, index: Int[Array, "B"], value: Array) -> Array:
+    """Writes `value[b]` at `buffer[b, index[b]]`; beyond the end it is dropped."""
+    return jax.vmap(lambda c, i, x: c.at[i].set(x.astype(c.dtype), mode="drop"))(
+        buffer, index, value
+    )
+
+
+def ends(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+    """True where a token is one of the stop ids."""
+    return jnp.isin(token, jnp.asarray(eos_ids, token.dtype))
+
+
+def _prefill(
+    model: Model, params: Params, state: DecodeState, prefill_width: int | None
+) -> DecodeState:
+    """Fills cache and hidden states for the prompts; what lies beyond is never seen."""
+    tokens = state.rows.tokens
+    batch, width = tokens.shape
+    dtype = jax.tree.leaves(params)[0].dtype
+    hidden, cache = model.forward(
+        params, tokens[:, :prefill_width], cache=model.init_cache(batch, width, dtype)
+    )
+    missing = width - hidden.shape[1]
+    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+    return dataclasses.replace(state, cache=cache, hidden=hidden)
+
+
+def _nucleus(
+    logits: Float[Array, "B V"], temperature: float | Float[Array, ""], top_p: float
+) -> Bool[Array, "B V"]:
+    """The fewest most probable tokens that hold the mass `top_p`; at least one."""
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(ordered / scale, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1)
+    return logits >= least[:, None]
+
+
+def _would_repeat(rows: Rows, n: int, vocab: int) -> Bool[Array, "B V"]:
+    """Tokens that would complete an n-gram which the row already holds."""
+
+    def one(tokens: Int[Array, "S"], length: Int[Array, ""]) -> Bool[Array, "V"]:
+        width = tokens.shape[0]
+        tail = jax.lax.dynamic_slice(tokens, (length - (n - 1),), (n - 1,))
+        starts = jnp.arange(width - n + 1)
+        windows = tokens[starts[:, None] + jnp.arange(n)[None]]
+        same = jnp.all(windows[:, :-1] == tail[None], axis=-1)
+        known = (starts + n <= length) & (length >= n)
+        index = jnp.where(same & known, windows[:, -1], vocab)
+        return jnp.zeros(vocab, bool).at[index].set(True, mode="drop")
+
+    return jax.vmap(one)(rows.tokens, rows.lengths)
+
+
+def mask_vocab(
+    logits: Float[Array, "B V"], vocab_size: int | None
+) -> Float[Array, "B V"]:
+    """Minus infinity in the columns at or beyond `vocab_size`."""
+    if vocab_size is None:
+        return logits
+    columns = jnp.arange(logits.shape[-1])[None]
+    return jnp.where(columns < vocab_size, logits, -jnp.inf)

@@ -1,0 +1,224 @@
+"""SCRG, sequence correction and re-generation: revise what the student wrote.
+
+The paper (arXiv 2407.10068) looks for the student's worst token in its own sample, puts
+the teacher's token there and lets the student write the rest again:
+
+  y^T_t ~ p_t, the teacher's token given the student's prefix
+  j = argmax over { t : y_t != y^T_t } of KL(p_t || q_t)
+  y_j := y^T_j;  y_{>j} is generated again by the student
+
+Our choices where the paper is silent: the direction of the KL; a teacher's
+end-of-sequence token ends the row; a row without disagreement stays as it is; later
+rounds look only behind the last correction, so that none is undone.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.decode import (
+    STUDENT,
+    TEACHER,
+    DecodeState,
+    decode,
+    ends,
+    mask_vocab,
+    put,
+    row_keys,
+    sample,
+    take,
+)
+from mgsr_jax.losses import forward_kl
+from mgsr_jax.rows import Rows
+from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
+
+
+class ScrgInfo(NamedTuple):
+    """What `revise` did in each of its R rounds.
+
+    Attributes:
+      error_position: index into `rows.tokens` of the corrected token, -1 for none.
+      kl: KL(teacher || student) there, in nats; 0 where nothing was corrected.
+      corrected: rows that were.
+    """
+
+    error_position: Int[Array, "R B"]
+    kl: Float[Array, "R B"]
+    corrected: Bool[Array, "R B"]
+
+
+def revise(
+    student: Model,
+    student_params: Params,
+    teacher: Model,
+    teacher_params: Params,
+    state: DecodeState,
+    *,
+    key: PRNGKey,
+    max_length: int | Int[Array, ""],
+    eos_ids: tuple[int, ...],
+    rounds: int = 1,
+    teacher_token: Literal["sample", "argmax"] = "sample",
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int = 16,
+) -> tuple[DecodeState, ScrgInfo]:
+    """Corrects every row's worst token and re-generates what follows, `rounds` times.
+
+    One teacher pass a round scores the whole batch; the student is scored on the hidden
+    states that decoding left, and goes on in its own cache from the corrected token.
+
+    Args:
+      student, student_params: as for `decode`, which made `state`.
+      teacher, teacher_params: the model that corrects.
+      state: finished rows.
+      key: the key that the rows were generated with; rounds are folded into it.
+      teacher_token: "sample" draws y^T at temperature 1 (the paper), "argmax" takes the
+        most probable token.
+      chunk_size: positions whose logits are alive at a time.
+      temperature, top_k, top_p: of the student's re-generation; the rest as `decode`.
+    """
+    if teacher_token not in ("sample", "argmax"):
+        raise ValueError(
+            f'teacher_token must be "sample" or "argmax", got {teacher_token!r}'
+        )
+
+    def one_round(carry, round):
+        state, corrected_to = carry
+        example = state.rows.example
+        proposal, kl = _score(
+            student,
+            student_params,
+            teacher,
+            teacher_params,
+            state,
+            keys=row_keys(key, example, TEACHER, round),
+            draw=teacher_token == "sample",
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+        )
+        position, found = locate_error(state.rows, proposal, kl, corrected_to)
+        state = correct(
+            state, position, found, proposal, max_length=max_length, eos_ids=eos_ids
+        )
+        state = decode(
+            student,
+            student_params,
+            state,
+            keys=row_keys(key, example, STUDENT, round),
+            max_length=max_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_ids=eos_ids,
+            vocab_size=vocab_size,
+        )
+        info = ScrgInfo(
+            error_position=jnp.where(found, position, -1),
+            kl=jnp.where(found, take(kl, position), 0.0),
+            corrected=found,
+        )
+        return (state, jnp.where(found, position, corrected_to)), info
+
+    carry = (state, state.rows.prompt_lengths - 1)
+    (state, _), info = jax.lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
+    return state, info
+
+
+def locate_error(
+    rows: Rows,
+    proposal: Int[Array, "B S"],
+    kl: Float[Array, "B S"],
+    corrected_to: Int[Array, "B"],
+) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+    """j = argmax of the KL over the response's disagreements behind `corrected_to`.
+
+    `proposal` and `kl` belong to the token of the same index. Returns the index (0
+    where there is none) and whether there is one.
+    """
+    index = jnp.arange(rows.tokens.shape[1])[None]
+    candidate = (
+        (index > corrected_to[:, None])
+        & (index < rows.lengths[:, None])
+        & (rows.tokens != proposal)
+    )
+    position = jnp.argmax(jnp.where(candidate, kl, -jnp.inf), axis=-1)
+    found = jnp.any(candidate, axis=-1)
+    return jnp.where(found, position, 0).astype(jnp.int32), found
+
+
+def correct(
+    state: DecodeState,
+    position: Int[Array, "B"],
+    found: Bool[Array, "B"],
+    proposal: Int[Array, "B S"],
+    *,
+    max_length: int | Int[Array, ""],
+    eos_ids: tuple[int, ...],
+) -> DecodeState:
+    """Puts the teacher's token at `position` and ends the row there, ready to go on."""
+    rows = state.rows
+    width = rows.tokens.shape[1]
+    token = take(proposal, position)
+    lengths = jnp.where(found, position + 1, rows.lengths)
+    limit = jnp.minimum(max_length, width)
+    return dataclasses.replace(
+        state,
+        rows=dataclasses.replace(
+            rows,
+            tokens=put(rows.tokens, jnp.where(found, position, width), token),
+            lengths=lengths,
+        ),
+        done=~found | ends(token, eos_ids) | (lengths >= limit),
+    )
+
+
+def _score(
+    student: Model,
+    student_params: Params,
+    teacher: Model,
+    teacher_params: Params,
+    state: DecodeState,
+    *,
+    keys: RowKeys,
+    draw: bool,
+    vocab_size: int | None,
+    chunk_size: int,
+) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
+    """The teacher's token and KL(teacher || student) for the token at each index.
+
+    Logits exist for `chunk_size` positions at a time.
+    """
+    student_head = student.head_params(student_params)
+    teacher_head = teacher.head_params(teacher_params)
+    teacher_hidden, _ = teacher.forward(teacher_params, state.rows.tokens)
+
+    def at_position(args):
+        t, student_BD, teacher_BD = args
+        student_logits = student.unembed(student_head, student_BD)
+        teacher_logits = teacher.unembed(teacher_head, teacher_BD)
+        token = sample(
+            mask_vocab(teacher_logits, vocab_size),
+            jax.vmap(jax.random.fold_in, (0, None))(keys, t + 1),
+            temperature=1.0 if draw else 0.0,
+        )
+        kl = forward_kl(student_logits, teacher_logits, vocab_size=vocab_size)
+        return token, kl
+
+    # The output at t is about token t + 1; nothing is said about token 0.
+    positions = jnp.arange(teacher_hidden.shape[1] - 1)
+    tokens, kl = jax.lax.map(
+        at_position,
+        (
+            positions,
+            jnp.moveaxis(state.hidden[:, :-1], 1, 0),
+            jnp.moveaxis(teacher_hidden[:, :-1], 1, 0),
+        ),
+        batch_size=chunk_size,
+    )
+    return jnp.pad(tokens.T, ((0, 0), (1, 0))), jnp.pad(kl.T, ((0, 0), (1, 0)))
