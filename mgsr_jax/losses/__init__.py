@@ -1,0 +1,13 @@
+"""Distillation losses for any JAX trainer: arrays in, one float32 per token out.
+
+Every loss takes logits of any leading shape and any float dtype, works in float32,
+stops the teacher's gradient, reduces the vocabulary alone and shifts nothing: logits at
+index t are scored at index t. Masked positions are exactly 0, with exactly zero
+gradient. Reduce with `masked_sum`, add the sums, divide once.
+"""
+
+from mgsr_jax.losses._cross_entropy import cross_entropy
+from mgsr_jax.losses._divergences import forward_kl
+from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
+
+__all__ = ["Sum", "cross_entropy", "forward_kl", "masked_mean", "masked_sum"]
