@@ -1,0 +1,58 @@
+"""Causal language models: `from_config` reads config.json, the rest is pure functions."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mgsr_jax.models import gpt2, llama
+from mgsr_jax.models._functional import LAYERS, KeyRow, LanguageModel
+
+__all__ = ["LAYERS", "KeyRow", "LanguageModel", "from_config"]
+
+_LLAMA = (llama.LlamaConfig, llama.ARCHITECTURE)
+_FAMILIES = {
+    "gpt2": (gpt2.Gpt2Config, gpt2.ARCHITECTURE),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+}
+
+
+def from_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> LanguageModel:
+    """The model that a Hugging Face folder, config.json or its contents describe.
+
+    config.json is read as plain JSON; its model_type must be on our list. No code of
+    a checkpoint is ever run.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: no JSON, an unknown model_type, a missing key, or a setting that is
+        not implemented, by name.
+    """
+    hf = source if isinstance(source, Mapping) else _read_config(Path(source))
+    model_type = hf.get("model_type")
+    if model_type not in _FAMILIES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; "
+            f"expected one of {', '.join(sorted(_FAMILIES))}"
+        )
+    config, architecture = _FAMILIES[model_type]
+    return LanguageModel(config.from_hf(hf), architecture)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config.json at {path}; give the folder of a Hugging Face checkpoint"
+        )
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not valid JSON ({error}); download it again"
+        ) from error
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file} holds {type(hf).__name__}, expected an object")
+    return hf

@@ -1,0 +1,211 @@
+"""Positions, rotary embeddings, grouped-query attention over a functional cache.
+
+Suffixes are the dimension letters of `mgsr_jax.typing`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.models._hf_config import HfConfig, require_supported
+
+LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+"""Keys and values of one layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), Llama 3's scaling too.
+
+    Attributes:
+      theta: base of the wavelengths.
+      kind: "default", "linear" or "llama3".
+      factor: by how much long wavelengths are stretched.
+      low_freq_factor, high_freq_factor: llama3; between them the stretch is blended.
+      original_length: llama3; the position limit before the stretch.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> "Rope":
+        """From `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
+
+        Raises:
+          ValueError: another rope type, or one that rotates a part of the head.
+        """
+        values = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        values = {"rope_theta": hf.get("rope_theta", 10000.0), **values}
+        values["rope_type"] = values.get("rope_type", values.get("type", "default"))
+        values.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+        values["model_type"] = hf.get("model_type")
+        require_supported(
+            values,
+            rope_type=("default", "linear", "llama3"),
+            partial_rotary_factor=(1.0, None),
+        )
+        kind, theta = values["rope_type"], float(values["rope_theta"])
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, kind, float(values["factor"]))
+        return cls(
+            theta,
+            kind,
+            float(values["factor"]),
+            float(values["low_freq_factor"]),
+            float(values["high_freq_factor"]),
+            int(
+                values.get("original_max_position_embeddings")
+                or hf["max_position_embeddings"]
+            ),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Both spellings: transformers 5 reads `rope_parameters`, others do not."""
+        scaling: dict[str, Any] = {"rope_type": self.kind}
+        if self.kind != "default":
+            scaling["factor"] = self.factor
+        if self.kind == "llama3":
+            scaling["low_freq_factor"] = self.low_freq_factor
+            scaling["high_freq_factor"] = self.high_freq_factor
+            scaling["original_max_position_embeddings"] = self.original_length
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.kind == "default" else scaling,
+            "rope_parameters": {"rope_theta": self.theta, **scaling},
+        }
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position, float32 [head_dim / 2]."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        inverse = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        if self.kind == "linear":
+            return inverse / np.float32(self.factor)
+        if self.kind == "llama3":
+            wavelengths = 2 * math.pi / inverse
+            turns = self.original_length / wavelengths
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            inverse = (1 - kept) * inverse / self.factor + kept * inverse
+        return inverse.astype(np.float32)
+
+    def rotate(
+        self, x_BTNH: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T N H"]:
+        """Turns the pairs (i, i + H/2) by position times frequency, in float32."""
+        inverse = jnp.asarray(self.inverse_frequencies(x_BTNH.shape[-1]))
+        angles = positions[..., None, None].astype(jnp.float32) * inverse.reshape(
+            1, 1, 1, -1
+        )
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def attention_mask(
+    positions: Int[Array, "#B T"],
+    key_positions: Int[Array, "#B S"],
+    window: Int[Array, ""] | None = None,
+) -> Bool[Array, "#B 1 T S"]:
+    """True where a query sees a key: not later, and fewer than `window` back."""
+    distance = positions[:, None, :, None] - key_positions[:, None, None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def write_cache(
+    cache: Float[Array, "B S K H"],
+    positions: Int[Array, "#B T"],
+    values: Float[Array, "B T K H"],
+) -> Float[Array, "B S K H"]:
+    """Position p goes to slot p; what lies beyond the last slot is dropped.
+
+    A scatter for each row: a dynamic_update_slice would clamp its start and overwrite
+    the last slot of a full row.
+    """
+    positions = jnp.broadcast_to(positions, values.shape[:2])
+    return jax.vmap(lambda c, i, x: c.at[i].set(x, mode="drop"))(
+        cache, positions, values.astype(cache.dtype)
+    )
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; K key/value heads serve N query heads.
+
+    The config gives width, num_heads, num_kv_heads, head_dim and initializer_range.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        rope: Rope | None = None,
+        head_norm_epsilon: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.head_dim, self.rope = config.head_dim, rope
+        init = nnx.initializers.normal(config.initializer_range)
+        query, kv = (
+            heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
+        )
+
+        def linear(size_in: int, size_out: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                size_in, size_out, use_bias=bias, kernel_init=init, rngs=rngs
+            )
+
+        self.query = linear(config.width, query, qkv_bias)
+        self.key = linear(config.width, kv, qkv_bias)
+        self.value = linear(config.width, kv, qkv_bias)
+        self.output = linear(query, config.width, output_bias)
+        self.has_head_norm = head_norm_epsilon is not None
+        if head_norm_epsilon is not None:
+            self.query_norm = nnx.RMSNorm(
+                config.head_dim, epsilon=head_norm_epsilon, rngs=rngs
+            )
+            self.key_norm = nnx.RMSNorm(
+                config.head_dim, epsilon=head_norm_epsilon, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        mask: Bool[Array, "#B 1 T S"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH = self.query(x_BTD).reshape(heads)
+        k_BTKH = self.key(x_BTD).reshape(heads)
+        v_BSKH = self.value(x_BTD).reshape(heads)
+        if self.has_head_norm:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if self.rope is not None:
+            q_BTNH = self.rope.rotate(q_BTNH, positions)
+            k_BTKH = self.rope.rotate(k_BTKH, positions)
+        k_BSKH = k_BTKH
+        if cache is not None:
+            cache = (
+                write_cache(cache[0], positions, k_BTKH),
+                write_cache(cache[1], positions, v_BSKH),
+            )
+            k_BSKH, v_BSKH = (c.astype(q_BTNH.dtype) for c in cache)
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=mask is None
+        )
+        return self.output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache

@@ -1,0 +1,239 @@
+"""The seam between Flax modules and pure functions on plain nested dicts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from mgsr_jax.models._attention import attention_mask
+from mgsr_jax.typing import Cache, Params, PRNGKey
+
+LAYERS = "layers"
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyRow:
+    """One parameter of ours and where a Hugging Face file keeps it.
+
+    Attributes:
+      path: '/'-joined path in our params; under 'layers/' it is stacked over layers.
+      name: tensor name without the base prefix; {} stands for the layer.
+      transposed: the file holds [out, in].
+      part, parts: ours is this part of the file's tensor, split along its last axis.
+    """
+
+    path: str
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a family brings: two Flax modules and the tables beside them.
+
+    Attributes:
+      ends: module with `begin(tokens, positions)` and `finish(x)` around the layers.
+      block: module of one layer, (x, positions, mask, cache) -> (x, cache).
+      key_rows: config -> rows between our params and a Hugging Face file.
+      partition_rules: config -> ordered (regex, PartitionSpec) rows.
+      prefixes: base prefixes of tensor names; the first is written.
+      ignored: regexes of buffers that are no parameters (searched without prefix).
+    """
+
+    ends: type[nnx.Module]
+    block: type[nnx.Module]
+    key_rows: Callable[[Any], tuple[KeyRow, ...]]
+    partition_rules: Callable[[Any], tuple[tuple[str, P], ...]]
+    prefixes: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def _arrays(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.split(module)[1])
+
+
+def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Splits the batch over the context mesh; whole where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Inside shard_map the batch axes are Manual and x is one shard already.
+    if any(kinds.get(axis) != AxisType.Auto for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model as pure functions; hashable, static under `jax.jit`.
+
+    Attributes:
+      config: the family's frozen config.
+      architecture: the family's modules and tables.
+      remat: recompute a layer in the backward pass instead of keeping its activations.
+    """
+
+    config: Any
+    architecture: Architecture
+    remat: bool = False
+
+    @functools.cached_property
+    def _graphs(self) -> tuple[Any, Any]:
+        """Module structure of the two ends and of one layer."""
+
+        def graph(module: type[nnx.Module]) -> Any:
+            return nnx.split(
+                nnx.eval_shape(lambda: module(self.config, rngs=nnx.Rngs(0)))
+            )[0]
+
+        return graph(self.architecture.ends), graph(self.architecture.block)
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random float32 parameters; those of the layers have a leading axis L."""
+        ends_key, layers_key = jax.random.split(key)
+
+        def layer(key: PRNGKey) -> Params:
+            return _arrays(self.architecture.block(self.config, rngs=nnx.Rngs(key)))
+
+        ends = self.architecture.ends(self.config, rngs=nnx.Rngs(ends_key))
+        keys = jax.random.split(layers_key, self.config.num_layers)
+        return {**_arrays(ends), LAYERS: jax.vmap(layer)(keys)}
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of `init`, without computing it."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @property
+    def partition_rules(self) -> tuple[tuple[str, P], ...]:
+        """Ordered (regex, PartitionSpec) rows over the axes data, fsdp and tensor."""
+        return self.architecture.partition_rules(self.config)
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states after the final norm; attention is causal in `positions`.
+
+        With a cache, position p writes slot p and sees the slots up to p; a position
+        at or beyond the cache's length writes nothing.
+
+        Raises:
+          ValueError: a row, or the cache, is longer than the model's position limit.
+        """
+        length = tokens.shape[1] if cache is None else cache[0][0].shape[1]
+        self._check_length(length)
+        where = _Where.of(tokens, positions, cache, self._windows(length))
+        ends_graph, block_graph = self._graphs
+        ends = nnx.merge(ends_graph, {k: v for k, v in params.items() if k != LAYERS})
+        x_BTD = _constrain_to_batch(ends.begin(tokens, where.positions))
+
+        def layer(x: Any, layer_params: Params, window: Any, layer_cache: Any) -> Any:
+            block = nnx.merge(block_graph, layer_params)
+            x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
+            return _constrain_to_batch(x), layer_cache
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        layers = params[LAYERS]
+        if cache is None and isinstance(layers, dict):
+            x_BTD, _ = jax.lax.scan(
+                lambda x, xs: layer(x, *xs, None), x_BTD, (layers, where.windows)
+            )
+            return ends.finish(x_BTD), None
+        caches = []
+        for i, layer_params in enumerate(self._unstacked(layers)):
+            window = None if where.windows is None else where.windows[i]
+            x_BTD, new = layer(
+                x_BTD, layer_params, window, None if cache is None else cache[i]
+            )
+            caches.append(new)
+        return ends.finish(x_BTD), None if cache is None else tuple(caches)
+
+    def head_params(self, params: Params) -> Params:
+        """The part of `params` that `unembed` reads; the embedding where tied."""
+        return params["embed" if self.config.tie_word_embeddings else "head"]
+
+    def unembed(
+        self, head: Params, hidden: Float[Array, "*B D"]
+    ) -> Float[Array, "*B V"]:
+        """Logits of the next token, in the dtype of its arguments."""
+        return jnp.einsum("...d,vd->...v", hidden, head["embedding"])
+
+    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        """An empty cache: for every layer keys and values, each [B, S, K, H].
+
+        Raises:
+          ValueError: `length` is beyond the model's position limit.
+        """
+        self._check_length(length)
+        shape = (batch, length, self.config.num_kv_heads, self.config.head_dim)
+        return tuple(
+            (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            for _ in range(self.config.num_layers)
+        )
+
+    def decode_params(self, params: Params, dtype: Any) -> Params:
+        """A copy for decoding: cast, a tuple with one subtree a layer for the stack."""
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return {**params, LAYERS: self._unstacked(params[LAYERS])}
+
+    def _unstacked(self, layers: Any) -> tuple[Params, ...]:
+        if isinstance(layers, tuple):
+            return layers
+        return tuple(
+            jax.tree.map(lambda x, i=i: x[i], layers)
+            for i in range(self.config.num_layers)
+        )
+
+    def _windows(self, length: int) -> tuple[int, ...] | None:
+        """Window of every layer, None where none is shorter than a row."""
+        windows = self.config.windows
+        if windows is None or all(w is None or w >= length for w in windows):
+            return None
+        return tuple(length if w is None else w for w in windows)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_length:
+            raise ValueError(
+                f"a row of {length} positions is beyond the model's limit of "
+                f"{self.config.max_length}; use shorter rows"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """Positions of queries and keys; what every layer's mask is made of."""
+
+    positions: Int[Array, "#B T"]
+    key_positions: Int[Array, "#B S"] | None  # None: plainly causal
+    windows: Int[Array, "L"] | None
+
+    @classmethod
+    def of(cls, tokens: Any, positions: Any, cache: Any, windows: Any) -> "_Where":
+        keys = positions
+        if positions is None:
+            # One row for all: the mask needs no copy for each row of the batch.
+            positions = jnp.arange(tokens.shape[1])[None]
+        if cache is not None:
+            keys = jnp.arange(cache[0][0].shape[1])[None]
+        if windows is not None:
+            keys, windows = positions if keys is None else keys, jnp.asarray(windows)
+        return cls(positions, keys, windows)
+
+    def mask(self, window: Any) -> Any:
+        if self.key_positions is None:
+            return None
+        return attention_mask(self.positions, self.key_positions, window)

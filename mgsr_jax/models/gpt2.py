@@ -1,0 +1,244 @@
+"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm before each part."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.models._attention import Attention, LayerCache
+from mgsr_jax.models._functional import Architecture, KeyRow
+from mgsr_jax.models._hf_config import (
+    HfConfig,
+    TokenIds,
+    require_supported,
+    required,
+    special_ids,
+    token_ids,
+)
+
+
+def activation(name: str, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """The activation that transformers calls `name`."""
+    match name:
+        case "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "relu":
+            return jax.nn.relu(x)
+    raise ValueError(f"activation {name!r} is not implemented; expected {ACTIVATIONS}")
+
+
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpt2Config:
+    """Sizes and settings."""
+
+    vocab_size: int
+    max_length: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    activation: str = "gelu_new"
+    norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+    pad_token_id: TokenIds = None
+
+    windows = None
+    bias = True
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> "Gpt2Config":
+        """From config.json of model_type gpt2.
+
+        Raises:
+          ValueError: a missing key, or a setting that is not implemented, by name.
+        """
+        require_supported(
+            hf,
+            activation_function=ACTIVATIONS,
+            scale_attn_weights=(True,),
+            scale_attn_by_inverse_layer_idx=(False,),
+            reorder_and_upcast_attn=(False,),
+            add_cross_attention=(False,),
+        )
+        width = required(hf, "n_embd")
+        return cls(
+            vocab_size=required(hf, "vocab_size"),
+            max_length=required(hf, "n_positions"),
+            width=width,
+            mlp_width=hf.get("n_inner") or 4 * width,
+            num_layers=required(hf, "n_layer"),
+            num_heads=required(hf, "n_head"),
+            activation=hf.get("activation_function", "gelu_new"),
+            norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)),
+            initializer_range=hf.get("initializer_range", 0.02),
+            bos_token_id=token_ids(hf, "bos_token_id", 50256),
+            eos_token_id=token_ids(hf, "eos_token_id", 50256),
+            pad_token_id=token_ids(hf, "pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json, for transformers."""
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.max_length,
+            "n_ctx": self.max_length,
+            "n_embd": self.width,
+            "n_inner": self.mlp_width,
+            "n_layer": self.num_layers,
+            "n_head": self.num_heads,
+            "activation_function": self.activation,
+            "layer_norm_epsilon": self.norm_epsilon,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            **special_ids(self),
+        }
+
+
+class Mlp(nnx.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        sizes = (config.width, config.mlp_width)
+
+        def linear(size_in: int, size_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                size_in, size_out, use_bias=config.bias, kernel_init=init, rngs=rngs
+            )
+
+        self.activation = config.activation
+        self.up = linear(*sizes)
+        self.down = linear(*reversed(sizes))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(activation(self.activation, self.up(x_BTD)))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        width, epsilon = config.width, config.norm_epsilon
+        self.attention_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.attention = Attention(config, qkv_bias=True, output_bias=True, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        mask: Bool[Array, "#B 1 T S"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        attended, cache = self.attention(
+            self.attention_norm(x_BTD), positions, mask, cache
+        )
+        x_BTD = x_BTD + attended
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Ends(nnx.Module):
+    """Token and position embeddings before the layers, final norm after them."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        sizes = (config.vocab_size, config.width)
+        self.embed = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(
+            config.max_length, config.width, embedding_init=init, rngs=rngs
+        )
+        self.final_norm = nnx.LayerNorm(
+            config.width, epsilon=config.norm_epsilon, rngs=rngs
+        )
+        if not config.tie_word_embeddings:
+            self.head = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+
+    def begin(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        # A row that is done may stand at a position beyond the table; it writes nothing.
+        limit = self.positions.num_embeddings - 1
+        return self.embed(tokens) + self.positions(positions.clip(max=limit))
+
+    def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.final_norm(x_BTD)
+
+
+def key_rows(config: Gpt2Config) -> tuple[KeyRow, ...]:
+    """Our params and the tensors of Hugging Face files; Conv1D holds [in, out]."""
+    rows = [
+        KeyRow("embed/embedding", "wte.weight"),
+        KeyRow("positions/embedding", "wpe.weight"),
+    ]
+    if not config.tie_word_embeddings:
+        rows.append(KeyRow("head/embedding", "lm_head.weight"))
+    for ours, theirs in (
+        ("final_norm", "ln_f"),
+        ("layers/attention_norm", "h.{}.ln_1"),
+        ("layers/mlp_norm", "h.{}.ln_2"),
+    ):
+        rows.append(KeyRow(f"{ours}/scale", f"{theirs}.weight"))
+        rows.append(KeyRow(f"{ours}/bias", f"{theirs}.bias"))
+    for ours, theirs, part, parts in (
+        ("attention/query", "attn.c_attn", 0, 3),
+        ("attention/key", "attn.c_attn", 1, 3),
+        ("attention/value", "attn.c_attn", 2, 3),
+        ("attention/output", "attn.c_proj", 0, 1),
+        ("mlp/up", "mlp.c_fc", 0, 1),
+        ("mlp/down", "mlp.c_proj", 0, 1),
+    ):
+        for leaf, tensor in (("kernel", "weight"), ("bias", "bias")):
+            rows.append(
+                KeyRow(
+                    f"layers/{ours}/{leaf}",
+                    f"h.{{}}.{theirs}.{tensor}",
+                    part=part,
+                    parts=parts,
+                )
+            )
+    return tuple(rows)
+
+
+def partition_rules(config: Gpt2Config) -> tuple[tuple[str, P], ...]:
+    """Matrices over fsdp along D and over tensor as Megatron-LM does."""
+    del config
+    return (
+        (r"(embed|head)/embedding$", P("tensor", "fsdp")),
+        (r"positions/embedding$", P(None, "fsdp")),
+        (r"(attention/(query|key|value)|mlp/up)/kernel$", P(None, "fsdp", "tensor")),
+        (r"(attention/output|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
+        (r"/(scale|bias)$", P()),
+    )
+
+
+ARCHITECTURE = Architecture(
+    ends=Ends,
+    block=Block,
+    key_rows=key_rows,
+    partition_rules=partition_rules,
+    prefixes=("transformer.",),
+    ignored=(r"^h\.\d+\.attn\.(masked_)?bias$",),
+)
