@@ -1,0 +1,274 @@
+"""Host side: text and the characters of its tokens -> the phrase of every token.
+
+The span loss compares neighbouring tokens of one noun, verb or prepositional phrase
+(arXiv 2407.10068). Everything here is Python and numpy: it runs on the host while the
+device works. Offsets are pairs (start, end) of character positions, end excluded.
+"""
+
+import bisect
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+Offset = tuple[int, int]
+Chunker = str | Callable[[str], Iterable[Offset]]
+"""Either "textblob", "spacy", or a function from a text to its phrases."""
+
+NO_SPAN = -1
+
+# TextBlob's own splitter loses positions and breaks "don't" into do, n, ', t, which its
+# lexicon (do, n't) does not know. This one keeps the lexicon's words and the positions.
+_WORD = re.compile(
+    r"""(?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]   # an address
+      | (?:[^\W\d_]\.){2,}                               # U.S.
+      | \d+(?:[.,:/]\d+)*                                # 1,200.50
+      | \w+?(?=n['’]t\b) | n['’]t\b                      # do + n't
+      | ['’](?:s|m|d|ll|re|ve)\b                         # it + 's
+      | \w+(?:-\w+)*                                     # well-known
+      | \.{3} | \S""",
+    re.VERBOSE,
+)
+_SENTENCE_ENDS = {".", "!", "?", "..."}
+
+
+def chunk(
+    texts: Sequence[str],
+    offsets: Sequence[Sequence[Offset]],
+    chunker: Chunker = "textblob",
+    *,
+    spacy_model: str = "en_core_web_sm",
+) -> list[np.ndarray]:
+    """The phrase of every token: int32 ids, one array a text, -1 outside phrases.
+
+    A token is in a phrase when all its characters but white space lie inside it (a
+    token of white space alone: when it lies between the phrase's words). A token that
+    owns no character is in none. Ids count the phrases of a text from 0.
+
+    Args:
+      texts: as `token_offsets` gives them.
+      offsets: of each text, the characters of its tokens.
+      chunker: "textblob" (lexicon and rules that ship with it: no download), "spacy",
+        or a function from one text to its phrases as (start, end) pairs.
+      spacy_model: the pipeline that "spacy" loads.
+
+    Raises:
+      ImportError: TextBlob, spaCy or its model is not installed.
+      ValueError: an unknown chunker; phrases that overlap or leave the text.
+
+    >>> chunk(["a red car"], [[(0, 1), (1, 5), (5, 9)]], lambda text: [(2, 9)])
+    [array([-1,  0,  0], dtype=int32)]
+    """
+    if len(texts) != len(offsets):
+        raise ValueError(
+            f"{len(texts)} texts but offsets of {len(offsets)}; give one list a text"
+        )
+    if callable(chunker):
+        phrases: Iterable[Iterable[Offset]] = map(chunker, texts)
+    elif chunker == "textblob":
+        phrases = map(textblob_phrases, texts)
+    elif chunker == "spacy":
+        phrases = map(spacy_phrases, _spacy_pipeline(spacy_model).pipe(texts))
+    else:
+        raise ValueError(
+            f"chunker {chunker!r} is unknown; use 'textblob', 'spacy' or a function "
+            "from a text to (start, end) pairs"
+        )
+    return [
+        _assign(text, tokens, _in_order(text, found))
+        for text, tokens, found in zip(texts, offsets, phrases, strict=True)
+    ]
+
+
+def _in_order(text: str, phrases: Iterable[Offset]) -> list[Offset]:
+    found = sorted((int(start), int(end)) for start, end in phrases)
+    last = 0
+    for start, end in found:
+        if not last <= start < end <= len(text):
+            raise ValueError(
+                f"phrase ({start}, {end}) overlaps another or leaves the text of "
+                f"{len(text)} characters; a chunker must return disjoint phrases"
+            )
+        last = end
+    return found
+
+
+def _assign(
+    text: str, tokens: Sequence[Offset], phrases: Sequence[Offset]
+) -> np.ndarray:
+    ids = np.full(len(tokens), NO_SPAN, np.int32)
+    starts = [start for start, _ in phrases]
+    for i, (start, end) in enumerate(tokens):
+        if start == end:
+            continue
+        piece = text[start:end]
+        if bare := piece.strip():
+            start += len(piece) - len(piece.lstrip())
+            end = start + len(bare)
+        last = bisect.bisect_right(starts, start) - 1
+        if last >= 0 and end <= phrases[last][1]:
+            ids[i] = last
+    return ids
+
+
+def textblob_phrases(text: str) -> list[Offset]:
+    """Noun, verb and prepositional phrases by TextBlob's tagger and chunk rules.
+
+    A prepositional phrase is the preposition together with the phrase that it governs;
+    no phrase crosses a line break or the end of a sentence. The paper does not say how
+    nested phrases are told apart; spans must be disjoint, so the outer one is taken.
+
+    Raises:
+      ImportError: TextBlob is not installed.
+    """
+    parser = _textblob_parser()
+    phrases: list[Offset] = []
+    for words in _sentences(text):
+        tagged = parser.find_tags([text[a:b].replace("’", "'") for a, b in words])
+        for pair in tagged:
+            # The tagger takes what it does not know for a noun: an emoji, a dash.
+            if pair[1] == "NN" and not any(map(str.isalnum, pair[0])):
+                pair[1] = "SYM"
+        kind = ""
+        for offset, (_, _, tag, governed) in zip(
+            words, parser.find_chunks(tagged), strict=True
+        ):
+            previous, kind = kind, tag[2:]  # "B-NP" -> "NP", "O" -> ""
+            if kind not in ("NP", "VP", "PP"):
+                continue
+            goes_on = tag.startswith("I-") and kind == previous
+            if goes_on or (previous == "PP" and governed == "I-PNP"):
+                phrases[-1] = (phrases[-1][0], offset[1])
+            else:
+                phrases.append(offset)
+    return phrases
+
+
+def _sentences(text: str) -> Iterator[list[Offset]]:
+    words: list[Offset] = []
+    for match in _WORD.finditer(text):
+        if words and "\n" in text[words[-1][1] : match.start()]:
+            yield words
+            words = []
+        words.append(match.span())
+        if match.group() in _SENTENCE_ENDS:
+            yield words
+            words = []
+    if words:
+        yield words
+
+
+@functools.cache
+def _textblob_parser() -> Any:
+    try:
+        from textblob.en import lexicon, parser
+    except ImportError as error:
+        raise ImportError(
+            "spans by TextBlob need the package textblob; "
+            "pip install 'mgsr_jax[train]', or choose another chunker"
+        ) from error
+    with warnings.catch_warnings():
+        # TextBlob leaves its lexicon's file to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        lexicon.load()
+    return parser
+
+
+def spacy_phrases(doc: Any) -> list[Offset]:
+    """Noun, verb and prepositional phrases of a parsed spaCy `Doc`.
+
+    Noun phrases are its noun chunks; a chunk with the prepositions right before it that
+    govern it is a prepositional phrase; a verb phrase is a run of verbs, auxiliaries
+    and the particles "to" and "not" between them.
+    """
+    phrases: list[tuple[int, int]] = []  # in tokens of the Doc
+    taken = 0
+    for noun in doc.noun_chunks:
+        start = noun.start
+        if start > taken and noun.root.head.i == start - 1:
+            while start > taken and _is_preposition(doc[start - 1]):
+                start -= 1
+        phrases += _verb_runs(doc, taken, start)
+        phrases.append((start, noun.end))
+        taken = noun.end
+    phrases += _verb_runs(doc, taken, len(doc))
+    return [(doc[a].idx, doc[b - 1].idx + len(doc[b - 1])) for a, b in phrases]
+
+
+def _is_preposition(token: Any) -> bool:
+    return token.pos_ == "ADP" and token.dep_ != "prt"
+
+
+def _verb_runs(doc: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
+    i = start
+    while i < end:
+        stop = i
+        while stop < end and doc[stop].pos_ in ("VERB", "AUX", "PART"):
+            stop += 1
+        if any(token.pos_ != "PART" for token in doc[i:stop]):
+            yield i, stop
+        i = max(stop, i + 1)
+
+
+@functools.cache
+def _spacy_pipeline(model: str) -> Any:
+    try:
+        import spacy
+    except ImportError as error:
+        raise ImportError(
+            "spans by spaCy need the package spacy; pip install 'mgsr_jax[spacy]', "
+            "or choose chunker 'textblob'"
+        ) from error
+    try:
+        return spacy.load(model, exclude=["ner", "lemmatizer", "textcat"])
+    except OSError as error:
+        raise ImportError(
+            f"spaCy has no model {model!r}; python -m spacy download {model}"
+        ) from error
+
+
+def token_offsets(
+    tokenizer: Any, ids: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of token ids and the characters that each token adds to it.
+
+    Decoded token by token: encoding the text again need not give back sampled ids. The
+    token that completes a character of several bytes owns it, the tokens before it own
+    nothing, nor do special tokens. Bytes at the end that never complete a character are
+    not part of the text.
+
+    Args:
+      tokenizer: a transformers tokenizer with a `tokenizers` backend.
+
+    Raises:
+      ValueError: the tokenizer has no such backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no tokenizers backend, so the characters "
+            "of a token are unknown; load a fast tokenizer (tokenizer.json)"
+        )
+    pieces, offsets, end = [], [], 0
+    # tokenizers' own DecodeStream does the same but gives up where a byte-fallback
+    # decoder takes back a character because bytes that fit no character follow it.
+    context: list[int] = []  # what was decoded last: spacing depends on what precedes
+    pending: list[int] = []
+    for token in ids:
+        pending.append(int(token))
+        before = backend.decode(context, skip_special_tokens=True)
+        after = backend.decode(context + pending, skip_special_tokens=True)
+        piece = ""
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            if after.startswith(before):
+                piece = after[len(before) :]
+            else:
+                piece = backend.decode(pending, skip_special_tokens=True)
+            context, pending = pending, []
+        offsets.append((end, end + len(piece)))
+        end += len(piece)
+        pieces.append(piece)
+    return "".join(pieces), offsets
