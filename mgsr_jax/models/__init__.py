@@ -1,4 +1,4 @@
-"""Causal language models: `from_config` reads config.json, the rest is pure functions."""
+"""Causal language models: `from_config` reads config.json; the rest is functions."""
 
 import json
 import os

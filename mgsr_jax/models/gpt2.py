@@ -179,7 +179,7 @@ class Ends(nnx.Module):
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        # A row that is done may stand at a position beyond the table; it writes nothing.
+        # A finished row may stand beyond the table; what it computes is not kept.
         limit = self.positions.num_embeddings - 1
         return self.embed(tokens) + self.positions(positions.clip(max=limit))
 

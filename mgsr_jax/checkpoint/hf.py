@@ -1,0 +1,287 @@
+"""Hugging Face folders: safetensors to params on the mesh, and back."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from mgsr_jax import sharding
+from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
+from mgsr_jax.typing import Params
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+_DTYPES = ("F32", "BF16", "F16")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor in an open file; nothing of it is read yet."""
+
+    name: str
+    file: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.file.get_slice(self.name)[index]
+
+
+@dataclasses.dataclass
+class _Source:
+    """One of our parameters as a window on the tensors of a checkpoint.
+
+    Attributes:
+      row: how it is kept there.
+      shape: ours; with the leading layer axis if stacked.
+      tensors: one, or one a layer.
+      non_finite: names of tensors whose values, as read, were not all finite.
+    """
+
+    row: KeyRow
+    shape: tuple[int, ...]
+    tensors: tuple[_Tensor, ...]
+    non_finite: set[str]
+
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """`parameter[index]`, reading no more of the file than that."""
+        bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
+        if not _stacked(self.row):
+            return self._read(self.tensors[0], bounds, dtype)
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        for i, tensor in enumerate(self.tensors[slice(*bounds[0])]):
+            out[i] = self._read(tensor, bounds[1:], dtype)
+        return out
+
+    def _read(
+        self, tensor: _Tensor, bounds: list[tuple[int, int]], dtype: np.dtype
+    ) -> np.ndarray:
+        index = [slice(*b) for b in bounds]
+        if self.row.transposed:
+            index.reverse()
+        offset = self.row.part * self.shape[-1]
+        index[-1] = slice(index[-1].start + offset, index[-1].stop + offset)
+        values = tensor.read(tuple(index))
+        # A value beyond a narrower dtype becomes inf, which is reported below.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values.astype(dtype)
+        if not np.isfinite(values).all():
+            self.non_finite.add(tensor.name)
+        return values.T if self.row.transposed else values
+
+
+def load_params(
+    path: PathLike,
+    model: LanguageModel,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Parameters of a Hugging Face folder, each shard read from the file by itself.
+
+    Args:
+      path: folder with model.safetensors, or model.safetensors.index.json and shards;
+        float32, bfloat16 or float16.
+      model: from `models.from_config(path)`.
+      mesh: the mesh to load onto by the model's partition rules; None: plain arrays
+        on the default device.
+      dtype: of every parameter.
+
+    Raises:
+      FileNotFoundError: no weights at `path`.
+      ValueError: unmapped, missing, duplicate or misshapen tensors (all of them in one
+        message), values that are not finite, or a damaged file.
+    """
+    dtype = np.dtype(dtype)
+    abstract = model.abstract_params()
+    places = mesh and sharding.shardings(mesh, model.partition_rules, abstract)
+    non_finite: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        tensors = _open(Path(path), stack)
+        sources = _match(Path(path), model, tensors, _flat(abstract), non_finite)
+
+        def place(key_path: Any, leaf: Any, target: Any) -> jax.Array:
+            source = sources[_name(key_path)]
+            if target is None:
+                return jnp.asarray(source.read((slice(None),) * leaf.ndim, dtype))
+            seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
+
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                key = tuple((s.start, s.stop) for s in index)
+                if key not in seen:
+                    seen[key] = source.read(index, dtype)
+                return seen[key]
+
+            return jax.make_array_from_callback(leaf.shape, target, shard)
+
+        if places is None:
+            places = jax.tree.map(lambda _: None, abstract)
+        params = jax.tree_util.tree_map_with_path(place, abstract, places)
+    if non_finite:
+        raise ValueError(
+            f"{path}: values that are not finite as {dtype.name} in "
+            f"{', '.join(sorted(non_finite))}; the file is damaged, or too wide for it"
+        )
+    return params
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> list[_Tensor]:
+    """Every tensor of the folder's safetensors files."""
+    tensors = []
+    for file in _weight_files(folder):
+        try:
+            handle = stack.enter_context(safe_open(file, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is not a whole safetensors file ({error}); download it again"
+            ) from error
+        tensors += [_Tensor(name, handle) for name in handle.keys()]  # noqa: SIM118
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / INDEX} has no readable weight_map ({error}); "
+                "download it again"
+            ) from error
+        for name in names:
+            if name != os.path.basename(name) or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{folder / INDEX} names the shard {name!r}; expected the name of "
+                    "a .safetensors file in the same folder"
+                )
+        files = [folder / name for name in sorted(names)]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(
+                f"{folder} lacks {', '.join(absent)} of its index; download them"
+            )
+        return files
+    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        raise FileNotFoundError(
+            f"{folder} holds {pickles[0].name} but no {WEIGHTS}; pickled weights are "
+            f"not read: run `mgsr convert {folder} TARGET` and use TARGET"
+        )
+    raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}")
+
+
+def _match(
+    folder: Path,
+    model: LanguageModel,
+    tensors: list[_Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    non_finite: set[str],
+) -> dict[str, _Source]:
+    """Every parameter with its tensors; raises once, with all that does not fit."""
+    found: dict[str, _Tensor] = {}
+    duplicate, unmapped, missing, misshapen = [], [], [], []
+    for tensor in tensors:
+        bare = _bare(tensor.name, model)
+        if any(re.search(regex, bare) for regex in model.architecture.ignored):
+            continue
+        if bare in found:
+            duplicate.append(f"{tensor.name} (also {found[bare].name})")
+        found[bare] = tensor
+    head = found.pop(HEAD, None) if model.config.tie_word_embeddings else None
+    sources, used = {}, set()
+    for row in model.architecture.key_rows(model.config):
+        shape, names = shapes[row.path], _names(row, model)
+        used.update(names)
+        missing += [name for name in names if name not in found]
+        present = tuple(found[name] for name in names if name in found)
+        expected = _file_shape(row, shape)
+        for tensor in present:
+            if tensor.shape != expected:
+                misshapen.append(f"{tensor.name} {tensor.shape}, expected {expected}")
+            elif tensor.dtype not in _DTYPES:
+                misshapen.append(f"{tensor.name} of dtype {tensor.dtype}")
+        sources[row.path] = _Source(row, shape, present, non_finite)
+    unmapped = [tensor.name for bare, tensor in found.items() if bare not in used]
+    problems = {
+        "missing": missing,
+        "unmapped": unmapped,
+        "duplicate": duplicate,
+        "misshapen": misshapen,
+    }
+    if text := "; ".join(
+        f"{kind}: {', '.join(sorted(set(names)))}"
+        for kind, names in problems.items()
+        if names
+    ):
+        raise ValueError(
+            f"{folder} does not fit its config.json ({type(model.config).__name__}): "
+            f"{text}"
+        )
+    if head is not None:
+        _check_tied(folder, head, sources["embed/embedding"])
+    return sources
+
+
+def _check_tied(folder: Path, head: _Tensor, embedding: _Source) -> None:
+    """A file may hold the tied head too; it must say the same."""
+    (tensor,) = embedding.tensors
+    same = head.shape == tensor.shape
+    for start in range(0, tensor.shape[0] if same else 0, 4096):
+        rows = (slice(start, start + 4096), slice(None))
+        same = same and bool(np.array_equal(head.read(rows), tensor.read(rows)))
+    if not same:
+        raise ValueError(
+            f"{folder}: {head.name} differs from {tensor.name} although config.json "
+            "ties them; set tie_word_embeddings to false, or remove one of them"
+        )
+
+
+def _bare(name: str, model: LanguageModel) -> str:
+    for prefix in model.architecture.prefixes:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _stacked(row: KeyRow) -> bool:
+    return row.path.startswith(f"{LAYERS}/")
+
+
+def _names(row: KeyRow, model: LanguageModel) -> list[str]:
+    """Tensor names without prefix: one, or one a layer."""
+    if not _stacked(row):
+        return [row.name]
+    return [row.name.format(layer) for layer in range(model.config.num_layers)]
+
+
+def _file_shape(row: KeyRow, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = shape[1:] if _stacked(row) else shape
+    shape = shape[::-1] if row.transposed else shape
+    return (*shape[:-1], shape[-1] * row.parts)
+
+
+def _name(key_path: Any) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def _flat(abstract: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    return {_name(key_path): leaf.shape for key_path, leaf in leaves}
