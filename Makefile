@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment here; nothing outside this folder changes.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup-train setup-test quickstart evidence test lint structure bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
+		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup-train: $(VENV)/installed-train  ## install what training needs (no torch)
+
+setup-test: $(VENV)/installed-test  ## install what the tests and linters need
+
+quickstart: $(VENV)/installed-train  ## distil a tiny model, compare with SFT and forward KL
+	$(BIN)/python examples/quickstart.py --output $(RUNS)/quickstart
+
+evidence: $(VENV)/installed-train  ## the same with three seeds and all ablations
+	$(BIN)/python examples/quickstart.py --output $(RUNS)/quickstart --ablations --seeds 0 1 2
+
+test: $(VENV)/installed-test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+structure: $(VENV)/installed-test  ## who imports whom
+	$(BIN)/python -m pytest tests/test_structure.py
+
+lint: $(VENV)/installed-test  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed-test  ## every script of benchmarks/, one after the other
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:  ## remove the environment, the caches and the quickstart's run
+	rm -rf $(VENV) $(RUNS)/quickstart .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is not Python 3.11 or newer: name one, as in make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra; it is out of date when pyproject.toml changes.
+$(VENV)/installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing mgsr_jax[$*] into $(VENV): a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -1,0 +1,333 @@
+"""Little English: instructions of a few kinds whose test set asks for composition.
+
+Three tasks - describe a scene, tell a short story of giving, reverse a list - over a
+few hundred words. Each instruction has several valid responses, words are drawn with
+Zipf-like frequencies, and a small share of the training responses holds a wrong word.
+
+A share of all word pairs is held out: a pair such as "red fox" (adjective and noun) or
+"fox, kite" (neighbours in a list) stands in no training text, though both its words do.
+Every test instruction has at least one such pair, so copying from memory fails on it.
+
+    python examples/little_english.py FOLDER      # writes the data and the tokenizer
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+NOISE = 0.08
+HELD_OUT_SHARE = 0.15
+END_OF_TEXT = "<|endoftext|>"
+
+# Within a list the first words are the frequent ones.
+ADJECTIVES = """red small big blue green white black tiny brown soft heavy round tall
+ yellow golden shiny wet dusty spotted pink striped silver wooden purple""".split()
+ANIMALS = """dog cat horse bird fox rabbit bear mouse cow duck sheep frog lion wolf pig
+ goat monkey hen tiger deer turtle pony zebra camel""".split()
+THINGS = """box table tree chair bench wall gate cart boat rock bridge lamp barrel
+ ladder bed bucket fence tent wagon statue""".split()
+GIFTS = """book ball hat kite cup coat drum bell ring basket bottle doll pen clock
+ flute scarf puzzle mirror pillow vase""".split()
+NOUNS = [noun for kind in zip(ANIMALS, THINGS, GIFTS, strict=False) for noun in kind]
+NOUNS += ANIMALS[len(THINGS) :]
+WOMEN = "Anna Mary Lucy Emma Clara Ruth Nora Jane Rosa Helen Vera Ida".split()
+MEN = "Tom Ben John Max Paul Leo Sam Peter Hugo Karl Felix Otto".split()
+NAMES = [name for pair in zip(WOMEN, MEN, strict=True) for name in pair]
+PLACES = {
+    "garden": "in", "park": "in", "beach": "on", "forest": "in", "market": "at",
+    "kitchen": "in", "farm": "on", "village": "in", "hill": "on", "station": "at",
+    "barn": "in", "island": "on", "school": "at", "valley": "in", "harbour": "at",
+    "yard": "in",
+}  # fmt: skip
+# Verb: its forms in a sentence, and the two moods that go with it, the likelier first.
+VERBS = {
+    "sleep": ("sleeps", "sleeping", "tired", "calm"),
+    "run": ("runs", "running", "lively", "busy"),
+    "sit": ("sits", "sitting", "calm", "sleepy"),
+    "wait": ("waits", "waiting", "bored", "hungry"),
+    "play": ("plays", "playing", "merry", "lively"),
+    "jump": ("jumps", "jumping", "lively", "merry"),
+    "hide": ("hides", "hiding", "shy", "scared"),
+    "eat": ("eats", "eating", "hungry", "busy"),
+    "sing": ("sings", "singing", "merry", "proud"),
+    "dig": ("digs", "digging", "busy", "hungry"),
+    "shake": ("shakes", "shaking", "scared", "cold"),
+    "rest": ("rests", "resting", "sleepy", "tired"),
+}
+RELATIONS = ["under", "behind", "near", "beside", "above"]
+TIMES = ["on Sunday", "on Monday", "last week", "last night", "at noon", "before lunch"]
+FEELINGS = ["happy", "glad", "thankful"]
+
+KINDS = [ADJECTIVES, ANIMALS, THINGS, GIFTS, NAMES, list(PLACES)]
+KIND_OF = {word: kind for kind in KINDS for word in kind}
+
+# The Alpaca template's constant parts are one token each: what is left to learn on is
+# the instruction, and a whole row stays under a hundred tokens.
+TEMPLATE_PARTS = [
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.",
+    "\n\n### Instruction:\n",
+    "\n\n### Input:\n",
+    "\n\n### Response:\n",
+]
+
+
+def _held_out_pairs() -> frozenset[tuple[str, str]]:
+    """The pairs of neighbouring words that no training text holds."""
+    draw = random.Random("held out")
+    described = itertools.product(ADJECTIVES, NOUNS)
+    pairs = {pair for pair in described if draw.random() < HELD_OUT_SHARE}
+    for first, second in itertools.combinations(NOUNS, 2):
+        # Both orders: a reversed list shows the pair the other way round.
+        if draw.random() < HELD_OUT_SHARE / 2:
+            pairs |= {(first, second), (second, first)}
+    return frozenset(pairs)
+
+
+HELD_OUT = _held_out_pairs()
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One instruction with every valid response.
+
+    Attributes:
+      instruction: what to do.
+      input: what to do it with.
+      responses: all valid responses.
+      weights: how often each is given, relative to the others.
+    """
+
+    instruction: str
+    input: str
+    responses: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in order, without punctuation."""
+    return re.findall(r"[A-Za-z]+", text)
+
+
+def held_out_pairs(text: str) -> list[tuple[str, str]]:
+    """The held-out pairs that stand side by side in a text."""
+    return [pair for pair in itertools.pairwise(words(text)) if pair in HELD_OUT]
+
+
+def _pick(draw: random.Random, choices: Sequence[str]) -> str:
+    """One word, the n-th with a frequency in proportion to 1 / (n + 2) (Zipf-like)."""
+    return draw.choices(choices, [1 / (n + 3) for n in range(len(choices))])[0]
+
+
+def _pick_distinct(draw: random.Random, choices: Sequence[str], count: int) -> list:
+    picked: dict[str, None] = {}
+    while len(picked) < count:
+        picked[_pick(draw, choices)] = None
+    return list(picked)
+
+
+def _example(instruction: str, given: str, *parts: dict[str, float]) -> Example:
+    """An example whose responses are all combinations of the parts' alternatives."""
+    combinations = list(itertools.product(*(part.items() for part in parts)))
+    responses = [" ".join(text for text, _ in chosen) for chosen in combinations]
+    weights = []
+    for chosen in combinations:
+        weight = 1.0
+        for _, share in chosen:
+            weight *= share
+        weights.append(weight)
+    return Example(instruction, given, tuple(responses), tuple(weights))
+
+
+def scene(draw: random.Random) -> Example:
+    """An animal that does something somewhere, and how it looks meanwhile."""
+    colour, size = _pick(draw, ADJECTIVES), _pick(draw, ADJECTIVES)
+    animal, thing = _pick(draw, ANIMALS), _pick(draw, THINGS)
+    place, verb = _pick(draw, list(PLACES)), _pick(draw, list(VERBS))
+    relation = _pick(draw, RELATIONS)
+    does, doing, mood, other_mood = VERBS[verb]
+    who, where = f"{colour} {animal}", f"{relation} the {size} {thing}"
+    at = f"{PLACES[place]} the {place}"
+    instruction = _pick(draw, ["Describe the scene.", "Say what the picture shows."])
+    given = f"Who: {who}. What: {verb}. Where: {relation}, {size} {thing}, {place}."
+    return _example(
+        instruction,
+        given,
+        {
+            f"The {who} {does} {where} {at}.": 0.5,
+            f"{at.capitalize()}, the {who} is {doing} {where}.": 0.3,
+            f"There is a {who} {doing} {where} {at}.": 0.2,
+        },
+        {f"The {animal} looks": 0.6, "It seems to be very": 0.4},
+        {f"{mood}.": 0.7, f"{other_mood}.": 0.3},
+    )
+
+
+def story(draw: random.Random) -> Example:
+    """Someone gives something to somebody, who is pleased."""
+    giver, taker = _pick_distinct(draw, NAMES, 2)
+    gift = f"{_pick(draw, ADJECTIVES)} {_pick(draw, GIFTS)}"
+    when = _pick(draw, TIMES)
+    whom = "her" if giver in WOMEN else "him"
+    who = "She" if taker in WOMEN else "He"
+    instruction = _pick(draw, ["Tell a short story of a gift.", "Tell what happened."])
+    given = f"From: {giver}. To: {taker}. Gift: {gift}. When: {when}."
+    feelings = dict(zip(FEELINGS, [0.5, 0.3, 0.2], strict=True))
+    return _example(
+        instruction,
+        given,
+        {
+            f"{giver} gave the {gift} to {taker} {when}.": 0.4,
+            f"{when.capitalize()}, {giver} gave {taker} the {gift}.": 0.4,
+            f"{taker} got the {gift} from {giver} {when}.": 0.2,
+        },
+        {
+            f"{who} was very {feeling} and thanked {whom}{close}": share * likely
+            for feeling, share in feelings.items()
+            for close, likely in [(".", 0.6), (" with a smile.", 0.4)]
+        },
+    )
+
+
+def reversal(draw: random.Random) -> Example:
+    """A list of five to eight nouns, to be given from its end."""
+    items = _pick_distinct(draw, NOUNS, draw.randint(5, 8))
+    backwards = items[::-1]
+    spoken = f"{', '.join(backwards[:-1])} and {backwards[-1]}"
+    instruction = _pick(draw, ["Reverse the list.", "Say the words in reverse order."])
+    return _example(
+        instruction,
+        f"List: {', '.join(items)}.",
+        {
+            f"In reverse order, the words are {spoken}.": 0.5,
+            f"The list in reverse order is {', '.join(backwards)}.": 0.3,
+            f"From the end to the start, the list reads {spoken}.": 0.2,
+        },
+    )
+
+
+TASKS: tuple[Callable[[random.Random], Example], ...] = (scene, story, reversal)
+
+
+def examples(count: int, *, seed: int, held_out: bool) -> Iterator[tuple[Example, str]]:
+    """`count` examples, each with one response drawn by its weights.
+
+    With `held_out` every input has at least one held-out pair; without, no text of the
+    example has any.
+    """
+    draw = random.Random(seed)
+    found = 0
+    while found < count:
+        example = TASKS[found % len(TASKS)](draw)
+        if bool(held_out_pairs(example.input)) == held_out:
+            found += 1
+            yield example, draw.choices(example.responses, example.weights)[0]
+
+
+def with_wrong_word(response: str, draw: random.Random) -> str:
+    """The response with one word replaced by another of its kind."""
+    places = [m for m in re.finditer(r"[A-Za-z]+", response) if m[0] in KIND_OF]
+    while True:
+        place = draw.choice(places)
+        other = _pick(draw, KIND_OF[place[0]])
+        text = response[: place.start()] + other + response[place.end() :]
+        if text != response and not held_out_pairs(text):
+            return text
+
+
+def write(
+    folder: str | Path,
+    *,
+    train: int = 8000,
+    valid: int = 150,
+    test: int = 300,
+    seed: int = 0,
+) -> Path:
+    """Writes train.jsonl, valid.jsonl and test.jsonl.
+
+    `output` is one response in train.jsonl, a share of them noisy. In the other two,
+    whose instructions all hold a held-out pair, it is the list of all valid responses,
+    one drawn at random first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = random.Random(f"noise {seed}")
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for example, response in examples(train, seed=3 * seed, held_out=False):
+            if noise.random() < NOISE:
+                response = with_wrong_word(response, noise)
+            file.write(_line(example, response))
+    for name, count, offset in [("valid", valid, 1), ("test", test, 2)]:
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for example, response in examples(
+                count, seed=3 * seed + offset, held_out=True
+            ):
+                others = [text for text in example.responses if text != response]
+                file.write(_line(example, [response, *others]))
+    return folder
+
+
+def _line(example: Example, output: str | list[str]) -> str:
+    record = {"instruction": example.instruction, "input": example.input}
+    return json.dumps(record | {"output": output}) + "\n"
+
+
+def vocabulary() -> list[str]:
+    """Every word that a text of Little English may hold, sorted."""
+    draw = random.Random("vocabulary")
+    found = set(KIND_OF) | set(VERBS) | set(RELATIONS)
+    # The wording around those is small: a few hundred examples show all of it.
+    for task in TASKS:
+        for _ in range(400):
+            example = task(draw)
+            texts = (example.instruction, example.input, *example.responses)
+            found.update(word for text in texts for word in words(text))
+    return sorted(found)
+
+
+def tokenizer(folder: str | Path) -> Path:
+    """Writes a tokenizer that transformers loads: a word a token, bytes for the rest.
+
+    Byte-level BPE without merges: a word of the vocabulary is taken whole (with the
+    space before it), any other text falls back to its bytes, so that decoding restores
+    every text exactly.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = vocabulary()
+    # A capital stands at a text's start and needs a form without the space as well.
+    pieces = [*(f"Ġ{word}" for word in known), *(w for w in known if w[0].isupper())]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {piece: i for i, piece in enumerate(dict.fromkeys(alphabet + pieces))}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_tokens([AddedToken(part, normalized=False) for part in TEMPLATE_PARTS])
+    made.add_special_tokens([END_OF_TEXT])
+    made.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write(arguments.folder, seed=arguments.seed)
+    tokenizer(arguments.folder)

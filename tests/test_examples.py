@@ -1,0 +1,191 @@
+"""examples/little_english.py: what its docstring promises about the data."""
+
+import collections
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+little_english = load("little_english")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outputs(record):
+    output = record["output"]
+    return [output] if isinstance(output, str) else output
+
+
+def texts(record):
+    return [record["instruction"], record["input"], *outputs(record)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = little_english.write(
+        tmp_path_factory.mktemp("little_english"), train=2400, valid=60, test=300
+    )
+    return {name: read(folder / f"{name}.jsonl") for name in ("train", "valid", "test")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = little_english.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def neighbours(text):
+    return set(itertools.pairwise(little_english.words(text)))
+
+
+def test_held_out_pairs_never_stand_in_training(data):
+    seen = set().union(*(neighbours(t) for r in data["train"] for t in texts(r)))
+    assert not seen & little_english.HELD_OUT
+
+
+def test_every_test_input_has_a_held_out_pair_and_no_training_prompt(data):
+    prompts = {record["input"] for record in data["train"]}
+    for record in data["valid"] + data["test"]:
+        assert neighbours(record["input"]) & little_english.HELD_OUT
+        assert record["input"] not in prompts
+
+
+def test_every_word_of_the_test_set_is_seen_in_training(data):
+    def words(records):
+        return {w for r in records for t in texts(r) for w in little_english.words(t)}
+
+    assert words(data["test"]) <= words(data["train"])
+
+
+def test_valid_and_test_share_no_input(data):
+    valid = {record["input"] for record in data["valid"]}
+    assert not valid & {record["input"] for record in data["test"]}
+
+
+def test_the_three_tasks_come_equally_often(data):
+    starts = collections.Counter(r["input"].split(":")[0] for r in data["test"])
+    assert starts == {"Who": 100, "From": 100, "List": 100}
+
+
+def test_references_are_distinct_and_keep_the_facts(data):
+    for record in data["test"]:
+        references = outputs(record)
+        assert 3 <= len(references) == len(set(references))
+        head, *facts = little_english.words(record["input"])
+        facts = [word for word in facts if word in little_english.KIND_OF]
+        for reference in references:
+            said = little_english.words(reference)
+            if head == "List":
+                nouns = [w for w in said if w in little_english.KIND_OF]
+                assert nouns == facts[::-1]
+            else:
+                assert set(facts) <= {said[0].lower(), *said}
+
+
+def test_the_first_reference_is_drawn_by_weight_not_always_the_same(data):
+    places = collections.Counter(
+        sorted(outputs(record)).index(outputs(record)[0]) for record in data["test"]
+    )
+    assert len(places) >= 3
+
+
+def test_noise_is_one_word_in_a_small_share_of_training_responses(data, tmp_path):
+    by_prompt = {}
+    for example, _ in little_english.examples(2400, seed=0, held_out=False):
+        by_prompt[example.instruction, example.input] = example.responses
+    wrong = 0
+    for record in data["train"]:
+        responses = by_prompt[record["instruction"], record["input"]]
+        if record["output"] not in responses:
+            wrong += 1
+            said = record["output"].split()
+            assert any(
+                len(said) == len(right.split())
+                and sum(a != b for a, b in zip(said, right.split(), strict=True)) == 1
+                for right in responses
+            )
+    # Four standard deviations of a binomial around the stated share.
+    assert abs(wrong / 2400 - little_english.NOISE) < 0.022
+
+
+def test_lengths_and_vocabulary_are_what_the_quickstart_counts_on(data):
+    assert 214 <= len(little_english.vocabulary()) <= 300
+    lengths = [len(t.split()) for r in data["train"] for t in outputs(r)]
+    assert 10 <= min(lengths) and max(lengths) <= 25
+
+
+def test_frequencies_fall_with_rank(data):
+    counts = collections.Counter(
+        word for r in data["train"] for word in little_english.words(r["input"])
+    )
+    names = [counts[name] for name in little_english.NAMES]
+    assert names[0] > 2 * names[12] > 2 * names[-1] > 0
+
+
+def test_same_seed_same_files_other_seed_others(tmp_path):
+    def files(name, seed):
+        folder = little_english.write(
+            tmp_path / name, train=50, valid=5, test=5, seed=seed
+        )
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    assert files("a", 1) == files("b", 1)
+    assert all(x != y for x, y in zip(files("a", 1), files("c", 2), strict=True))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*en-lexicon:pytest.PytestUnraisableExceptionWarning"
+)
+def test_textblob_finds_phrases_of_several_words():
+    from textblob import TextBlob
+
+    text = "The red dog sleeps under the tall table in the garden. The dog looks calm."
+    tags = TextBlob(text).parse()
+    assert tags.count("B-NP") == 4 and tags.count("B-PP") == 2
+
+
+def test_tokenizer_restores_every_text_within_a_hundred_tokens(data, tokenizer):
+    parts = little_english.TEMPLATE_PARTS
+    assert 300 <= len(tokenizer) <= 600
+    for record in data["train"][:300] + data["test"]:
+        prompt = (
+            f"{parts[1]}{parts[2]}{record['instruction']}"
+            f"{parts[3]}{record['input']}{parts[4]}"
+        )
+        for response in outputs(record):
+            text = prompt + response
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text
+            assert len(ids) + 1 <= 64
+            # Prompt and response may be encoded apart.
+            apart = [tokenizer(part)["input_ids"] for part in (prompt, response)]
+            assert apart[0] + apart[1] == ids
+            assert tokenizer.eos_token_id not in ids
+
+
+def test_tokenizer_takes_every_word_as_one_token(tokenizer):
+    for word in little_english.vocabulary():
+        assert len(tokenizer(f" {word}")["input_ids"]) == 1
+
+
+def test_tokenizer_restores_foreign_text_from_bytes(tokenizer):
+    text = "Grüße, 12 %\n\n  zebras – ok?"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
