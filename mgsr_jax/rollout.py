@@ -1,0 +1,228 @@
+"""Where a training batch comes from: the data, the student's revised samples, a replay.
+
+off      ground truth only
+on       with probability `probability` the student generates, SCRG revises
+replay   adaptive off-policy, as in DistiLLM (arXiv 2402.03898): with r ~ U(0, 1),
+         ratio phi, step s of S,
+           r < phi (1 - s/S), or r < phi while the buffer is not full:  generate, push
+           else r < phi:                                            sample the buffer
+           else:                                                    the data's batch
+         after a validation whose loss is at least `reference + epsilon`:
+           phi += 0.1 (at most 1), reference = loss
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsr_jax.decode import STUDENT, decode, row_keys, start
+from mgsr_jax.rows import NO_SPAN, Rows, blank_padding, prompts_only
+from mgsr_jax.scrg import ScrgInfo, revise
+from mgsr_jax.spans import Chunker, chunk, token_offsets
+from mgsr_jax.typing import Model, Params, PRNGKey
+
+Source = Literal["data", "generate", "replay"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Where a step's rows come from.
+
+    Attributes:
+      policy: "off", "on" or "replay".
+      probability: of generating, for "on".
+      initial_ratio: phi at the start, for "replay".
+      epsilon: how much worse a validation must be to raise phi.
+      capacity: sequences that the replay buffer holds.
+      rounds: rounds of SCRG; 0 trains on the samples as they are.
+      teacher_token: "sample" (the paper) or "argmax".
+      temperature: of the student's sampling.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: keep the fewest most probable tokens that hold this mass.
+    """
+
+    policy: Literal["off", "on", "replay"] = "off"
+    probability: float = 1.0
+    initial_ratio: float = 0.0
+    epsilon: float = 0.1
+    capacity: int = 1000
+    rounds: int = 1
+    teacher_token: Literal["sample", "argmax"] = "sample"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass
+class ReplayBuffer:
+    """The latest `capacity` generated rows, on the host; the oldest makes room.
+
+    Attributes:
+      rows: numpy Rows of `capacity` rows.
+      pushed: rows ever pushed; the next one goes to `pushed % capacity`.
+    """
+
+    rows: Rows
+    pushed: int = 0
+
+    @classmethod
+    def empty(cls, capacity: int, width: int) -> "ReplayBuffer":
+        """A buffer for rows of the given width."""
+        return cls(
+            Rows(
+                tokens=np.zeros((capacity, width), np.int32),
+                prompt_lengths=np.ones(capacity, np.int32),
+                lengths=np.ones(capacity, np.int32),
+                span_ids=np.full((capacity, width), NO_SPAN, np.int32),
+                example=np.zeros(capacity, np.int32),
+                ground_truth=np.zeros(capacity, bool),
+            )
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+        return self.rows.lengths.shape[0]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next push replaces a row."""
+        return self.pushed >= self.capacity
+
+    def push(self, rows: Rows) -> None:
+        """Adds a batch of host rows."""
+        size = rows.lengths.shape[0]
+        slots = (self.pushed + np.arange(size)) % self.capacity
+        for field in dataclasses.fields(Rows):
+            getattr(self.rows, field.name)[slots] = getattr(rows, field.name)
+        self.pushed += size
+
+    def sample(self, key: PRNGKey, size: int) -> Rows:
+        """`size` rows, uniformly, with replacement."""
+        held = min(self.pushed, self.capacity)
+        index = np.asarray(jax.random.randint(key, (size,), 0, held))
+        return jax.tree.map(lambda leaf: leaf[index], self.rows)
+
+
+@dataclasses.dataclass
+class AdaptiveRatio:
+    """phi of the replay policy and the validation loss that it compares with.
+
+    Attributes:
+      ratio: phi, the share of steps on the student's text.
+      reference: None until the first validation.
+    """
+
+    ratio: float
+    reference: float | None = None
+
+    def update(self, loss: float, epsilon: float) -> None:
+        """Raises the ratio when validation got worse by `epsilon`."""
+        if self.reference is None:
+            self.reference = loss
+        elif loss >= self.reference + epsilon:
+            self.ratio = min(self.ratio + 0.1, 1.0)
+            self.reference = loss
+
+
+def choose_source(
+    config: RolloutConfig,
+    key: PRNGKey,
+    *,
+    step: int,
+    steps: int,
+    ratio: float = 0.0,
+    buffer_full: bool = False,
+) -> Source:
+    """Where step `step` of `steps` takes its rows from; one draw for all hosts.
+
+    >>> choose_source(RolloutConfig("on", 0.0), jax.random.key(0), step=0, steps=9)
+    'data'
+    """
+    r = float(jax.random.uniform(key))
+    if config.policy == "off":
+        return "data"
+    if config.policy == "on":
+        return "generate" if r < config.probability else "data"
+    if r < ratio * (1 - step / steps) or (r < ratio and not buffer_full):
+        return "generate"
+    return "replay" if r < ratio else "data"
+
+
+def make_rollout(
+    student: Model,
+    teacher: Model,
+    config: RolloutConfig,
+    *,
+    eos_ids: tuple[int, ...],
+    vocab_size: int | None = None,
+    prefill_width: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Callable[[Params, Params, Rows, PRNGKey], tuple[Rows, ScrgInfo]]:
+    """A jitted `rollout(student_params, teacher_params, rows, key)`.
+
+    The student answers the prompts of `rows`, SCRG revises; spans are not known yet.
+    `dtype` is that of the decoder's weights and cache.
+    """
+    sampling = dict(
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+    @jax.jit
+    def rollout(
+        student_params: Params, teacher_params: Params, rows: Rows, key: PRNGKey
+    ) -> tuple[Rows, ScrgInfo]:
+        params = student.decode_params(student_params, dtype)
+        max_length = rows.tokens.shape[1]
+        state = decode(
+            student,
+            params,
+            start(prompts_only(rows)),
+            keys=row_keys(key, rows.example, STUDENT, 0),
+            max_length=max_length,
+            prefill_width=prefill_width,
+            **sampling,
+        )
+        state, info = revise(
+            student,
+            params,
+            teacher,
+            teacher_params,
+            state,
+            key=key,
+            rounds=config.rounds,
+            teacher_token=config.teacher_token,
+            max_length=max_length,
+            **sampling,
+        )
+        return blank_padding(state.rows), info
+
+    return rollout
+
+
+def with_spans(
+    rows: Rows, tokenizer: Any, chunker: Chunker, *, spacy_model: str
+) -> Rows:
+    """Host rows with the phrases of their responses marked."""
+    responses = [
+        tokens[start:end].tolist()
+        for tokens, start, end in zip(
+            rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+        )
+    ]
+    decoded = [token_offsets(tokenizer, ids) for ids in responses]
+    texts, offsets = zip(*decoded, strict=True)
+    span_ids = np.full_like(rows.tokens, NO_SPAN)
+    phrases = chunk(texts, offsets, chunker, spacy_model=spacy_model)
+    for b, ids in enumerate(phrases):
+        start = rows.prompt_lengths[b]
+        span_ids[b, start : start + len(ids)] = ids
+    return dataclasses.replace(rows, span_ids=span_ids)

@@ -1,0 +1,226 @@
+"""One optimizer step: gradients of micro-batches summed, then one update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mgsr_jax.losses import Sum
+from mgsr_jax.objective import (
+    Objective,
+    Weights,
+    micro_batch_loss,
+    position_weights,
+)
+from mgsr_jax.rows import Rows
+from mgsr_jax.typing import Leaf, Model, Params
+
+Metrics = dict[str, Sum]
+TrainStep = Callable[..., tuple["TrainState", Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a cosine schedule for the student, Adam for the clip network.
+
+    Attributes:
+      learning_rate: the student's, at its highest.
+      final_learning_rate: where the cosine ends.
+      warmup_steps: linear warm-up from 0.
+      weight_decay: on matrices and embeddings; not on norms and biases.
+      beta1: Adam's decay of the gradient's mean.
+      beta2: Adam's decay of its square.
+      clip_norm: the student's gradient is scaled down to this global norm.
+      clip_network_learning_rate: constant; without weight decay.
+    """
+
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 1e-7
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    clip_network_learning_rate: float = 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      step: updates made. int32 []
+      key: the run's random key; what a step draws is folded from it by `step`.
+      params: {"student": ..., "clip_network": ...}, float32.
+      opt_state: the optimizer's.
+    """
+
+    step: Leaf
+    key: Leaf
+    params: Leaf
+    opt_state: Leaf
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final_learning_rate` at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The two optimizers, by the top-level name in the parameters."""
+    student = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+    return optax.partition(
+        {
+            "student": student,
+            "clip_network": optax.adam(config.clip_network_learning_rate),
+        },
+        lambda params: {name: name for name in params},
+    )
+
+
+def decayed(params: Params) -> Any:
+    """True for the matrices: weight decay leaves norms and biases alone.
+
+    By name, since a stack of biases has the rank of a matrix.
+    """
+
+    def is_matrix(path: Any, leaf: Array) -> bool:
+        return path[-1].key in ("kernel", "embedding")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+    )
+
+
+def make_train_step(
+    student: Model,
+    teacher: Model | None,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    vocab_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> TrainStep:
+    """A jitted `step(state, teacher_params, micro_batches) -> (state, metrics)`.
+
+    `state` is donated. `micro_batches` is a tuple of Rows of one shape; how rows are
+    spread over it does not change the gradient. Metrics are sums and counts.
+    An update with a gradient that is not finite is not made: the state comes back as it
+    was, but for `step`, and the metric "finite" says so.
+    """
+    loss_of = jax.value_and_grad(
+        lambda params, teacher_params, rows, weights: micro_batch_loss(
+            params,
+            teacher_params,
+            rows,
+            weights,
+            student=student,
+            teacher=teacher,
+            objective=objective,
+            vocab_size=vocab_size,
+            dtype=dtype,
+        ),
+        has_aux=True,
+    )
+
+    def gradient(params: Params, teacher_params: Any, rows: Rows) -> Any:
+        """Loss, metrics and gradient summed over the leading axis of `rows`."""
+
+        def one(carry: Any, batch: tuple[Rows, Weights]) -> Any:
+            (loss, metrics), grads = loss_of(params, teacher_params, *batch)
+            return jax.tree.map(jnp.add, carry, (loss, metrics, grads)), None
+
+        batches = (rows, position_weights(rows, objective))
+        first = jax.tree.map(lambda x: x[0], batches)
+        shapes = jax.eval_shape(loss_of, params, teacher_params, *first)
+        (loss, metrics), grads = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), shapes
+        )
+        return jax.lax.scan(one, (loss, metrics, grads), batches)[0]
+
+    def step(
+        state: TrainState, teacher_params: Any, micro_batches: tuple[Rows, ...]
+    ) -> tuple[TrainState, Metrics]:
+        rows = jax.tree.map(lambda *parts: jnp.stack(parts), *micro_batches)
+        loss, metrics, grads = gradient(state.params, teacher_params, rows)
+        norm = optax.global_norm(grads["student"])
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=kept[0], opt_state=kept[1]
+        )
+        one = jnp.ones(())
+        metrics |= {
+            "loss": Sum(loss, one),
+            "gradient_norm": Sum(norm, one),
+            "finite": Sum(finite.astype(jnp.float32), one),
+        }
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_validation_step(
+    student: Model,
+    teacher: Model | None,
+    objective: Objective,
+    *,
+    vocab_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Callable[..., Metrics]:
+    """A jitted `metrics(params, teacher_params, rows)`: every part, without a gradient.
+
+    The cross-entropy is always among them, whatever its weight in training.
+    """
+    objective = dataclasses.replace(objective, sft=objective.sft or 1.0)
+
+    def metrics(params: Params, teacher_params: Any, rows: Rows) -> Metrics:
+        weights = position_weights(rows, objective)
+        return micro_batch_loss(
+            params,
+            teacher_params,
+            rows,
+            weights,
+            student=student,
+            teacher=teacher,
+            objective=objective,
+            vocab_size=vocab_size,
+            dtype=dtype,
+        )[1]
+
+    return jax.jit(metrics)

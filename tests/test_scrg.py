@@ -1,0 +1,229 @@
+"""SCRG against a Python loop that scores and re-generates every row from scratch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jaxtyping import TypeCheckError
+
+from mgsr_jax import sharding
+from mgsr_jax.decode import STUDENT, TEACHER, decode, row_keys, sample, start
+from mgsr_jax.scrg import locate_error, revise
+
+WIDTH = 12
+EOS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny.llama(0, scale=3.0), tiny.llama(1, width=24, scale=3.0)
+
+
+@partial(jax.jit, static_argnums=0)
+def full_logits(model, params, tokens):
+    hidden, _ = model.forward(params, tokens[None])
+    return model.unembed(model.head_params(params), hidden)[0]
+
+
+def logits_of(named, tokens):
+    padded = jnp.asarray(tokens + [0] * (WIDTH - len(tokens)))
+    return np.asarray(full_logits(*named, padded), np.float64)
+
+
+def draw(logits, keys, b, position, temperature=1.0):
+    row_key = jax.random.wrap_key_data(keys[b])
+    key = jax.random.fold_in(row_key, position)[None]
+    return int(sample(jnp.asarray(logits, jnp.float32)[None], key)[0])
+
+
+def kl(teacher, student):
+    log_p = teacher - np.logaddexp.reduce(teacher)
+    log_q = student - np.logaddexp.reduce(student)
+    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
+
+
+def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
+    """Per row: the tokens, and (error position, KL) of every round."""
+
+    def data(stream, round):
+        keys = row_keys(key, rows.example, stream, round)
+        return np.asarray(jax.random.key_data(keys))
+
+    def extend(tokens, b, keys):
+        while len(tokens) < WIDTH and not (
+            len(tokens) > prompt and tokens[-1] in eos_ids
+        ):
+            logits = logits_of(student, tokens)[len(tokens) - 1]
+            tokens = tokens + [draw(logits, keys, b, len(tokens))]
+        return tokens
+
+    results = []
+    for b, prompt in enumerate(rows.prompt_lengths.tolist()):
+        tokens = extend(rows.tokens[b, :prompt].tolist(), b, data(STUDENT, 0))
+        corrected_to, log = prompt - 1, []
+        for round in range(1, rounds + 1):
+            p, q = logits_of(teacher, tokens), logits_of(student, tokens)
+            keys, worst = data(TEACHER, round), None
+            for i in range(corrected_to + 1, len(tokens)):
+                before = p[i - 1]
+                choice = int(before.argmax()) if argmax else draw(before, keys, b, i)
+                score = kl(before, q[i - 1])
+                if choice != tokens[i] and (worst is None or score > worst[1]):
+                    worst = (i, score, choice)
+            if worst is None:
+                log.append((-1, 0.0))
+                continue
+            corrected_to, score, choice = worst
+            tokens = tokens[:corrected_to] + [choice]
+            tokens = extend(tokens, b, data(STUDENT, round))
+            log.append((corrected_to, score))
+        results.append((tokens, log))
+    return results
+
+
+@partial(jax.jit, static_argnames=("pair", "rounds", "eos_ids", "teacher_token"))
+def rollout(
+    pair,
+    params,
+    rows,
+    key,
+    *,
+    rounds=1,
+    eos_ids=EOS,
+    teacher_token="sample",
+    temperature=1.0,
+):
+    student, teacher = pair
+    copy = student.decode_params(params[0], jnp.float32)
+    state = decode(
+        student,
+        copy,
+        start(rows),
+        keys=row_keys(key, rows.example, STUDENT, 0),
+        max_length=WIDTH,
+        eos_ids=eos_ids,
+        temperature=temperature,
+    )
+    return state, revise(
+        student,
+        copy,
+        teacher,
+        params[1],
+        state,
+        key=key,
+        rounds=rounds,
+        teacher_token=teacher_token,
+        max_length=WIDTH,
+        eos_ids=eos_ids,
+        chunk_size=4,
+    )
+
+
+def run(pair, rows, key, **settings):
+    models, params = zip(*pair, strict=True)
+    return rollout(models, params, rows, key, **settings)
+
+
+def as_lists(rows):
+    return [
+        tokens[:length].tolist()
+        for tokens, length in zip(rows.tokens, rows.lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "teacher_token"), [(0, "sample"), (1, "argmax"), (3, "sample")]
+)
+def test_equals_regeneration_from_scratch(pair, rounds, teacher_token):
+    rows, key = tiny.prompts((1, 4, 2, 6, 11), width=WIDTH), jax.random.key(4)
+    _, (state, info) = run(pair, rows, key, rounds=rounds, teacher_token=teacher_token)
+    want = reference(*pair, rows, key, rounds, EOS, teacher_token == "argmax")
+    assert as_lists(state.rows) == [tokens for tokens, _ in want]
+    assert info.error_position.shape == (rounds, 5)
+    for b, (_, log) in enumerate(want):
+        assert info.error_position[:, b].tolist() == [j for j, _ in log]
+        np.testing.assert_allclose(info.kl[:, b], [v for _, v in log], rtol=1e-4)
+    np.testing.assert_array_equal(info.corrected, info.error_position >= 0)
+    assert rounds == 0 or np.asarray(info.corrected).any()
+
+
+def test_later_rounds_undo_nothing(pair):
+    rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
+    _, (state, info) = run(pair, rows, key, rounds=4, eos_ids=(99,))
+    for b in range(4):
+        positions = [j for j in info.error_position[:, b].tolist() if j >= 0]
+        assert positions == sorted(set(positions))
+
+
+def test_a_teacher_that_agrees_corrects_nothing(pair):
+    rows = tiny.prompts((1, 4, 2, 6), width=WIDTH)
+    before, (after, info) = run(
+        (pair[0], pair[0]),
+        rows,
+        jax.random.key(0),
+        teacher_token="argmax",
+        temperature=0.0,
+    )
+    assert not np.asarray(info.corrected).any()
+    assert info.error_position.tolist() == [[-1] * 4]
+    assert as_lists(after.rows) == as_lists(before.rows)
+
+
+def test_a_teachers_end_of_sequence_ends_the_row(pair):
+    """Every token but one ends a row for the teacher: rows end where it corrects."""
+    student, teacher = pair
+    rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
+    _, (plain, info) = run(pair, rows, key, eos_ids=(99,))
+    found = int(jnp.argmax(info.corrected[0]))
+    position = int(info.error_position[0, found])
+    token = int(plain.rows.tokens[found, position])
+    prompt = int(rows.prompt_lengths[found])
+    assert token not in plain.rows.tokens[found, prompt:position].tolist()
+    _, (ended, info) = run(pair, rows, key, eos_ids=(token,))
+    assert int(info.error_position[0, found]) == position
+    assert int(ended.rows.lengths[found]) == position + 1
+
+
+def test_the_end_of_sequence_counts_padding_does_not():
+    rows = tiny.complete(((2, 3), (2, 3)), width=8)
+    proposal = rows.tokens.at[0, 4].add(1).at[1, 5].add(1).at[1, 1].add(1)
+    kl = jnp.arange(16.0).reshape(2, 8)
+    position, found = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
+    assert position.tolist() == [4, 0] and found.tolist() == [True, False]
+
+
+def test_largest_kl_among_disagreements_only():
+    rows = tiny.complete(((2, 5),), width=8)
+    proposal = rows.tokens.at[0, 3].add(1).at[0, 6].add(1)
+    kl = jnp.array([[9.0, 9, 9, 2, 9, 9, 3, 9]])
+    position, _ = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
+    assert position.tolist() == [6]
+    position, _ = locate_error(rows, proposal, kl.at[0, 3].set(4.0), jnp.array([1]))
+    assert position.tolist() == [3]
+    position, found = locate_error(rows, proposal, kl, jnp.array([6]))
+    assert not found[0]
+
+
+def test_mesh_changes_nothing(pair):
+    rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
+    key = jax.random.key(2)
+    _, (want, want_info) = run(pair, rows, key, rounds=2)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    placed = [
+        (model, jax.device_put(p, sharding.shardings(mesh, model.partition_rules, p)))
+        for model, p in pair
+    ]
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
+        _, (got, info) = run(placed, batch, key, rounds=2)
+    assert as_lists(jax.device_get(got.rows)) == as_lists(jax.device_get(want.rows))
+    np.testing.assert_array_equal(info.error_position, want_info.error_position)
+
+
+def test_unknown_teacher_token_is_named(pair):
+    rows = tiny.prompts((1,), width=WIDTH)
+    with pytest.raises((ValueError, TypeCheckError), match="'beam'"):
+        run(pair, rows, jax.random.key(0), teacher_token="beam")
