@@ -15,15 +15,30 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from mgsr_jax import sharding
-from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
+from mgsr_jax.checkpoint._layout import (
+    HEAD,
+    INDEX,
+    WEIGHTS,
+    PathLike,
+    file_shape,
+    flat_shapes,
+    is_stacked,
+    path_name,
+    tensor_names,
+)
+from mgsr_jax.checkpoint._save import save_pretrained
+from mgsr_jax.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from mgsr_jax.models import KeyRow, LanguageModel
 from mgsr_jax.typing import Params
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
-_DTYPES = ("F32", "BF16", "F16")
+__all__ = [
+    "load_params",
+    "load_tokenizer",
+    "save_pretrained",
+    "tokenizer_fingerprint",
+]
 
-PathLike = str | os.PathLike[str]
+_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +79,7 @@ class _Source:
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """`parameter[index]`, reading no more of the file than that."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        if not _stacked(self.row):
+        if not is_stacked(self.row):
             return self._read(self.tensors[0], bounds, dtype)
         out = np.empty([stop - start for start, stop in bounds], dtype)
         for i, tensor in enumerate(self.tensors[slice(*bounds[0])]):
@@ -116,10 +131,10 @@ def load_params(
     non_finite: set[str] = set()
     with contextlib.ExitStack() as stack:
         tensors = _open(Path(path), stack)
-        sources = _match(Path(path), model, tensors, _flat(abstract), non_finite)
+        sources = _match(Path(path), model, tensors, flat_shapes(abstract), non_finite)
 
         def place(key_path: Any, leaf: Any, target: Any) -> jax.Array:
-            source = sources[_name(key_path)]
+            source = sources[path_name(key_path)]
             if target is None:
                 return jnp.asarray(source.read((slice(None),) * leaf.ndim, dtype))
             seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
@@ -208,11 +223,11 @@ def _match(
     head = found.pop(HEAD, None) if model.config.tie_word_embeddings else None
     sources, used = {}, set()
     for row in model.architecture.key_rows(model.config):
-        shape, names = shapes[row.path], _names(row, model)
+        shape, names = shapes[row.path], tensor_names(row, model)
         used.update(names)
         missing += [name for name in names if name not in found]
         present = tuple(found[name] for name in names if name in found)
-        expected = _file_shape(row, shape)
+        expected = file_shape(row, shape)
         for tensor in present:
             if tensor.shape != expected:
                 misshapen.append(f"{tensor.name} {tensor.shape}, expected {expected}")
@@ -259,29 +274,3 @@ def _bare(name: str, model: LanguageModel) -> str:
         if name.startswith(prefix):
             return name[len(prefix) :]
     return name
-
-
-def _stacked(row: KeyRow) -> bool:
-    return row.path.startswith(f"{LAYERS}/")
-
-
-def _names(row: KeyRow, model: LanguageModel) -> list[str]:
-    """Tensor names without prefix: one, or one a layer."""
-    if not _stacked(row):
-        return [row.name]
-    return [row.name.format(layer) for layer in range(model.config.num_layers)]
-
-
-def _file_shape(row: KeyRow, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if _stacked(row) else shape
-    shape = shape[::-1] if row.transposed else shape
-    return (*shape[:-1], shape[-1] * row.parts)
-
-
-def _name(key_path: Any) -> str:
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
-
-
-def _flat(abstract: Params) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    return {_name(key_path): leaf.shape for key_path, leaf in leaves}

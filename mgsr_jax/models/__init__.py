@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgsr_jax.models import gpt2, llama
+from mgsr_jax.models import gpt2, llama, opt, qwen
 from mgsr_jax.models._functional import LAYERS, KeyRow, LanguageModel
 
 __all__ = ["LAYERS", "KeyRow", "LanguageModel", "from_config"]
 
 _LLAMA = (llama.LlamaConfig, llama.ARCHITECTURE)
+_QWEN = (qwen.QwenConfig, qwen.ARCHITECTURE)
 _FAMILIES = {
     "gpt2": (gpt2.Gpt2Config, gpt2.ARCHITECTURE),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "opt": (opt.OptConfig, opt.ARCHITECTURE),
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
 }
 
 

@@ -1,0 +1,41 @@
+"""How a Hugging Face folder names its weights; shared by reading and writing."""
+
+import os
+from typing import Any
+
+import jax
+
+from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
+from mgsr_jax.typing import Params
+
+PathLike = str | os.PathLike[str]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+
+
+def is_stacked(row: KeyRow) -> bool:
+    return row.path.startswith(f"{LAYERS}/")
+
+
+def tensor_names(row: KeyRow, model: LanguageModel) -> list[str]:
+    """Tensor names without prefix: one, or one a layer."""
+    if not is_stacked(row):
+        return [row.name]
+    return [row.name.format(layer) for layer in range(model.config.num_layers)]
+
+
+def file_shape(row: KeyRow, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = shape[1:] if is_stacked(row) else shape
+    shape = shape[::-1] if row.transposed else shape
+    return (*shape[:-1], shape[-1] * row.parts)
+
+
+def path_name(key_path: Any) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flat_shapes(abstract: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    return {path_name(key_path): leaf.shape for key_path, leaf in leaves}

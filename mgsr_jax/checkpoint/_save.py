@@ -1,0 +1,207 @@
+"""Params to a Hugging Face folder that transformers loads."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mgsr_jax.checkpoint._layout import (
+    HEAD,
+    INDEX,
+    WEIGHTS,
+    PathLike,
+    file_shape,
+    flat_shapes,
+    is_stacked,
+    path_name,
+    tensor_names,
+)
+from mgsr_jax.checkpoint.tokenizer import copy_tokenizer
+from mgsr_jax.models import KeyRow, LanguageModel
+from mgsr_jax.typing import Params
+
+METADATA = {"format": "pt", "producer": "mgsr_jax"}  # transformers asks for a format
+
+
+def save_pretrained(
+    path: PathLike,
+    model: LanguageModel,
+    params: Params,
+    *,
+    tokenizer_from: PathLike | None = None,
+    dtype: Any = jnp.float32,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that transformers loads with equal logits.
+
+    The folder appears whole or not at all. With several processes all of them call
+    this, and the first one writes.
+
+    Args:
+      path: the folder to make.
+      model: whose config is written.
+      params: as `load_params` or `model.init` give them; sharded or not.
+      tokenizer_from: folder whose tokenizer files are copied.
+      dtype: of the weights written.
+      overwrite: replace what an earlier call wrote at `path`; never anything else.
+      max_shard_bytes: beyond it the weights are split into files with an index.
+
+    Raises:
+      FileExistsError: something at `path` that may not be replaced.
+      FileNotFoundError: no tokenizer files in `tokenizer_from`.
+      ValueError: params that are not the model's.
+    """
+    target = Path(path).absolute()
+    _check_params(model, params)
+    _check_target(target, overwrite)
+    sizes = _file_sizes(model, np.dtype(dtype))
+    tensors = _file_tensors(model, params, np.dtype(dtype))
+    if jax.process_index() != 0:
+        for _ in tensors:  # takes part in gathering what is sharded over hosts
+            pass
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as t:
+        folder = Path(t) / target.name
+        folder.mkdir()
+        if tokenizer_from is not None:
+            copy_tokenizer(Path(tokenizer_from), folder)
+        _write_configs(folder, model, np.dtype(dtype).name)
+        _write_weights(folder, tensors, sizes, max_shard_bytes)
+        if target.exists():
+            target.rename(Path(t) / "replaced")
+        folder.rename(target)
+
+
+def _check_params(model: LanguageModel, params: Params) -> None:
+    expected = flat_shapes(model.abstract_params())
+    got = flat_shapes(params)
+    if wrong := [
+        f"{name} {got.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+        for name in sorted(expected.keys() | got.keys())
+        if got.get(name) != expected.get(name)
+    ]:
+        raise ValueError(f"params are not those of the model: {'; '.join(wrong)}")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Nothing of the user's is ever replaced, with `overwrite` neither."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} exists and is not empty; choose another folder"
+        )
+    if not (target.is_dir() and _is_ours(target)):
+        raise FileExistsError(
+            f"{target} was not written by mgsr_jax and is not replaced; "
+            "choose another folder"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                if (handle.metadata() or {}).get("producer") != METADATA["producer"]:
+                    return False
+        except SafetensorError:
+            return False
+    return bool(weights)
+
+
+def _write_configs(folder: Path, model: LanguageModel, dtype: str) -> None:
+    # Both spellings: `dtype` is transformers 5's, `torch_dtype` everyone else's.
+    config = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    ids = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
+    ids = {f"{key}_token_id": id_ for key, id_ in ids.items() if id_ is not None}
+    if ids:
+        text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text)
+
+
+def _write_weights(
+    folder: Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    sizes: dict[str, int],
+    max_shard_bytes: int,
+) -> None:
+    """One shard of tensors in memory at a time."""
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        save_file(dict(tensors), folder / WEIGHTS, metadata=METADATA)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        values = dict(next(tensors) for _ in names)
+        save_file(values, folder / file, metadata=METADATA)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": weight_map,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _file_rows(model: LanguageModel) -> dict[str, list[KeyRow]]:
+    """Rows by the file's tensor name (a template for stacked ones), parts together."""
+    rows: dict[str, list[KeyRow]] = {}
+    for row in model.architecture.key_rows(model.config):
+        rows.setdefault(row.name, []).append(row)
+    return rows
+
+
+def _full_names(row: KeyRow, model: LanguageModel) -> list[str]:
+    prefix = "" if row.name == HEAD else model.architecture.prefixes[0]
+    return [prefix + name for name in tensor_names(row, model)]
+
+
+def _file_sizes(model: LanguageModel, dtype: np.dtype) -> dict[str, int]:
+    """Bytes of every tensor, in the order of `_file_tensors`."""
+    shapes = flat_shapes(model.abstract_params())
+    sizes = {}
+    for rows in _file_rows(model).values():
+        shape = file_shape(rows[0], shapes[rows[0].path])
+        for name in _full_names(rows[0], model):
+            sizes[name] = int(np.prod(shape)) * dtype.itemsize
+    return sizes
+
+
+def _file_tensors(
+    model: LanguageModel, params: Params, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as the file has it; one of our parameters on the host at a time."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    values = {path_name(key_path): leaf for key_path, leaf in leaves}
+    for rows in _file_rows(model).values():
+        hosts = [_to_host(values[row.path]) for row in rows]
+        for i, name in enumerate(_full_names(rows[0], model)):
+            parts = [host[i] if is_stacked(rows[0]) else host for host in hosts]
+            value = np.concatenate(parts, axis=-1)
+            value = value.T if rows[0].transposed else value
+            yield name, np.ascontiguousarray(value.astype(dtype))
+
+
+def _to_host(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -1,0 +1,142 @@
+"""Tokenizers of Hugging Face folders, by transformers' named classes only."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What belongs to a tokenizer; one of the first rows of `load_tokenizer` must exist."""
+
+_SETTINGS = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "model_max_length",
+    "padding_side",
+)
+_SPECIAL = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_CLASSES = {
+    "GPT2Tokenizer": transformers.GPT2Tokenizer,
+    "Qwen2Tokenizer": transformers.Qwen2Tokenizer,
+    "LlamaTokenizer": transformers.LlamaTokenizer,
+}
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str],
+) -> transformers.PreTrainedTokenizerFast:
+    """The folder's tokenizer, with its special tokens and chat template.
+
+    Reads tokenizer.json, or vocab.json with merges.txt, or tokenizer.model. Classes
+    are ours to name: no `Auto*`, no code of the checkpoint.
+
+    Raises:
+      FileNotFoundError: none of these files.
+      ValueError: files that cannot be read, or that ask for a class not on our list.
+    """
+    folder = Path(path)
+    config = _read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        return _from_tokenizer_json(folder, config)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        default = "GPT2Tokenizer"
+    elif (folder / "tokenizer.model").is_file():
+        default = "LlamaTokenizer"
+    else:
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}; expected tokenizer.json, or vocab.json with "
+            "merges.txt, or tokenizer.model"
+        )
+    name = config.get("tokenizer_class", default).removesuffix("Fast")
+    if name not in _CLASSES:
+        raise ValueError(
+            f"{folder} asks for tokenizer_class {name!r}; expected one of "
+            f"{', '.join(_CLASSES)}, or a tokenizer.json beside it"
+        )
+    return _CLASSES[name].from_pretrained(folder, local_files_only=True)
+
+
+def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+    """SHA-256 over the map from id to token, added tokens included.
+
+    Two vocabularies of equal size may still disagree; equal fingerprints do not.
+    """
+    pairs = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer files that are there.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    present = [name for name in FILES if (source / name).is_file()]
+    if not present:
+        raise FileNotFoundError(f"no tokenizer files in {source}")
+    for name in present:
+        shutil.copyfile(source / name, target / name)
+
+
+def _from_tokenizer_json(
+    folder: Path, config: dict[str, Any]
+) -> transformers.PreTrainedTokenizerFast:
+    config = {**_read_json(folder / "special_tokens_map.json"), **config}
+    settings = {key: config[key] for key in _SETTINGS if config.get(key) is not None}
+    for kind in _SPECIAL:
+        if token := _text(config.get(f"{kind}_token")):
+            settings[f"{kind}_token"] = token
+    extra = config.get("extra_special_tokens") or config.get(
+        "additional_special_tokens"
+    )
+    if isinstance(extra, list) and extra:
+        settings["extra_special_tokens"] = [_text(token) for token in extra]
+    if template := _chat_template(folder, config):
+        settings["chat_template"] = template
+    file = folder / "tokenizer.json"
+    _read_json(file)  # names the file where it is damaged
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        return {entry["name"]: entry["template"] for entry in template}
+    return template
+
+
+def _text(token: Any) -> str | None:
+    """A token is written as text, or as a record with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds {type(value).__name__}, expected an object")
+    return value

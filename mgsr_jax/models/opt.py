@@ -1,0 +1,248 @@
+"""OPT (arXiv 2205.01068), also the 350M form: norms after, projected embeddings."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.models._attention import Attention, LayerCache
+from mgsr_jax.models._functional import Architecture, KeyRow
+from mgsr_jax.models._hf_config import (
+    HfConfig,
+    TokenIds,
+    require_supported,
+    required,
+    special_ids,
+    token_ids,
+)
+from mgsr_jax.models.gpt2 import ACTIVATIONS, Mlp
+
+POSITION_OFFSET = 2
+"""Position p reads row p + 2 of the table: fairseq counted on from its padding id."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+    """Sizes and settings; `embed_width` is that of the embedding and the head."""
+
+    vocab_size: int
+    max_length: int
+    width: int
+    embed_width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    activation: str = "relu"
+    norm_before: bool = True
+    has_final_norm: bool = True
+    bias: bool = True
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+    pad_token_id: TokenIds = None
+
+    windows = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def is_projected(self) -> bool:
+        return self.embed_width != self.width
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> "OptConfig":
+        """From config.json of model_type opt.
+
+        Raises:
+          ValueError: a missing key, or a setting that is not implemented, by name.
+        """
+        # The first value is what a missing key means.
+        require_supported(
+            hf,
+            activation_function=("relu", *ACTIVATIONS),
+            layer_norm_elementwise_affine=(True,),
+        )
+        width = required(hf, "hidden_size")
+        norm_before = bool(hf.get("do_layer_norm_before", True))
+        return cls(
+            vocab_size=required(hf, "vocab_size"),
+            max_length=required(hf, "max_position_embeddings"),
+            width=width,
+            embed_width=hf.get("word_embed_proj_dim") or width,
+            mlp_width=required(hf, "ffn_dim"),
+            num_layers=required(hf, "num_hidden_layers"),
+            num_heads=required(hf, "num_attention_heads"),
+            activation=hf.get("activation_function", "relu"),
+            norm_before=norm_before,
+            has_final_norm=norm_before
+            and not hf.get("_remove_final_layer_norm", False),
+            bias=bool(hf.get("enable_bias", True)),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)),
+            initializer_range=hf.get("init_std", 0.02),
+            bos_token_id=token_ids(hf, "bos_token_id", 2),
+            eos_token_id=token_ids(hf, "eos_token_id", 2),
+            pad_token_id=token_ids(hf, "pad_token_id", 1),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json, for transformers."""
+        return {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_length,
+            "hidden_size": self.width,
+            "word_embed_proj_dim": self.embed_width,
+            "ffn_dim": self.mlp_width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "activation_function": self.activation,
+            "do_layer_norm_before": self.norm_before,
+            "_remove_final_layer_norm": self.norm_before and not self.has_final_norm,
+            "enable_bias": self.bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "init_std": self.initializer_range,
+            **special_ids(self),
+        }
+
+
+class Block(nnx.Module):
+    """As GPT-2's; with `norm_before` False, norm(x + part(x)) for both parts."""
+
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        bias = config.bias
+        self.norm_before = config.norm_before
+        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+        self.attention = Attention(config, qkv_bias=bias, output_bias=bias, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        mask: Bool[Array, "#B 1 T S"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        if not self.norm_before:
+            attended, cache = self.attention(x_BTD, positions, mask, cache)
+            x_BTD = self.attention_norm(x_BTD + attended)
+            return self.mlp_norm(x_BTD + self.mlp(x_BTD)), cache
+        attended, cache = self.attention(
+            self.attention_norm(x_BTD), positions, mask, cache
+        )
+        x_BTD = x_BTD + attended
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Ends(nnx.Module):
+    """Embeddings and their projections; the final norm, where there is one."""
+
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.is_projected = config.is_projected
+        self.has_final_norm = config.has_final_norm
+        sizes = (config.vocab_size, config.embed_width)
+        self.embed = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(
+            config.max_length + POSITION_OFFSET,
+            config.width,
+            embedding_init=init,
+            rngs=rngs,
+        )
+        if config.is_projected:
+            outer, inner = config.embed_width, config.width
+            self.project_in = nnx.Linear(
+                outer, inner, use_bias=False, kernel_init=init, rngs=rngs
+            )
+            self.project_out = nnx.Linear(
+                inner, outer, use_bias=False, kernel_init=init, rngs=rngs
+            )
+        if config.has_final_norm:
+            self.final_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+
+    def begin(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        x = self.embed(tokens)
+        if self.is_projected:
+            x = self.project_in(x)
+        # A finished row may stand beyond the table; what it computes is not kept.
+        rows = (positions + POSITION_OFFSET).clip(max=self.positions.num_embeddings - 1)
+        return x + self.positions(rows)
+
+    def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        if self.has_final_norm:
+            x_BTD = self.final_norm(x_BTD)
+        return self.project_out(x_BTD) if self.is_projected else x_BTD
+
+
+def key_rows(config: OptConfig) -> tuple[KeyRow, ...]:
+    """Our params and the tensors of Hugging Face files."""
+    rows = [
+        KeyRow("embed/embedding", "embed_tokens.weight"),
+        KeyRow("positions/embedding", "embed_positions.weight"),
+    ]
+    if config.is_projected:
+        for name in ("project_in", "project_out"):
+            rows.append(KeyRow(f"{name}/kernel", f"{name}.weight", transposed=True))
+    if not config.tie_word_embeddings:
+        rows.append(KeyRow("head/embedding", "lm_head.weight"))
+    norms = [
+        ("layers/attention_norm", "layers.{}.self_attn_layer_norm"),
+        ("layers/mlp_norm", "layers.{}.final_layer_norm"),
+    ]
+    if config.has_final_norm:
+        norms.append(("final_norm", "final_layer_norm"))
+    for ours, theirs in norms:
+        rows.append(KeyRow(f"{ours}/scale", f"{theirs}.weight"))
+        rows.append(KeyRow(f"{ours}/bias", f"{theirs}.bias"))
+    for ours, theirs in (
+        ("attention/query", "self_attn.q_proj"),
+        ("attention/key", "self_attn.k_proj"),
+        ("attention/value", "self_attn.v_proj"),
+        ("attention/output", "self_attn.out_proj"),
+        ("mlp/up", "fc1"),
+        ("mlp/down", "fc2"),
+    ):
+        path, name = f"layers/{ours}", f"layers.{{}}.{theirs}"
+        rows.append(KeyRow(f"{path}/kernel", f"{name}.weight", transposed=True))
+        if config.bias:
+            rows.append(KeyRow(f"{path}/bias", f"{name}.bias"))
+    return tuple(rows)
+
+
+def partition_rules(config: OptConfig) -> tuple[tuple[str, P], ...]:
+    """Matrices over fsdp along D and over tensor as Megatron-LM does."""
+    rules = [
+        (r"(embed|head)/embedding$", P("tensor", "fsdp")),
+        (r"positions/embedding$", P(None, "fsdp")),
+        (r"(attention/(query|key|value)|mlp/up)/kernel$", P(None, "fsdp", "tensor")),
+        (r"(attention/output|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
+        (r"/(scale|bias)$", P()),
+    ]
+    if config.is_projected:
+        rules.append((r"project_in/kernel$", P(None, "fsdp")))
+        rules.append((r"project_out/kernel$", P("fsdp", None)))
+    return tuple(rules)
+
+
+ARCHITECTURE = Architecture(
+    ends=Ends,
+    block=Block,
+    key_rows=key_rows,
+    partition_rules=partition_rules,
+    prefixes=("model.decoder.", "decoder."),
+    ignored=(r"^version$",),
+)
