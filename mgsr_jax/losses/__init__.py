@@ -7,7 +7,21 @@ gradient. Reduce with `masked_sum`, add the sums, divide once.
 """
 
 from mgsr_jax.losses._cross_entropy import cross_entropy
+from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_network
 from mgsr_jax.losses._divergences import forward_kl
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
+from mgsr_jax.losses._span import span_correlation, span_pairs
 
-__all__ = ["Sum", "cross_entropy", "forward_kl", "masked_mean", "masked_sum"]
+__all__ = [
+    "DacKl",
+    "Sum",
+    "cross_entropy",
+    "dac_kl",
+    "dac_kl_fixed",
+    "forward_kl",
+    "init_clip_network",
+    "masked_mean",
+    "masked_sum",
+    "span_correlation",
+    "span_pairs",
+]

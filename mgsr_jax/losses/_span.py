@@ -1,0 +1,93 @@
+"""Span correlation: how adjacent tokens of one phrase hang together."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mgsr_jax.losses._logits import clean_pair, same_columns, zero_where_masked
+
+
+@jax.jit
+def span_pairs(
+    span_ids: Int[Array, "*B T"], where: Bool[Array, "*B T"] | None = None
+) -> Bool[Array, "*B T"]:
+    """True at t where the tokens t and t+1 lie in one span and are both scored.
+
+    Args:
+      span_ids: the phrase of each position; negative is 'no span', and neighbouring
+        phrases have different ids. [..., T]
+      where: the positions that are scored; None for all of them. [..., T]
+
+    Returns:
+      What `span_correlation` is averaged over; False at the last position. [..., T]
+
+    >>> print(span_pairs(jnp.array([4, 4, 4, 5, -1, -1])))
+    [ True  True False False False False]
+    """
+    inside = span_ids >= 0
+    if where is not None:
+        inside &= where
+    same = span_ids[..., :-1] == span_ids[..., 1:]
+    return _append(same & inside[..., :-1] & inside[..., 1:], False)
+
+
+@jax.jit(static_argnames=("vocab_size",))
+def span_correlation(
+    student_logits: Float[Array, "*B T Vs"],
+    teacher_logits: Float[Array, "*B T Vt"],
+    span_ids: Int[Array, "*B T"],
+    *,
+    where: Bool[Array, "*B T"] | None = None,
+    vocab_size: int | None = None,
+) -> Float[Array, "*B T"]:
+    """Distance between the relations that teacher and student see in a pair of tokens.
+
+    span_t = || p_t * p_{t+1} - q_t * q_{t+1} ||_2,  p = softmax(teacher_logits),
+                                                     q = softmax(student_logits)
+
+    where t and t+1 lie in the same span and are both scored; 0 elsewhere. The product
+    is that of the probabilities of each token of the vocabulary. Take the mean over
+    `span_pairs`. The gradient is 0 where the distance is.
+
+    MGSR, arXiv 2407.10068, span-level loss. That the norm is not squared is our
+    reading.
+
+    Args:
+      student_logits: any float dtype. [..., T, Vs]
+      teacher_logits: any float dtype; they get no gradient. [..., T, Vt]
+      span_ids: the phrase of the label at t, negative for none. [..., T]
+      where: the positions that are scored; None for all of them. [..., T]
+      vocab_size: columns at or beyond it are padding, with probability 0 on both
+        sides. Needed where Vs and Vt differ.
+
+    Returns:
+      float32; at t the value of the pair (t, t+1), 0 at the last position. Positions
+      in no pair get no gradient. [..., T]
+
+    Raises:
+      ValueError: Vs and Vt differ and there is no `vocab_size`, or it is larger than
+        one of them; leading axes differ.
+
+    >>> student = jnp.zeros((3, 2))
+    >>> teacher = jnp.array([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+    >>> span_ids = jnp.array([7, 7, -1])
+    >>> print(span_correlation(student, teacher, span_ids).round(4))
+    [0.7903 0.     0.    ]
+    """
+    pairs = span_pairs(span_ids, where)
+    second = jnp.roll(pairs, 1, axis=-1)  # the last position never opens a pair
+    student_logits, teacher_logits = same_columns(
+        *clean_pair(student_logits, teacher_logits, pairs | second, vocab_size)
+    )
+    p = jax.nn.softmax(teacher_logits, axis=-1)
+    q = jax.nn.softmax(student_logits, axis=-1)
+    difference = p[..., :-1, :] * p[..., 1:, :] - q[..., :-1, :] * q[..., 1:, :]
+    squared = _append(jnp.sum(jnp.square(difference), axis=-1), 0.0)
+    # The square root's slope at 0 is infinite: there it must not be taken at all.
+    apart = pairs & (squared > 0)
+    return zero_where_masked(jnp.sqrt(jnp.where(apart, squared, 1.0)), apart)
+
+
+def _append(x: Array, value: float | bool) -> Array:
+    """One more entry on the last axis."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)], constant_values=value)
