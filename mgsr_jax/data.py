@@ -1,0 +1,420 @@
+"""Instruction data: records -> tokens, once and cached; batches in a fixed order.
+
+Nothing is cut or left out silently: every record that is not used as it stands is
+counted and named.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import grain
+import numpy as np
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from mgsr_jax import records, spans
+from mgsr_jax.encoding import (
+    ALPACA,
+    Encoding,
+    cut_prompt,
+    encode_prompt,
+    encode_response,
+    eos_id,
+)
+from mgsr_jax.records import Example, Rejected
+from mgsr_jax.rows import Rows, from_lists
+
+_COLUMNS = datasets.Features(
+    {name: datasets.List(datasets.Value("int32")) for name in ("prompt", "response")}
+    | {"span_ids": datasets.List(datasets.Value("int32"))}
+    | {name: datasets.Value("string") for name in ("problem", "message")}
+    | {"kept": datasets.Value("bool")}
+)
+_SLAB = 256  # records that are tokenised and chunked together
+_FILLER = -1  # the example index of a row that only fills up the last batch
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """What became of the records of a data set.
+
+    Attributes:
+      kept: examples that are used.
+      malformed: no JSON, not UTF-8, keys missing or of a wrong type; left out.
+      empty: no instruction or no output; left out.
+      too_long: left out, or cut where `too_long="truncate"` (then also in `kept`).
+      messages: one line "file:line: reason" for each of them, in the data's order.
+    """
+
+    kept: int
+    malformed: int
+    empty: int
+    too_long: int
+    messages: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One example of an evaluation set.
+
+    Attributes:
+      tokens: the prompt.
+      response: the first reference and its end-of-sequence, cut at `max_length`.
+      references: every reference, whole.
+      example: its index among the prompts; random keys are folded by it.
+      scored: whether the set's metrics count it.
+      source: "file:line".
+    """
+
+    tokens: tuple[int, ...]
+    response: tuple[int, ...]
+    references: tuple[str, ...]
+    example: int
+    scored: bool
+    source: str
+
+
+def load(
+    path: str | Path,
+    tokenizer: Any,
+    encoding: Encoding = ALPACA,
+    *,
+    chunker: spans.Chunker | None = "textblob",
+    spacy_model: str = "en_core_web_sm",
+    split: str = "train",
+    cache_dir: str | os.PathLike | None = None,
+    max_bad_fraction: float = 0.05,
+) -> tuple[datasets.Dataset, DataReport]:
+    """A data set for training or validation: tokens and spans, computed once.
+
+    The columns are `prompt`, `response` (ends with end-of-sequence unless it was cut)
+    and `span_ids` (of the response). The cache is keyed by everything that they depend
+    on: the file's content, the tokenizer, the encoding, the chunker, this code.
+
+    Args:
+      chunker: as in `spans.chunk`; None for no spans.
+      split: of a hub data set.
+      cache_dir: default: that of `datasets` (HF_DATASETS_CACHE).
+      max_bad_fraction: more malformed records than this share are an error.
+
+    Raises:
+      ValueError: no usable record, or too many malformed ones; the first few are named.
+      FileNotFoundError: as `records.read_examples`.
+    """
+    eos_id(tokenizer)
+    key = _cache_key(path, split, tokenizer, encoding, chunker, spacy_model)
+    options = (path, split, tokenizer, encoding, chunker, spacy_model)
+    try:
+        table = datasets.Dataset.from_generator(
+            lambda: _encoded(*options),
+            features=_COLUMNS,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            fingerprint=key,
+        )
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    return _used(path, table, max_bad_fraction)
+
+
+def _used(
+    path: str | Path, table: datasets.Dataset, max_bad_fraction: float
+) -> tuple[datasets.Dataset, DataReport]:
+    kept = np.flatnonzero(table["kept"]).tolist()
+    report = _report(len(kept), table["problem"], table["message"])
+    _check_report(path, report, len(table), max_bad_fraction)
+    return table.select(kept).select_columns(["prompt", "response", "span_ids"]), report
+
+
+def _report(kept: int, problems: Iterable[str], messages: Iterable[str]) -> DataReport:
+    count = collections.Counter(problems)
+    return DataReport(
+        kept=kept,
+        malformed=count["malformed"],
+        empty=count["empty"],
+        too_long=count["too_long"],
+        messages=tuple(message for message in messages if message),
+    )
+
+
+def _check_report(
+    path: str | Path, report: DataReport, total: int, max_bad_fraction: float
+) -> None:
+    first = "; ".join(report.messages[:3])
+    if report.malformed > max_bad_fraction * total:
+        raise ValueError(
+            f"data {str(path)!r}: {report.malformed} of {total} records are "
+            f"malformed, more than max_bad_fraction={max_bad_fraction}; first: {first}"
+        )
+    if report.kept == 0:
+        raise ValueError(
+            f"data {str(path)!r} has no usable record among {total}; "
+            + (f"first: {first}" if first else "it is empty")
+        )
+
+
+def _cache_key(*parts: Any) -> str:
+    path, split, tokenizer, encoding, chunker, spacy_model = parts
+    digest = hashlib.blake2b(digest_size=16)
+    if records.is_local(path):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        source = Path(path).name
+    else:
+        source = f"{path} {split} {records.stored(path, split)._fingerprint}"
+    for module in ("data", "encoding", "records", "spans"):
+        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    chunked = chunker if isinstance(chunker, str | None) else Hasher.hash(chunker)
+    special = sorted(tokenizer.special_tokens_map.items())
+    template = getattr(tokenizer, "chat_template", None)
+    backend = tokenizer.backend_tokenizer.to_str()
+    versions = [_version(name) for name in ("tokenizers", "textblob", "spacy")]
+    values = (source, encoding, chunked, spacy_model, _version(spacy_model), versions)
+    digest.update(repr((values, special, template, backend)).encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "none"
+
+
+def _encoded(
+    path: str | Path,
+    split: str,
+    tokenizer: Any,
+    encoding: Encoding,
+    chunker: spans.Chunker | None,
+    spacy_model: str,
+) -> Iterator[dict[str, Any]]:
+    """The table that is cached: one row a record, used or not."""
+    examples = records.read_examples(path, split=split)
+    first = next(examples, None)
+    if first is None:  # `datasets` would say that the split corresponds to no data
+        _check_report(path, _report(0, (), ()), 0, 0.0)
+    examples = itertools.chain([first], examples)
+    while slab := list(itertools.islice(examples, _SLAB)):
+        rows = [_encode(example, tokenizer, encoding) for example in slab]
+        if chunker is not None:
+            decoded = [spans.token_offsets(tokenizer, row["response"]) for row in rows]
+            texts, offsets = zip(*decoded, strict=True)
+            found = spans.chunk(texts, offsets, chunker, spacy_model=spacy_model)
+            for row, span_ids in zip(rows, found, strict=True):
+                row["span_ids"] = span_ids
+        yield from rows
+
+
+def _prompt(example: Example, tokenizer: Any, encoding: Encoding) -> list[int]:
+    return encode_prompt(
+        tokenizer,
+        example.instruction,
+        example.input,
+        template=encoding.template,
+        add_special_tokens=encoding.add_special_tokens,
+    )
+
+
+def _encode(
+    example: Example | Rejected, tokenizer: Any, encoding: Encoding
+) -> dict[str, Any]:
+    row = {"prompt": [], "response": [], "span_ids": [], "kept": False}
+    if isinstance(example, Rejected):
+        return row | {"problem": example.problem, "message": example.message}
+    prompt = _prompt(example, tokenizer, encoding)
+    response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
+    limits = (
+        ("prompt", len(prompt), encoding.max_prompt_length),
+        ("prompt and response", len(prompt) + len(response), encoding.max_length),
+    )
+    over = [
+        f"{n} tokens of {name}, at most {most}" for name, n, most in limits if n > most
+    ]
+    row["kept"] = not over or encoding.too_long == "truncate"
+    if row["kept"]:
+        prompt = cut_prompt(tokenizer, prompt, encoding.max_prompt_length)
+        response = response[: encoding.max_length - len(prompt)]
+        span_ids = [spans.NO_SPAN] * len(response)
+        row |= {"prompt": prompt, "response": response, "span_ids": span_ids}
+    reason = f"{example.source}: {'; '.join(over)}" if over else ""
+    return row | {"problem": "too_long" if over else "", "message": reason}
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: Any,
+    encoding: Encoding = ALPACA,
+    *,
+    split: str = "train",
+    max_bad_fraction: float = 0.05,
+) -> tuple[list[Prompt], DataReport]:
+    """An evaluation set. Only prompts can be too long: references are compared whole.
+
+    Raises:
+      ValueError: no usable record, or too many malformed ones; the first few are named.
+      FileNotFoundError: as `records.read_examples`.
+    """
+    prompts: list[Prompt] = []
+    problems, messages = [], []
+    for example in records.read_examples(path, split=split):
+        if isinstance(example, Rejected):
+            problems.append(example.problem)
+            messages.append(example.message)
+            continue
+        tokens = _prompt(example, tokenizer, encoding)
+        limit = encoding.max_prompt_length
+        over = len(tokens) > limit
+        problems.append("too_long" if over else "")
+        if over:
+            messages.append(
+                f"{example.source}: {len(tokens)} tokens of prompt, at most {limit}"
+            )
+        if over and encoding.too_long == "drop":
+            continue
+        tokens = cut_prompt(tokenizer, tokens, limit)
+        response = encode_response(tokenizer, example.references[0])
+        response = (response + [eos_id(tokenizer)])[: encoding.max_length - len(tokens)]
+        prompts.append(
+            Prompt(
+                tuple(tokens),
+                tuple(response),
+                example.references,
+                len(prompts),
+                example.scored,
+                example.source,
+            )
+        )
+    report = _report(len(prompts), problems, messages)
+    _check_report(path, report, len(problems), max_bad_fraction)
+    return prompts, report
+
+
+def batches(
+    dataset: datasets.Dataset,
+    batch_size: int,
+    *,
+    width: int,
+    seed: int,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    epochs: int | None = None,
+) -> grain.DatasetIterator:
+    """This process's `Rows` of every training batch, with an exact position.
+
+    The order depends on `seed` and `batch_size` alone: process p takes the p-th share
+    of the same global batch, however many processes there are. Every epoch is shuffled
+    anew and leaves out the examples that do not fill a batch. `rows.example` is the
+    index in `dataset`. `get_state()` is plain JSON, `set_state()` goes on from it.
+
+    Args:
+      batch_size: rows of the global batch.
+      width: S of the rows, at least the data set's `max_length`.
+      epochs: None: without end.
+
+    Raises:
+      ValueError: the batch does not divide over the processes, or the data set is
+        smaller than a batch.
+    """
+    share = _share(batch_size, process_index, process_count)
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
+            "smaller batch or more data"
+        )
+    order = grain.MapDataset.range(len(dataset)).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    indices = order.batch(batch_size, drop_remainder=True).repeat(epochs)
+    rows = indices.map(lambda batch: _dataset_rows(dataset, batch[share], width))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(rows.to_iter_dataset(options))
+
+
+def eval_batches(
+    dataset: datasets.Dataset,
+    batch_size: int,
+    *,
+    width: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Rows]:
+    """This process's `Rows` of the whole data set, once, in its order.
+
+    The last batch is filled up with rows that have no response (`lengths ==
+    prompt_lengths`: everything is masked) and `example` -1.
+
+    Raises:
+      ValueError: the batch does not divide over the processes.
+    """
+    share = _share(batch_size, process_index, process_count)
+    for indices in _filled(len(dataset), batch_size):
+        yield _dataset_rows(dataset, indices[share], width)
+
+
+def prompt_batches(
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    *,
+    width: int,
+    with_response: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Rows]:
+    """As `eval_batches`, for prompts: without a response, or with the first reference.
+
+    Raises:
+      ValueError: the batch does not divide over the processes.
+    """
+    share = _share(batch_size, process_index, process_count)
+    for indices in _filled(len(prompts), batch_size):
+        own = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
+        yield from_lists(
+            [list(p.tokens) if p else [0] for p in own],
+            [list(p.response) if p and with_response else [] for p in own],
+            width=width,
+            examples=[p.example if p else _FILLER for p in own],
+        )
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide over {process_count} "
+            f"processes; use a multiple of {process_count}"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, total, batch_size):
+        indices = np.arange(start, start + batch_size)
+        yield np.where(indices < total, indices, _FILLER)
+
+
+def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) -> Rows:
+    examples = indices.tolist()
+    found = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
+    filler = ([0], [], [])
+    picked = [filler if i == _FILLER else next(found) for i in examples]
+    prompts, responses, span_ids = zip(*picked, strict=True)
+    return from_lists(
+        prompts, responses, width=width, span_ids=span_ids, examples=examples
+    )
+
+
+def _columns(dataset: datasets.Dataset, indices: list[int]) -> Iterable[tuple]:
+    if not indices:
+        return []
+    rows = dataset[indices]
+    return zip(rows["prompt"], rows["response"], rows["span_ids"], strict=True)
