@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Literal
 
+from mgsr_jax.encoding import Encoding
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.train_step import OptimizerConfig
@@ -40,6 +41,17 @@ class DataConfig:
     chunker: Literal["textblob", "spacy"] = "textblob"
     spacy_model: str = "en_core_web_sm"
     cache_dir: str | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a record becomes tokens."""
+        return Encoding(
+            template=self.template,
+            add_special_tokens=self.add_special_tokens,
+            max_prompt_length=self.max_prompt_length,
+            max_length=self.max_length,
+            too_long=self.too_long,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +116,75 @@ class TrainConfig:
     log_every: int = 10
     resume: bool = False
     tensorboard: bool = True
+
+
+def check(config: TrainConfig) -> None:
+    """Finds settings that cannot work together, before anything is read.
+
+    Raises:
+      ValueError: names the setting, what it is and what it may be.
+    """
+    config.data.encoding  # noqa: B018  checks itself
+    objective, rollout = config.objective, config.rollout
+    if (config.steps is None) == (config.epochs is None):
+        raise ValueError(
+            f"give exactly one of steps and epochs, got steps={config.steps}, "
+            f"epochs={config.epochs}"
+        )
+    positive = {
+        "steps": config.steps,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "micro_batches": config.micro_batches,
+        "log_every": config.log_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "rollout.capacity": rollout.capacity,
+        "objective.num_candidates": objective.num_candidates,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide into "
+            f"micro_batches={config.micro_batches}; make it a multiple"
+        )
+    for name in ("probability", "initial_ratio"):
+        if not 0 <= getattr(rollout, name) <= 1:
+            raise ValueError(
+                f"rollout.{name} must lie in [0, 1], got {getattr(rollout, name)}"
+            )
+    if rollout.rounds < 0 or rollout.temperature < 0 or not 0 < rollout.top_p <= 1:
+        raise ValueError(
+            "rollout needs rounds >= 0, temperature >= 0 and 0 < top_p <= 1, got "
+            f"rounds={rollout.rounds}, temperature={rollout.temperature}, "
+            f"top_p={rollout.top_p}"
+        )
+    _check_objective(config)
+
+
+def _check_objective(config: TrainConfig) -> None:
+    objective = config.objective
+    weights = (objective.sft, objective.token, objective.span)
+    if min(weights) < 0 or max(weights) == 0:
+        raise ValueError(
+            "objective.sft, .token and .span must be at least 0 and one of them "
+            f"above, got {weights}"
+        )
+    if config.teacher is None:
+        if objective.needs_teacher:
+            raise ValueError(
+                "objective.token and objective.span compare with a teacher and there "
+                "is none; set teacher, or both to 0 for plain fine-tuning (SFT)"
+            )
+        if config.rollout.policy != "off":
+            raise ValueError(
+                f"rollout.policy={config.rollout.policy!r} needs a teacher; set "
+                "teacher, or rollout.policy to off"
+            )
+    elif not objective.needs_teacher:
+        raise ValueError(
+            "a teacher is set, but objective.token and objective.span are 0 and never "
+            "ask it; leave teacher out, or give one of them a weight"
+        )

@@ -1,0 +1,139 @@
+"""What a run says while it runs: sums into means, files, a line on the terminal."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mgsr_jax.losses import Sum
+
+
+class Means:
+    """Adds up (sum, count) pairs, of steps or batches, until their means are asked for.
+
+    Values that were never counted are left out. `x` beside `x_squared` also gives
+    `x_deviation`.
+
+    >>> means = Means()
+    >>> means.add({"kl": Sum(3.0, 2.0)})
+    >>> means.add({"kl": Sum(1.0, 2.0)})
+    >>> means.take()
+    {'kl': 1.0}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Mapping[str, Sum]) -> None:
+        """Waits for the metrics and adds them."""
+        for name, (total, count) in jax.device_get(dict(metrics)).items():
+            old = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (old[0] + float(total), old[1] + float(count))
+
+    def count(self, name: str) -> float:
+        """What `name` counted so far."""
+        return self._sums.get(name, (0.0, 0.0))[1]
+
+    def take(self) -> dict[str, float]:
+        """The means; starts anew."""
+        means = {name: total / n for name, (total, n) in self._sums.items() if n}
+        self._sums = {}
+        for name in [name for name in means if name.endswith("_squared")]:
+            base = name.removesuffix("_squared")
+            variance = means.pop(name) - means[base] ** 2
+            means[f"{base}_deviation"] = math.sqrt(max(variance, 0.0))
+        return means
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and TensorBoard files beside it.
+
+    Opened for a run that goes on from `step`, it drops the lines behind it: those steps
+    are about to be made again.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = True):
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line; numbers go to TensorBoard too."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._writer is not None and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends both."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class StepProgress:
+    """The terminal's line: step, losses, tokens a second, time left."""
+
+    def __init__(self, console: Console, *, start: int, steps: int, title: str):
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._console, self._title = console, title
+        self._task = self._progress.add_task(
+            title, total=steps, completed=start, values="compiling"
+        )
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "StepProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        self._progress.update(self._task, completed=step)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """New values; where the output is no terminal, a line now and then."""
+        names = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
+        parts = [f"{name} {values[name]:.3f}" for name in names if name in values]
+        if "tokens_per_second" in values:
+            parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        text = "  ".join(parts)
+        self._progress.update(self._task, completed=step, values=text)
+        if not self._console.is_terminal and time.monotonic() - self._last_line > 10:
+            self._console.print(f"{self._title} {step}: {text}", soft_wrap=True)
+            self._last_line = time.monotonic()
