@@ -21,12 +21,14 @@ from rich.progress import (
 
 from mgsr_jax.losses import Sum
 
+SHOWN = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
+
 
 class Means:
     """Adds up (sum, count) pairs, of steps or batches, until their means are asked for.
 
-    Values that were never counted are left out. `x` beside `x_squared` also gives
-    `x_deviation`.
+    Values that were never counted are left out; an `x_variance` comes out as
+    `x_deviation`, its root.
 
     >>> means = Means()
     >>> means.add({"kl": Sum(3.0, 2.0)})
@@ -39,7 +41,7 @@ class Means:
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, metrics: Mapping[str, Sum]) -> None:
-        """Waits for the metrics and adds them."""
+        """Adds one step's or batch's."""
         for name, (total, count) in jax.device_get(dict(metrics)).items():
             old = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old[0] + float(total), old[1] + float(count))
@@ -52,10 +54,9 @@ class Means:
         """The means; starts anew."""
         means = {name: total / n for name, (total, n) in self._sums.items() if n}
         self._sums = {}
-        for name in [name for name in means if name.endswith("_squared")]:
-            base = name.removesuffix("_squared")
-            variance = means.pop(name) - means[base] ** 2
-            means[f"{base}_deviation"] = math.sqrt(max(variance, 0.0))
+        for name in [name for name in means if name.endswith("_variance")]:
+            base = name.removesuffix("_variance")
+            means[f"{base}_deviation"] = math.sqrt(means.pop(name))
         return means
 
 
@@ -128,10 +129,12 @@ class StepProgress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """New values; where the output is no terminal, a line now and then."""
-        names = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
-        parts = [f"{name} {values[name]:.3f}" for name in names if name in values]
-        if "tokens_per_second" in values:
-            parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        parts = [
+            f"{name} {values[f'train/{name}']:.3f}"
+            for name in SHOWN
+            if f"train/{name}" in values
+        ]
+        parts.append(f"{values['train/tokens_per_second']:,.0f} tok/s")
         text = "  ".join(parts)
         self._progress.update(self._task, completed=step, values=text)
         if not self._console.is_terminal and time.monotonic() - self._last_line > 10:

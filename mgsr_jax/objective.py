@@ -190,9 +190,9 @@ def token_loss(
         )
     reported = {
         "lower": result.lower,
-        "lower_squared": result.lower**2,
+        "lower_variance": _squared_deviation(result.lower, where),
         "upper": result.upper,
-        "upper_squared": result.upper**2,
+        "upper_variance": _squared_deviation(result.upper, where),
         "at_bound": at_bound(result.lower, result.upper),
         "kept_mass": result.kept_mass,
         "kept_classes": result.kept_classes,
@@ -209,6 +209,11 @@ def at_bound(
     near_low = (lower < margin) | (lower > 0.5 - margin)
     near_high = (upper < 0.5 + margin) | (upper > 1 - margin)
     return (near_low | near_high).astype(jnp.float32)
+
+
+def _squared_deviation(values: Array, where: Array) -> Array:
+    """From the micro-batch's own mean: E[x^2] - E[x]^2 would lose it in float32."""
+    return (values - losses.masked_mean(values, where)) ** 2
 
 
 def _labelled(rows: Rows, view: NextTokenView) -> Array:

@@ -54,3 +54,76 @@ def complete(lengths=((2, 5), (1, 9), (3, 1), (4, 6)), width: int = 14, seed: in
         span_ids=spans,
     )
     return jax.tree.map(jnp.asarray, rows)
+
+
+WORDS = (
+    "the a red green old small dog cat bird man child house river ball tree "
+    "sees gives takes finds near under on to runs . , Write a story about"
+).split()
+
+
+def records(count: int, seed: int = 0) -> list[dict]:
+    """Instructions with answers made of a few words."""
+    rng = np.random.default_rng(seed)
+    nouns, verbs = WORDS[6:15], WORDS[15:19]
+    result = []
+    for _ in range(count):
+        first, second, third = rng.choice(nouns, 3, replace=False)
+        result.append(
+            {
+                "instruction": f"Write a story about the {first} .",
+                "output": f"the old {first} {rng.choice(verbs)} a small {second} "
+                f"near the red {third} .",
+            }
+        )
+    return result
+
+
+def tokenizer(folder):
+    """A word-level tokenizer saved to `folder`; padding is end-of-sequence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from mgsr_jax.encoding import alpaca_prompt
+
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = [alpaca_prompt(r["instruction"]) + r["output"] for r in records(200)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def project(folder, *, teacher_seed: int = 1):
+    """Teacher, student and data in `folder`, as a user has them; returns `folder`."""
+    import json
+
+    from mgsr_jax.checkpoint.hf import save_pretrained
+
+    size = len(tokenizer(folder / "tokenizer"))
+    shape = dict(
+        vocab_size=size + 3,
+        max_position_embeddings=128,
+        hidden_size=32,
+        intermediate_size=64,
+        eos_token_id=0,
+    )
+    for name, seed, layers in (("student", 0, 1), ("teacher", teacher_seed, 2)):
+        model, params = llama(seed, scale=2.0, num_hidden_layers=layers, **shape)
+        save_pretrained(
+            folder / name, model, params, tokenizer_from=folder / "tokenizer"
+        )
+    for name, count, seed in (("train", 48, 0), ("valid", 12, 1)):
+        lines = [json.dumps(record) for record in records(count, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

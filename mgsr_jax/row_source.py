@@ -1,0 +1,151 @@
+"""The rows of every step: from the data, the student's rollouts, or the replay buffer.
+
+What this holds on the host (position in the data, buffer, ratio) is part of a
+checkpoint, so that a resumed run sees the rows that it would have seen.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mgsr_jax.rollout import (
+    AdaptiveRatio,
+    ReplayBuffer,
+    RolloutConfig,
+    Source,
+    choose_source,
+)
+from mgsr_jax.rows import Rows
+from mgsr_jax.scrg import ScrgInfo
+from mgsr_jax.sharding import put_batch
+from mgsr_jax.typing import Params, PRNGKey
+
+Rollout = Callable[[Params, Params, Rows, PRNGKey], tuple[Rows, ScrgInfo]]
+
+
+class StepRows(NamedTuple):
+    """What one step trains on.
+
+    Attributes:
+      micro_batches: device rows of one shape, to be summed over.
+      source: where they came from.
+      corrections: of SCRG, one record a generated micro-batch.
+    """
+
+    micro_batches: tuple[Rows, ...]
+    source: Source
+    corrections: tuple[ScrgInfo, ...] = ()
+
+
+class RowSource:
+    """Makes the rows of one step after the other.
+
+    Args:
+      batches: iterator of host rows, as `data.batches` gives them.
+      config: the policy.
+      rollout: from `rollout.make_rollout`; None where the policy is "off".
+      add_spans: marks the phrases of generated host rows.
+      micro_batches: parts that a batch is split into.
+      steps: of the whole run.
+      keep_ground_truth: whether a generated step also carries its prompts' data rows.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        config: RolloutConfig,
+        rollout: Rollout | None,
+        add_spans: Callable[[Rows], Rows],
+        *,
+        mesh: Mesh,
+        batch_size: int,
+        width: int,
+        micro_batches: int,
+        steps: int,
+        keep_ground_truth: bool,
+    ):
+        self._batches, self._config, self._rollout = batches, config, rollout
+        self._add_spans, self._mesh = add_spans, mesh
+        self._size, self._parts, self._steps = batch_size, micro_batches, steps
+        self._keep_ground_truth = keep_ground_truth
+        replays = config.policy == "replay"
+        self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, width)
+        self._ratio = AdaptiveRatio(config.initial_ratio)
+
+    def next(
+        self, step: int, key: PRNGKey, params: Params, teacher_params: Params | None
+    ) -> StepRows:
+        """The rows of `step`; `key` is the step's own."""
+        policy_key, rollout_key, replay_key = jax.random.split(key, 3)
+        source = choose_source(
+            self._config,
+            policy_key,
+            step=step,
+            steps=self._steps,
+            ratio=self._ratio.ratio,
+            buffer_full=self._buffer.full,
+        )
+        if source == "replay":
+            rows = self._buffer.sample(replay_key, self._size)
+            return StepRows(self._put(rows), source)
+        ground_truth = self._put(next(self._batches))
+        if source == "data" or self._rollout is None:
+            return StepRows(ground_truth, source)
+        # All parts are started before the first is fetched: the chunker works on one
+        # while the device works on the next.
+        launched = [
+            self._rollout(params, teacher_params, rows, rollout_key)
+            for rows in ground_truth
+        ]
+        generated = tuple(self._finish(rows) for rows, _ in launched)
+        corrections = tuple(info for _, info in launched)
+        if self._keep_ground_truth:
+            generated = ground_truth + generated
+        return StepRows(generated, source, corrections)
+
+    def validated(self, loss: float) -> None:
+        """Tells the replay policy how validation went."""
+        self._ratio.update(loss, self._config.epsilon)
+
+    @property
+    def ratio(self) -> float:
+        """phi of the replay policy."""
+        return self._ratio.ratio
+
+    def host_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps as JSON."""
+        return {
+            "data": self._batches.get_state(),
+            "ratio": dataclasses.asdict(self._ratio),
+            "pushed": self._buffer.pushed,
+        }
+
+    @property
+    def replay_rows(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps as arrays."""
+        return vars(self._buffer.rows)
+
+    def restore(self, host: dict[str, Any], replay: dict[str, np.ndarray]) -> None:
+        """Goes on from what `host_state` and `replay_rows` gave."""
+        self._batches.set_state(host["data"])
+        self._ratio = AdaptiveRatio(**host["ratio"])
+        rows = Rows(**{name: np.array(leaf) for name, leaf in replay.items()})
+        self._buffer = ReplayBuffer(rows, host["pushed"])
+
+    def _put(self, rows: Rows) -> tuple[Rows, ...]:
+        """A host batch as device micro-batches."""
+        parts = [
+            jax.tree.map(lambda leaf, i=i: np.split(leaf, self._parts)[i], rows)
+            for i in range(self._parts)
+        ]
+        return tuple(put_batch(self._mesh, part) for part in parts)
+
+    def _finish(self, rows: Rows) -> Rows:
+        host = self._add_spans(jax.device_get(rows))
+        if self._config.policy == "replay":
+            self._buffer.push(host)
+        return put_batch(self._mesh, host)

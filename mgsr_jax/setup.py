@@ -1,0 +1,185 @@
+"""What a run needs to know before a model's weights are read.
+
+Most mistakes end here, with one line, and nothing has been written yet.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mgsr_jax import data, models, sharding
+from mgsr_jax.checkpoint import hf
+from mgsr_jax.config import TrainConfig, check
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is known before weights are read; making one finds most mistakes.
+
+    Attributes:
+      config: the run's.
+      student: the student as pure functions.
+      teacher: the teacher, or None.
+      tokenizer: that of both.
+      vocab_size: real tokens; embeddings may have more rows.
+      eos_ids: tokens that end a response.
+      mesh: device mesh.
+      train: tokenised training data.
+      valid: tokenised validation data, or None.
+      steps: of the whole run.
+    """
+
+    config: TrainConfig
+    student: models.LanguageModel
+    teacher: models.LanguageModel | None
+    tokenizer: Any
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    mesh: Mesh
+    train: datasets.Dataset
+    valid: datasets.Dataset | None
+    steps: int
+
+
+def prepare(config: TrainConfig, *, console: Console) -> Setup:
+    """Everything that can fail cheaply, before weights are read or files written."""
+    check(config)
+    _check_output(config)
+    student = models.from_config(config.student)
+    teacher = models.from_config(config.teacher) if config.teacher else None
+    tokenizer = hf.load_tokenizer(config.student)
+    vocab_size = _shared_vocabulary(config, student, teacher, tokenizer)
+    _check_lengths(config, student, teacher)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    _check_micro_batch(config, mesh)
+    train_data = _load_data(config, config.data.train, tokenizer, console)
+    valid = config.data.valid and _load_data(
+        config, config.data.valid, tokenizer, console
+    )
+    steps = config.steps or max(
+        1, math.floor(config.epochs * (len(train_data) // config.batch_size))
+    )
+    return Setup(
+        config=config,
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        eos_ids=eos_ids(tokenizer, student),
+        mesh=mesh,
+        train=train_data,
+        valid=valid or None,
+        steps=steps,
+    )
+
+
+def eos_ids(tokenizer: Any, model: models.LanguageModel) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence, which data ends in, and the model's stop ids."""
+    more = model.config.eos_token_id
+    more = more if isinstance(more, tuple | list) else (more,)
+    ids = {tokenizer.eos_token_id, *more} - {None}
+    return tuple(sorted(ids))
+
+
+def _load_data(
+    config: TrainConfig, path: str, tokenizer: Any, console: Console
+) -> datasets.Dataset:
+    spec = config.data
+    found, report = data.load(
+        path,
+        tokenizer,
+        spec.encoding,
+        chunker=spec.chunker if config.objective.span else None,
+        spacy_model=spec.spacy_model,
+        cache_dir=spec.cache_dir,
+        max_bad_fraction=spec.max_bad_fraction,
+    )
+    console.print(
+        f"{path}: {report.kept} examples, {report.too_long} too long, "
+        f"{report.empty} empty, {report.malformed} malformed"
+    )
+    for message in report.messages[:3]:
+        console.print(f"  {message}", markup=False)
+    return found
+
+
+def _shared_vocabulary(
+    config: TrainConfig, student: Any, teacher: Any, tokenizer: Any
+) -> int:
+    size = len(tokenizer)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.config.vocab_size < size:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, the {role}'s embedding "
+                f"{model.config.vocab_size} rows; they do not belong together"
+            )
+    if teacher is not None:
+        other = hf.load_tokenizer(config.teacher)
+        if hf.tokenizer_fingerprint(tokenizer) != hf.tokenizer_fingerprint(other):
+            raise ValueError(
+                f"teacher {config.teacher} ({len(other)} tokens) and student "
+                f"{config.student} ({size} tokens) have different tokenizers; "
+                "distillation compares distributions over one vocabulary"
+            )
+    return size
+
+
+def _check_lengths(config: TrainConfig, student: Any, teacher: Any) -> None:
+    width = config.data.max_length
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.config.max_length < width:
+            raise ValueError(
+                f"data.max_length={width} is beyond the {role}'s "
+                f"{model.config.max_length} positions; lower it"
+            )
+
+
+def _check_micro_batch(config: TrainConfig, mesh: Mesh) -> None:
+    size, parts = config.batch_size // config.micro_batches, mesh.size
+    if size % parts:
+        raise ValueError(
+            f"a micro-batch of {size} rows (batch_size={config.batch_size} / "
+            f"micro_batches={config.micro_batches}) does not divide over the mesh of "
+            f"{parts} devices {dict(mesh.shape)}; use a multiple of {parts}"
+        )
+
+
+_MAY_CHANGE = ("resume", "output", "save_every", "keep_checkpoints", "tensorboard")
+
+
+def _check_output(config: TrainConfig) -> None:
+    """The folder is new, or holds this very run and `resume` is asked for."""
+    output = Path(config.output)
+    if not output.exists() or not os.listdir(output):
+        return
+    if not config.resume:
+        raise FileExistsError(
+            f"output folder {output} is not empty; choose another one, or go on with "
+            "what is there by resume: true"
+        )
+    path = output / CONFIG_FILE
+    if not path.is_file():
+        raise FileExistsError(f"{output} has no {CONFIG_FILE}: it is no run of ours")
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        name
+        for name in now
+        if name not in _MAY_CHANGE and before.get(name) != now[name]
+    ]
+    if changed:
+        was = {name: before.get(name) for name in changed}
+        raise ValueError(
+            f"resume: {', '.join(changed)} changed since {path} was written "
+            f"(was {was}); a resumed run must have the same settings"
+        )

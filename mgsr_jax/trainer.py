@@ -1,0 +1,401 @@
+"""One run, act by act: check, load, resume, step, validate, save, export."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import yaml
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from mgsr_jax import data, sharding
+from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint import state as checkpoint_state
+from mgsr_jax.config import TrainConfig
+from mgsr_jax.losses import Sum, init_clip_network, masked_sum
+from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.rollout import make_rollout, with_spans
+from mgsr_jax.row_source import RowSource, StepRows
+from mgsr_jax.rows import Rows
+from mgsr_jax.scrg import ScrgInfo
+from mgsr_jax.setup import CONFIG_FILE, Setup, prepare
+from mgsr_jax.train_step import (
+    Metrics,
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+    make_validation_step,
+)
+from mgsr_jax.typing import Params
+
+CHECKPOINTS = "checkpoints"
+STUDENT = "student"
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+      output: the run folder.
+      student: the exported checkpoint, a Hugging Face folder.
+      step: steps made in all.
+      validation: the last validation's means.
+      finished: False where the run was stopped by a signal; it can be resumed.
+    """
+
+    output: Path
+    student: Path
+    step: int
+    validation: dict[str, float]
+    finished: bool
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+    """Runs `config` to its end and exports the student.
+
+    Raises:
+      ValueError, FileNotFoundError, FileExistsError: a mistake in the settings, the
+        data or a checkpoint folder, before anything is written.
+      Diverged: a loss that is not finite; the last checkpoint is left as it is.
+    """
+    console = console or Console(stderr=True)
+    setup = prepare(config, console=console)
+    with jax.set_mesh(setup.mesh):
+        return _Run(setup, console).to_the_end()
+
+
+class _Run:
+    """The state of one run and its loop."""
+
+    def __init__(self, setup: Setup, console: Console):
+        config = setup.config
+        self.setup, self.config, self.console = setup, config, console
+        self.output = Path(config.output)
+        dtype = jnp.dtype(config.dtype)
+        shared = dict(vocab_size=setup.vocab_size, dtype=dtype)
+        models_of = (setup.student, setup.teacher)
+        self.optimizer = make_optimizer(config.optimizer, setup.steps)
+        self.train_step = make_train_step(
+            *models_of, self.optimizer, config.objective, **shared
+        )
+        self.validation_step = make_validation_step(
+            *models_of, config.objective, **shared
+        )
+        self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
+        rollout = None
+        if setup.teacher is not None and config.rollout.policy != "off":
+            rollout = make_rollout(
+                *models_of,
+                config.rollout,
+                eos_ids=setup.eos_ids,
+                prefill_width=config.data.max_prompt_length,
+                **shared,
+            )
+        self.source = RowSource(
+            _batches(setup),
+            config.rollout,
+            rollout,
+            self._add_spans,
+            mesh=setup.mesh,
+            batch_size=config.batch_size,
+            width=config.data.max_length,
+            micro_batches=config.micro_batches,
+            steps=setup.steps,
+            keep_ground_truth=config.objective.sft > 0,
+        )
+
+    def to_the_end(self) -> TrainResult:
+        """Loads, trains, exports."""
+        with checkpoint_state.open_manager(
+            self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
+        ) as self.manager:
+            self.state, self.teacher_params = self._load()
+            start = int(self.state.step)
+            self._write_config()
+            log = MetricsLog(
+                self.output, step=start, tensorboard=self.config.tensorboard
+            )
+            with stop_signals() as stopped:
+                validation = self._loop(start, log, stopped)
+            log.close()
+        step = int(self.state.step)
+        student = self.output / STUDENT
+        if step == self.setup.steps:
+            self._export(student)
+        else:
+            self.console.print(f"stopped after step {step}; go on with --resume true")
+        return TrainResult(
+            output=self.output,
+            student=student,
+            step=step,
+            validation=validation,
+            finished=step == self.setup.steps,
+        )
+
+    def _loop(self, start: int, log: MetricsLog, stopped: Any) -> dict[str, float]:
+        steps, config = self.setup.steps, self.config
+        means, began, pending = Means(), time.monotonic(), None
+        validation = self._validate(log) if start == 0 else {}
+        title = "SFT" if self.setup.teacher is None else "distilling"
+        with StepProgress(
+            self.console, start=start, steps=steps, title=title
+        ) as progress:
+            for step in range(start, steps):
+                rows = self.source.next(
+                    step,
+                    jax.random.fold_in(self.state.key, step),
+                    self.state.params[STUDENT],
+                    self.teacher_params,
+                )
+                self.state, metrics = self.train_step(
+                    self.state, self.teacher_params, rows.micro_batches
+                )
+                done = step + 1
+                # A step's metrics are fetched when the next one is on its way, so that
+                # the device does not wait for the host.
+                self._settle(pending, means)
+                pending = (done, step_metrics(metrics, rows))
+                progress.advance(done)
+                if done == steps or stopped() or self._pauses(done):
+                    self._settle(pending, means)
+                    pending = None
+                if done == steps or _due(done, config.log_every):
+                    values = self._values(means, done, time.monotonic() - began)
+                    began = time.monotonic()
+                    log.write(done, values)
+                    progress.show(done, values)
+                if done == steps or _due(done, config.validate_every):
+                    validation = self._validate(log) or validation
+                    began = time.monotonic()
+                if done == steps or _due(done, config.save_every) or stopped():
+                    self._save()
+                if stopped():
+                    break
+        return validation
+
+    def _load(self) -> tuple[TrainState, Params | None]:
+        """State and teacher on the mesh: fresh, or the latest checkpoint's."""
+        config, setup = self.config, self.setup
+        params = {
+            STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
+        }
+        if config.objective.needs_clip_network:
+            key = jax.random.fold_in(jax.random.key(config.seed), setup.steps)
+            params["clip_network"] = jax.device_put(
+                init_clip_network(key, num_candidates=config.objective.num_candidates),
+                sharding.replicated(setup.mesh),
+            )
+        placement = state_shardings(setup, params, self.optimizer)
+        state = jax.jit(
+            lambda params: init_state(params, self.optimizer, config.seed),
+            out_shardings=placement,
+            donate_argnums=0,
+        )(params)
+        teacher_params = None
+        if setup.teacher is not None:
+            teacher_params = hf.load_params(
+                config.teacher,
+                setup.teacher,
+                mesh=setup.mesh,
+                dtype=jnp.dtype(config.teacher_dtype),
+            )
+        if config.resume:
+            state = self._restore(state, placement)
+        return state, teacher_params
+
+    def _restore(self, state: TrainState, placement: Any) -> TrainState:
+        step = self.manager.latest_step()
+        if step is None:
+            self.console.print(f"no checkpoint in {self.output}; starting at step 0")
+            return state
+        like = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=place
+            ),
+            state,
+            placement,
+        )
+        state, host, replay = checkpoint_state.restore(
+            self.manager, step, state=like, replay=self.source.replay_rows
+        )
+        self.source.restore(host, replay)
+        self.console.print(f"resumed from step {step}")
+        return state
+
+    def _save(self) -> None:
+        checkpoint_state.save(
+            self.manager,
+            int(self.state.step),
+            state=self.state,
+            host=self.source.host_state(),
+            replay=self.source.replay_rows,
+        )
+
+    def _validate(self, log: MetricsLog) -> dict[str, float]:
+        """Means over the validation data; the replay policy hears of the loss."""
+        if self.setup.valid is None:
+            return {}
+        means, config = Means(), self.config
+        for rows in data.eval_batches(
+            self.setup.valid,
+            config.batch_size // config.micro_batches,
+            width=config.data.max_length,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            means.add(
+                self.validation_step(
+                    self.state.params,
+                    self.teacher_params,
+                    sharding.put_batch(self.setup.mesh, rows),
+                )
+            )
+        values = means.take()
+        values["loss"] = values["sft"]
+        self.source.validated(values["loss"])
+        step = int(self.state.step)
+        log.write(step, {f"valid/{name}": value for name, value in values.items()})
+        self.console.print(
+            f"step {step}: validation loss {values['loss']:.4f} nats a token"
+        )
+        return values
+
+    def _values(self, means: Means, step: int, seconds: float) -> dict[str, float]:
+        scored = max(means.count(f"train/{name}") for name in _SCORED)
+        values = means.take()
+        del values["train/finite"]
+        lower = values.get("train/lower")
+        if lower is not None and not 0.002 <= lower <= 0.45:
+            self.console.print(
+                f"[yellow]step {step}: DAC-KL's lower limit ran to {lower:.4f}; the "
+                "clip network no longer chooses (objective.prior_weight holds it)"
+            )
+        return values | {
+            "train/tokens_per_second": scored / seconds,
+            "train/learning_rate": float(self.learning_rate(step - 1)),
+        }
+
+    def _pauses(self, step: int) -> bool:
+        config = self.config
+        every = (config.log_every, config.validate_every, config.save_every)
+        return any(_due(step, n) for n in every)
+
+    def _settle(self, pending: tuple[int, Any] | None, means: Means) -> None:
+        """Waits for a step's metrics and adds them; stops where they are not finite."""
+        if pending is None:
+            return
+        step, metrics = pending
+        metrics = jax.device_get(metrics)
+        means.add(metrics)
+        if metrics["train/finite"].total:
+            return
+        kept = self.manager.latest_step()
+        raise Diverged(
+            f"step {step}: the loss or its gradient is not finite; the update was not "
+            f"made. Last checkpoint: {'none' if kept is None else f'step {kept}'}. Try "
+            "a lower optimizer.learning_rate or look at this step's data"
+        )
+
+    def _add_spans(self, rows: Rows) -> Rows:
+        if not self.config.objective.span:
+            return rows
+        spec = self.config.data
+        return with_spans(
+            rows, self.setup.tokenizer, spec.chunker, spacy_model=spec.spacy_model
+        )
+
+    def _export(self, target: Path) -> None:
+        hf.save_pretrained(
+            target,
+            self.setup.student,
+            self.state.params[STUDENT],
+            tokenizer_from=self.config.student,
+            overwrite=True,
+        )
+        self.console.print(f"student: {target}")
+
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
+        (self.output / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+_SCORED = ("sft", "dac_kl", "dac_kl_fixed", "forward_kl")
+
+
+def state_shardings(
+    setup: Setup, params: Params, optimizer: optax.GradientTransformation
+) -> Any:
+    """Where every leaf of the train state lives; moments as their parameters."""
+    rules = setup.student.partition_rules
+    if "clip_network" in params:
+        rules = (("clip_network/", P()), *rules)
+    abstract = jax.eval_shape(
+        lambda params: init_state(params, optimizer, setup.config.seed), params
+    )
+    return sharding.shardings(setup.mesh, rules, abstract)
+
+
+def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
+    """The step's own, how often the student wrote the rows, what SCRG corrected."""
+    named = {f"train/{name}": value for name, value in metrics.items()}
+    named["rollout/student_share"] = Sum(float(rows.source != "data"), 1.0)
+    if rows.corrections:
+        infos = [jnp.concatenate(part) for part in zip(*rows.corrections, strict=True)]
+        info = ScrgInfo(*infos)
+        count = jnp.float32(info.corrected.size)
+        named["rollout/corrected"] = Sum(jnp.sum(info.corrected), count)
+        for name in ("error_position", "kl"):
+            value = getattr(info, name).astype(jnp.float32)
+            named[f"rollout/{name}"] = masked_sum(value, info.corrected)
+    return named
+
+
+@contextmanager
+def stop_signals() -> Iterator[Any]:
+    """SIGTERM or the first Ctrl-C ends the run after the step at hand, saved."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        old = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # only the main thread may listen
+        old = {}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _batches(setup: Setup) -> Any:
+    config = setup.config
+    return data.batches(
+        setup.train,
+        config.batch_size,
+        width=config.data.max_length,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
