@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
 import grain
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
@@ -116,7 +117,7 @@ def load(
         table = datasets.Dataset.from_generator(
             lambda: _encoded(*options),
             features=_COLUMNS,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            cache_dir=os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE),
             fingerprint=key,
         )
     except DatasetGenerationError as error:
@@ -202,6 +203,7 @@ def _encoded(
     first = next(examples, None)
     if first is None:  # `datasets` would say that the split corresponds to no data
         _check_report(path, _report(0, (), ()), 0, 0.0)
+        return
     examples = itertools.chain([first], examples)
     while slab := list(itertools.islice(examples, _SLAB)):
         rows = [_encode(example, tokenizer, encoding) for example in slab]
@@ -378,8 +380,9 @@ def prompt_batches(
     share = _share(batch_size, process_index, process_count)
     for indices in _filled(len(prompts), batch_size):
         own = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
+        # A filler is as long as the row: generation finds it done and waits for none.
         yield from_lists(
-            [list(p.tokens) if p else [0] for p in own],
+            [list(p.tokens) if p else [0] * width for p in own],
             [list(p.response) if p and with_response else [] for p in own],
             width=width,
             examples=[p.example if p else _FILLER for p in own],

@@ -1,12 +1,15 @@
 """The records of an instruction data set, read one by one, the bad ones by name."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Example(NamedTuple):
@@ -103,10 +106,11 @@ def _check(record: Any, source: str) -> Example | Rejected:
     if not isinstance(record, Mapping):
         return malformed(f"a {type(record).__name__}, expected an object")
     instruction, output = record.get("instruction"), record.get("output")
-    given = record.get("input")
-    given = "" if given is None else given
+    given = "" if record.get("input") is None else record["input"]
     scored = record.get("minillm", True)
-    references = tuple(output) if isinstance(output, list) else (output,)
+    references: tuple[Any, ...] = (
+        tuple(output) if isinstance(output, list) else (output,)
+    )
     texts = {"instruction": (instruction,), "input": (given,), "output": references}
     for field, values in texts.items():
         for value in values:
@@ -116,7 +120,7 @@ def _check(record: Any, source: str) -> Example | Rejected:
                 return malformed(
                     f"{field!r} is a {type(value).__name__}, expected text"
                 )
-            if any("\ud800" <= char <= "\udfff" for char in value):
+            if _SURROGATE.search(value):
                 return malformed(f"{field!r} holds half of a surrogate pair")
     if not isinstance(scored, bool):
         return malformed(f"'minillm' is {scored!r}, expected true or false")

@@ -7,6 +7,7 @@ device works. Offsets are pairs (start, end) of character positions, end exclude
 
 import bisect
 import functools
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -216,7 +217,7 @@ def _verb_runs(doc: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
 @functools.cache
 def _spacy_pipeline(model: str) -> Any:
     try:
-        import spacy
+        spacy = importlib.import_module("spacy")
     except ImportError as error:
         raise ImportError(
             "spans by spaCy need the package spacy; pip install 'mgsr_jax[spacy]', "
