@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.models._attention import Attention, LayerCache
+from mgsr_jax.models._embed import Embed
 from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
@@ -116,6 +117,11 @@ class Gpt2Config:
         }
 
 
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Two passes: E[x^2] - E[x]^2 cancels where the mean is far from zero."""
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
 class Mlp(nnx.Module):
     """down(activation(up(x)))."""
 
@@ -141,9 +147,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         width, epsilon = config.width, config.norm_epsilon
-        self.attention_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.attention_norm = layer_norm(width, epsilon, rngs)
         self.attention = Attention(config, qkv_bias=True, output_bias=True, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.mlp_norm = layer_norm(width, epsilon, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
@@ -164,24 +170,21 @@ class Ends(nnx.Module):
     """Token and position embeddings before the layers, final norm after them."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+        stddev = config.initializer_range
         sizes = (config.vocab_size, config.width)
-        self.embed = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(
-            config.max_length, config.width, embedding_init=init, rngs=rngs
+        self.embed = Embed(*sizes, stddev=stddev, rngs=rngs)
+        self.positions = Embed(
+            config.max_length, config.width, stddev=stddev, rngs=rngs
         )
-        self.final_norm = nnx.LayerNorm(
-            config.width, epsilon=config.norm_epsilon, rngs=rngs
-        )
+        self.final_norm = layer_norm(config.width, config.norm_epsilon, rngs)
         if not config.tie_word_embeddings:
-            self.head = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+            self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
         # A finished row may stand beyond the table; what it computes is not kept.
-        limit = self.positions.num_embeddings - 1
-        return self.embed(tokens) + self.positions(positions.clip(max=limit))
+        return self.embed(tokens) + self.positions.clipped(positions)
 
     def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(x_BTD)

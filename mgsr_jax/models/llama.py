@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.models._attention import Attention, LayerCache, Rope
+from mgsr_jax.models._embed import Embed
 from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
@@ -177,15 +178,15 @@ class Ends(nnx.Module):
     """Embedding before the layers, final norm after them; an own head if untied."""
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+        stddev = config.initializer_range
         sizes = (config.vocab_size, config.width)
-        self.embed = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+        self.embed = Embed(*sizes, stddev=stddev, rngs=rngs)
         self.final_norm = nnx.RMSNorm(
             config.width, epsilon=config.norm_epsilon, rngs=rngs
         )
         if not config.tie_word_embeddings:
             # [V, D] like the embedding, so that both forms unembed alike.
-            self.head = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+            self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.models._attention import Attention, LayerCache
+from mgsr_jax.models._embed import Embed
 from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
@@ -17,7 +18,7 @@ from mgsr_jax.models._hf_config import (
     special_ids,
     token_ids,
 )
-from mgsr_jax.models.gpt2 import ACTIVATIONS, Mlp
+from mgsr_jax.models.gpt2 import ACTIVATIONS, Mlp, layer_norm
 
 POSITION_OFFSET = 2
 """Position p reads row p + 2 of the table: fairseq counted on from its padding id."""
@@ -121,9 +122,9 @@ class Block(nnx.Module):
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         bias = config.bias
         self.norm_before = config.norm_before
-        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+        self.attention_norm = layer_norm(config.width, 1e-5, rngs)
         self.attention = Attention(config, qkv_bias=bias, output_bias=bias, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+        self.mlp_norm = layer_norm(config.width, 1e-5, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
@@ -148,16 +149,14 @@ class Ends(nnx.Module):
     """Embeddings and their projections; the final norm, where there is one."""
 
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+        stddev = config.initializer_range
+        init = nnx.initializers.normal(stddev)
         self.is_projected = config.is_projected
         self.has_final_norm = config.has_final_norm
         sizes = (config.vocab_size, config.embed_width)
-        self.embed = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(
-            config.max_length + POSITION_OFFSET,
-            config.width,
-            embedding_init=init,
-            rngs=rngs,
+        self.embed = Embed(*sizes, stddev=stddev, rngs=rngs)
+        self.positions = Embed(
+            config.max_length + POSITION_OFFSET, config.width, stddev=stddev, rngs=rngs
         )
         if config.is_projected:
             outer, inner = config.embed_width, config.width
@@ -168,9 +167,9 @@ class Ends(nnx.Module):
                 inner, outer, use_bias=False, kernel_init=init, rngs=rngs
             )
         if config.has_final_norm:
-            self.final_norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
+            self.final_norm = layer_norm(config.width, 1e-5, rngs)
         if not config.tie_word_embeddings:
-            self.head = nnx.Embed(*sizes, embedding_init=init, rngs=rngs)
+            self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
@@ -179,8 +178,7 @@ class Ends(nnx.Module):
         if self.is_projected:
             x = self.project_in(x)
         # A finished row may stand beyond the table; what it computes is not kept.
-        rows = (positions + POSITION_OFFSET).clip(max=self.positions.num_embeddings - 1)
-        return x + self.positions(rows)
+        return x + self.positions.clipped(positions + POSITION_OFFSET)
 
     def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         if self.has_final_norm:

@@ -10,6 +10,8 @@ import transformers
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 
+torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+
 VOCAB = 61
 SMALL = {
     "vocab_size": VOCAB,

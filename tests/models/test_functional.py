@@ -1,0 +1,222 @@
+"""The seam itself: what holds for every family, without transformers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsr_jax import models, sharding
+from mgsr_jax.typing import Model
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 62,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.2,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 62,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 16,
+    "initializer_range": 0.2,
+}
+OPT_350M = {
+    "model_type": "opt",
+    "vocab_size": 62,
+    "hidden_size": 24,
+    "word_embed_proj_dim": 16,
+    "do_layer_norm_before": False,
+    "ffn_dim": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "init_std": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = models.from_config(LLAMA)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 9)), jnp.int32)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
+def test_is_a_static_model(hf):
+    model = models.from_config(hf)
+    assert isinstance(model, Model)
+    assert hash(model) == hash(models.from_config(hf))
+    assert model == models.from_config(hf)
+    init = jax.eval_shape(model.init, jax.random.key(0))
+    assert init == model.abstract_params()
+
+
+@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
+def test_causality_by_gradient(hf, tokens):
+    """Hidden state t depends on the embeddings of tokens 0..t and on no later one."""
+    model = models.from_config(hf)
+    params = jax.jit(model.init)(jax.random.key(0))
+    distinct = jnp.arange(9)[None]  # each position has an embedding row of its own
+
+    def at_4(table):
+        own = {**params, "embed": {"embedding": table}}
+        return (
+            model.forward(own, distinct)[0][0, 4] * jnp.arange(1.0, 1 + width)
+        ).sum()
+
+    width = params["embed"]["embedding"].shape[1]
+    norms = jnp.abs(jax.jit(jax.grad(at_4))(params["embed"]["embedding"])).sum(-1)
+    assert (norms[:5] > 0).all()
+    assert (norms[5:] == 0).all()
+
+
+def test_stack_and_tuple_of_layers_agree(llama, tokens):
+    model, params = llama
+    scanned, none = model.forward(params, tokens)
+    assert none is None
+    decoding = model.decode_params(params, jnp.float32)
+    assert isinstance(decoding["layers"], tuple) and len(decoding["layers"]) == 2
+    unrolled, _ = model.forward(decoding, tokens)
+    np.testing.assert_allclose(scanned, unrolled, atol=2e-6, rtol=0)
+    cached, cache = model.forward(
+        params, tokens, cache=model.init_cache(2, 9, jnp.float32)
+    )
+    np.testing.assert_allclose(scanned, cached, atol=2e-6, rtol=0)
+    assert jax.tree.map(jnp.shape, cache) == (((2, 9, 2, 6),) * 2,) * 2
+
+
+def test_given_positions(llama, tokens):
+    """Causal in position, wherever in the row a token stands."""
+    model, params = llama
+    expected, _ = model.forward(params, tokens)
+    order = np.array([[3, 0, 8, 1, 5, 2, 4, 7, 6], [8, 7, 6, 5, 4, 3, 2, 1, 0]])
+    hidden, _ = model.forward(
+        params,
+        jnp.take_along_axis(tokens, jnp.asarray(order), axis=1),
+        positions=jnp.asarray(order),
+    )
+    expected = np.take_along_axis(np.asarray(expected), order[..., None], axis=1)
+    np.testing.assert_allclose(hidden, expected, atol=2e-6, rtol=0)
+
+
+def test_positions_beyond_the_cache_write_nothing(llama, tokens):
+    model, params = llama
+    _, full = model.forward(
+        params, tokens[:, :4], cache=model.init_cache(2, 4, jnp.float32)
+    )
+    positions = jnp.asarray([[4], [3]])
+    hidden, cache = model.forward(
+        params, tokens[:, 4:5], positions=positions, cache=full
+    )
+    for before, after in zip(
+        jax.tree.leaves(full), jax.tree.leaves(cache), strict=True
+    ):
+        np.testing.assert_array_equal(before[0], after[0])
+        np.testing.assert_array_equal(before[1, :3], after[1, :3])
+        assert (before[1, 3] != after[1, 3]).all()
+    assert jnp.isfinite(hidden).all()
+
+
+@pytest.mark.parametrize("hf", [GPT2, OPT_350M])
+def test_a_finished_row_beyond_the_table_stays_finite(hf):
+    model = models.from_config(hf)
+    params = jax.jit(model.init)(jax.random.key(0))
+    cache = model.init_cache(1, 16, jnp.float32)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    hidden, _ = model.forward(params, tokens, positions=16 * tokens, cache=cache)
+    assert jnp.isfinite(hidden).all()
+
+
+def test_rows_beyond_the_position_limit_raise(llama):
+    model, params = llama
+    with pytest.raises(ValueError, match="17 positions.*limit of 16"):
+        model.forward(params, jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="17 positions.*limit of 16"):
+        model.init_cache(1, 17, jnp.float32)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
+def test_bfloat16_stays_bfloat16(hf, tokens):
+    model = models.from_config(hf)
+    params = jax.jit(model.init)(jax.random.key(0))
+    decoding = model.decode_params(params, jnp.bfloat16)
+    cache = model.init_cache(2, 9, jnp.bfloat16)
+    hidden, cache = model.forward(decoding, tokens, cache=cache)
+    assert hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    assert (
+        model.unembed(model.head_params(decoding), hidden).dtype
+        == model.forward(decoding, tokens)[0].dtype
+        == jnp.bfloat16
+    )
+    expected, _ = model.forward(params, tokens)
+    np.testing.assert_allclose(hidden.astype(jnp.float32), expected, atol=0.2, rtol=0)
+
+
+def test_remat_changes_no_gradient(llama, tokens):
+    model, params = llama
+
+    def gradient(model):
+        def loss(params):
+            return (model.forward(params, tokens)[0] ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
+        gradient(model),
+        gradient(dataclasses.replace(model, remat=True)),
+    )
+
+
+@pytest.mark.parametrize("hf", [LLAMA, GPT2])
+def test_sharded_equals_unsharded(hf):
+    """Over data, fsdp and tensor; activations stay split over the batch."""
+    model = models.from_config(hf)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 62, (8, 9)), jnp.int32)
+
+    def logits(params, tokens):
+        return model.unembed(
+            model.head_params(params), model.forward(params, tokens)[0]
+        )
+
+    expected = jax.jit(logits)(params, tokens)
+    mesh = sharding.make_mesh(2, 2, 2)
+    places = sharding.shardings(mesh, model.partition_rules, params)
+    with jax.set_mesh(mesh):
+        got = jax.jit(logits)(
+            jax.device_put(params, places),
+            jax.device_put(tokens, sharding.batch_sharding(mesh)),
+        )
+    assert got.sharding.spec[0] == ("data", "fsdp")
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)
+
+
+def test_one_compilation_for_equal_models(tokens):
+    count = 0
+
+    def forward(model, params, tokens):
+        nonlocal count
+        count += 1
+        return model.forward(params, tokens)[0]
+
+    compiled = jax.jit(forward, static_argnums=0)
+    for seed in range(2):
+        model = models.from_config(GPT2)
+        compiled(model, jax.jit(model.init)(jax.random.key(seed)), tokens)
+    assert count == 1
