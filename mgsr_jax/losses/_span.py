@@ -6,6 +6,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean_pair, same_columns, zero_where_masked
 
+# A relative distance that float32 cannot tell from none.
+ROUNDING = 8 * 2.0**-23
+
 
 @jax.jit
 def span_pairs(
@@ -47,7 +50,8 @@ def span_correlation(
 
     where t and t+1 lie in the same span and are both scored; 0 elsewhere. The product
     is that of the probabilities of each token of the vocabulary. Take the mean over
-    `span_pairs`. The gradient is 0 where the distance is.
+    `span_pairs`. A distance below what float32 resolves (1e-6 of the teacher's
+    relation) is 0, with gradient 0.
 
     MGSR, arXiv 2407.10068, span-level loss. That the norm is not squared is our
     reading.
@@ -81,10 +85,12 @@ def span_correlation(
     )
     p = jax.nn.softmax(teacher_logits, axis=-1)
     q = jax.nn.softmax(student_logits, axis=-1)
-    difference = p[..., :-1, :] * p[..., 1:, :] - q[..., :-1, :] * q[..., 1:, :]
-    squared = _append(jnp.sum(jnp.square(difference), axis=-1), 0.0)
-    # The square root's slope at 0 is infinite: there it must not be taken at all.
-    apart = pairs & (squared > 0)
+    r_p, r_q = p[..., :-1, :] * p[..., 1:, :], q[..., :-1, :] * q[..., 1:, :]
+    squared = _append(jnp.sum(jnp.square(r_p - r_q), axis=-1), 0.0)
+    scale = _append(jnp.sum(jnp.square(r_p), axis=-1), 0.0)
+    # The norm has a unit slope however close to 0: of two equal distributions it would
+    # return the direction of their rounding errors, and at 0 itself nan.
+    apart = pairs & (squared > ROUNDING**2 * scale)
     return zero_where_masked(jnp.sqrt(jnp.where(apart, squared, 1.0)), apart)
 
 

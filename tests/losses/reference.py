@@ -1,0 +1,188 @@
+"""METHOD's equations in float64 numpy, one position at a time, as they are written.
+
+Independent of the package: nothing here is fast, batched or shared with it.
+"""
+
+import contextlib
+import math
+
+import jaxtyping
+import numpy as np
+
+
+def log_softmax(logits, vocab_size=None):
+    logits = np.array(logits, np.float64)
+    if vocab_size is not None:
+        logits = logits[:vocab_size]
+    largest = logits.max()
+    return logits - largest - np.log(np.sum(np.exp(logits - largest)))
+
+
+def positions(function, *arrays):
+    """`function` at every position (all axes but the last); a list of results."""
+    leading = np.shape(arrays[0])[:-1]
+    return [function(*(a[index] for a in arrays)) for index in np.ndindex(leading)]
+
+
+def cross_entropy(logits, labels, vocab_size=None):
+    out = np.zeros(np.shape(labels))
+    for index in np.ndindex(out.shape):
+        out[index] = -log_softmax(logits[index], vocab_size)[labels[index]]
+    return out
+
+
+def kl(log_p, log_q):
+    return sum(
+        math.exp(a) * (a - b)
+        for a, b in zip(log_p, log_q, strict=True)
+        if math.exp(a) > 0
+    )
+
+
+def forward_kl(student, teacher, temperature=1.0, vocab_size=None):
+    def at(s, t):
+        log_q = log_softmax(np.asarray(s, np.float64) / temperature, vocab_size)
+        log_p = log_softmax(np.asarray(t, np.float64) / temperature, vocab_size)
+        return kl(log_p, log_q)
+
+    return np.reshape(positions(at, student, teacher), np.shape(student)[:-1])
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def gelu(x):
+    return np.array([v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+
+
+def candidates(student, teacher, num_candidates, vocab_size):
+    """log p, log q of the K most probable classes; log of the non-target mass."""
+    log_p, log_q = log_softmax(teacher, vocab_size), log_softmax(student, vocab_size)
+    order = np.argsort(-log_p, kind="stable")
+    rest = log_p[order[1:]]
+    rest = rest[rest > -np.inf]
+    log_rest = -np.inf
+    if rest.size:
+        log_rest = rest.max() + np.log(np.sum(np.exp(rest - rest.max())))
+    order = order[:num_candidates]
+    return log_p[order], log_q[order], log_rest
+
+
+def limits(clip_params, log_p, log_q):
+    """Section 1, step 3: f_sub(z)."""
+    layers = {
+        name: {k: np.asarray(v, np.float64) for k, v in layer.items()}
+        for name, layer in clip_params.items()
+    }
+    network_k = layers["hidden"]["kernel"].shape[0] // 2
+    z = np.concatenate([np.exp(log_p), np.exp(log_q)])
+    z = z / np.sqrt(np.mean(z**2))
+    k = len(log_p)
+    padded = np.zeros(2 * network_k)
+    padded[:k], padded[network_k : network_k + k] = z[:k], z[k:]
+    hidden = gelu(padded @ layers["hidden"]["kernel"] + layers["hidden"]["bias"])
+    a, b = hidden @ layers["output"]["kernel"] + layers["output"]["bias"]
+    return 0.5 * sigmoid(a), 1 - 0.5 * sigmoid(b)
+
+
+def clipped_kl(log_p, log_q, log_rest, lower, upper, width, normalization):
+    """Section 1, steps 2, 4 and 5: (divergence, kept mass, kept classes, held mass)."""
+    log_w = np.full(len(log_p), -np.inf)
+    log_w[0] = 0.0
+    above = 0.0
+    for k in range(1, len(log_p)):
+        if log_p[k] == -np.inf:
+            continue
+        share = math.exp(log_p[k] - log_rest)
+        above += share
+        c = 1 - (above - share / 2)
+        log_w[k] = log_sigmoid((c - lower) / width) + log_sigmoid((upper - c) / width)
+    log_wp = log_w + log_p
+    kept = np.sum(np.exp(log_wp))
+    if normalization == "teacher":
+        loss = kl(log_wp - math.log(kept), log_q)
+    else:
+        loss = sum(
+            math.exp(wp) * (p - q)
+            for wp, p, q in zip(log_wp, log_p, log_q, strict=True)
+            if math.exp(wp) > 0
+        )
+    return loss, kept, np.sum(np.exp(log_w)), np.sum(np.exp(log_p))
+
+
+def dac_kl(
+    clip_params,
+    student,
+    teacher,
+    *,
+    fixed=None,
+    num_candidates=None,
+    vocab_size=None,
+    width=0.01,
+    normalization="teacher",
+    prior_weight=10.0,
+):
+    """The six fields of DacKl. `fixed` = (lower, upper) takes the network's place."""
+    if num_candidates is None:
+        num_candidates = np.shape(clip_params["hidden"]["kernel"])[0] // 2
+
+    def at(s, t):
+        log_p, log_q, log_rest = candidates(s, t, num_candidates, vocab_size)
+        l, u = fixed if fixed is not None else limits(clip_params, log_p, log_q)  # noqa: E741
+        loss, *rest = clipped_kl(log_p, log_q, log_rest, l, u, width, normalization)
+        prior = 0.0
+        if fixed is None:
+            prior = prior_weight * ((l - 0.1) ** 2 + (u - 0.98) ** 2)
+        return loss + prior, l, u, *rest
+
+    leading = np.shape(student)[:-1]
+    return [
+        np.reshape(field, leading)
+        for field in zip(*positions(at, student, teacher), strict=True)
+    ]
+
+
+def span_correlation(student, teacher, span_ids, where=None, vocab_size=None):
+    """One sequence: [T, V] logits, [T] ids."""
+    length = len(span_ids)
+    where = [True] * length if where is None else where
+    out = np.zeros(length)
+    for t in range(length - 1):
+        paired = span_ids[t] == span_ids[t + 1] and span_ids[t] != -1
+        if paired and where[t] and where[t + 1]:
+            q, q_next, p, p_next = (
+                np.exp(log_softmax(x[i], vocab_size))
+                for x in (student, teacher)
+                for i in (t, t + 1)
+            )
+            out[t] = math.sqrt(sum((p * p_next - q * q_next) ** 2))
+    return out
+
+
+def numeric_gradient(function, x, step=1e-5):
+    """Central differences of a scalar function of one float64 array."""
+    x = np.array(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        if not np.isfinite(x[index]):
+            continue
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+@contextlib.contextmanager
+def as_users_call_it():
+    """Without the rig's type checks, which would speak before the package's errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,253 @@
+"""Values and gradients of every loss against float64 numpy, hard inputs included."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from mgsr_jax import losses
+
+T, V, K = 5, 12, 6
+LABELS = np.array([3, 0, 7, 2, 5])
+SPAN_IDS = np.array([4, 4, 4, 6, 6])
+WEIGHTS = np.array([0.5, -1.0, 2.0, 1.5, 0.7])  # unequal, so that no row hides another
+
+
+def normal(seed, scale=2.0):
+    return np.random.default_rng(seed).normal(0, scale, (T, V)).astype(np.float32)
+
+
+def no_mass_in_two_columns():
+    teacher, student = normal(0), normal(1)
+    teacher[:, [1, 9]] = student[:, [1, 9]] = -np.inf
+    return student, teacher
+
+
+def one_hot():
+    return normal(1), np.where(np.arange(V) == LABELS[:, None], 1e4, 0).astype("f")
+
+
+INPUTS = {
+    "usual": lambda: (normal(1), normal(0)),
+    "bfloat16": lambda: tuple(
+        np.asarray(jnp.asarray(normal(i), jnp.bfloat16)) for i in (1, 0)
+    ),
+    "huge": lambda: (np.sign(normal(1)) * 1e4 + normal(3), np.sign(normal(0)) * 1e4),
+    "one-hot teacher": one_hot,
+    "one-hot student": lambda: one_hot()[::-1],
+    "flat teacher": lambda: (normal(1), np.zeros((T, V), np.float32)),
+    "identical": lambda: (normal(0), normal(0)),
+    "no mass in two columns": no_mass_in_two_columns,
+}
+
+
+def clip_params(num_candidates=K, seed=0):
+    """A network that has moved away from its start, so that limits differ by row."""
+    params = losses.init_clip_network(
+        jax.random.key(seed), num_candidates=num_candidates, hidden=8
+    )
+    noise = np.random.default_rng(seed).normal(0, 0.4, (8, 2)).astype(np.float32)
+    params["output"]["kernel"] = jnp.asarray(noise)
+    return params
+
+
+@pytest.fixture(params=INPUTS)
+def logits(request):
+    return INPUTS[request.param]()
+
+
+@jax.jit(static_argnames="function")
+def weighted(function, x, *rest):
+    """(sum of weights times values, values), differentiated in x."""
+
+    def scalar(x):
+        values = function(x, *rest)
+        return jnp.sum(jnp.asarray(WEIGHTS, jnp.float32) * values), values
+
+    (_, values), gradient = jax.value_and_grad(scalar, has_aux=True)(x)
+    return values, gradient
+
+
+def check(function, expected, student, teacher, **tolerance):
+    """`expected(student)` are the reference's values, differentiated numerically."""
+    values, gradient = weighted(function, jnp.asarray(student), jnp.asarray(teacher))
+    assert values.dtype == jnp.float32
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} | tolerance
+    np.testing.assert_allclose(values, expected(student), **tolerance)
+    numeric = reference.numeric_gradient(lambda x: WEIGHTS @ expected(x), student)
+    half = gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float64),
+        numeric,
+        rtol=1e-2 if half else 1e-3,
+        atol=1e-4,
+    )
+
+
+def cross_entropy(student, teacher):
+    return losses.cross_entropy(student, jnp.asarray(LABELS))
+
+
+def test_cross_entropy(logits):
+    student, teacher = logits
+    student = np.where(np.isinf(student), 0, student)  # every label can occur
+    check(cross_entropy, lambda s: reference.cross_entropy(s, LABELS), student, teacher)
+
+
+def forward_kl_soft(student, teacher):
+    return losses.forward_kl(student, teacher, temperature=2.0)
+
+
+def test_forward_kl(logits):
+    student, teacher = logits
+
+    def expected(s):
+        return reference.forward_kl(s, teacher, temperature=2.0)
+
+    check(forward_kl_soft, expected, student, teacher)
+
+
+def span_correlation(student, teacher):
+    return losses.span_correlation(student, teacher, jnp.asarray(SPAN_IDS))
+
+
+def test_span_correlation(logits):
+    student, teacher = logits
+
+    def expected(s):
+        return reference.span_correlation(s, teacher, SPAN_IDS)
+
+    if np.array_equal(student, teacher):  # the norm has a corner there: 0 by our choice
+        values, gradient = weighted(span_correlation, *map(jnp.asarray, logits))
+        assert not values.any() and not gradient.any()
+    else:
+        check(span_correlation, expected, student, teacher)
+
+
+LIMITS = (0.2, 0.9)
+
+
+def dac_kl_teacher(student, teacher):
+    return losses.dac_kl_fixed(
+        LIMITS, student, teacher, num_candidates=K, width=0.05
+    ).loss
+
+
+def dac_kl_none(student, teacher):
+    return losses.dac_kl_fixed(
+        LIMITS, student, teacher, num_candidates=K, width=0.05, normalization="none"
+    ).loss
+
+
+@pytest.mark.parametrize("function", [dac_kl_teacher, dac_kl_none])
+def test_dac_kl_fixed(logits, function):
+    student, teacher = logits
+
+    def expected(s):
+        return reference.dac_kl(
+            None,
+            s,
+            teacher,
+            fixed=LIMITS,
+            num_candidates=K,
+            width=0.05,
+            normalization=function.__name__.removeprefix("dac_kl_"),
+        )[0]
+
+    check(function, expected, student, teacher, rtol=1e-4)
+
+
+def test_dac_kl_fields(logits):
+    student, teacher = logits
+    params = clip_params()
+    got = losses.dac_kl(params, jnp.asarray(student), jnp.asarray(teacher))
+    expected = reference.dac_kl(params, student, teacher)
+    for name, field, wanted in zip(got._fields, got, expected, strict=True):
+        np.testing.assert_allclose(field, wanted, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_dac_kl_gradient_of_the_student_holds_the_limits_fixed():
+    student, teacher = INPUTS["usual"]()
+    params = clip_params()
+    _, lower, upper, *_ = reference.dac_kl(params, student, teacher)
+
+    def loss(s):
+        return jnp.sum(losses.dac_kl(params, s, jnp.asarray(teacher)).loss)
+
+    def expected(s):
+        rows = zip(lower, upper, s, teacher, strict=True)
+        return sum(
+            reference.dac_kl(None, x, t, fixed=(l, u), num_candidates=K)[0]
+            for l, u, x, t in rows  # noqa: E741
+        )
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(student))
+    numeric = reference.numeric_gradient(expected, student)
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["teacher", "none"])
+def test_dac_kl_gradient_of_the_clip_network_flows_through_the_mask(normalization):
+    student, teacher = INPUTS["usual"]()
+    params = clip_params()
+    settings = {"width": 0.05, "prior_weight": 3.0, "normalization": normalization}
+
+    def loss(p):
+        out = losses.dac_kl(p, jnp.asarray(student), jnp.asarray(teacher), **settings)
+        return jnp.sum(out.loss)
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for layer, name in [("output", "bias"), ("output", "kernel"), ("hidden", "bias")]:
+
+        def expected(x, layer=layer, name=name):
+            moved = params | {layer: params[layer] | {name: x}}
+            return reference.dac_kl(moved, student, teacher, **settings)[0].sum()
+
+        numeric = reference.numeric_gradient(expected, params[layer][name])
+        assert np.abs(numeric).max() > 1e-3
+        np.testing.assert_allclose(gradient[layer][name], numeric, rtol=2e-3, atol=1e-4)
+
+
+def test_the_doctests_numbers_are_the_references():
+    teacher, student = np.array([[4.0, 2.0, 1.0, 0.0, -1.0]]), np.zeros((1, 5))
+    start = losses.init_clip_network(jax.random.key(0), num_candidates=4)
+    assert f"{reference.dac_kl(start, student, teacher)[0][0]:.3f}" == "1.076"
+    fixed = reference.dac_kl(
+        None, student, teacher, fixed=(0.05, 1.0), num_candidates=512
+    )
+    assert f"{fixed[0][0]:.3f} {fixed[3][0]:.3f}" == "1.017 0.994"
+
+
+elements = st.floats(-30, 30, width=32)
+pairs = hnp.arrays(np.float32, (2, 4, 7), elements=elements)
+few = hypothesis.settings(max_examples=40, deadline=None, database=None)
+
+
+@few
+@hypothesis.given(pairs)
+def test_forward_kl_is_never_negative_and_agrees(pair):
+    student, teacher = pair
+    got = np.asarray(losses.forward_kl(jnp.asarray(student), jnp.asarray(teacher)))
+    assert (got >= -1e-6).all()
+    np.testing.assert_allclose(
+        got, reference.forward_kl(student, teacher), rtol=1e-4, atol=1e-5
+    )
+
+
+@few
+@hypothesis.given(pairs, st.floats(0.0, 0.5), st.floats(0.5, 1.0))
+def test_dac_kl_is_never_negative_and_agrees(pair, lower, upper):
+    student, teacher = pair
+    got = losses.dac_kl_fixed(
+        (lower, upper), jnp.asarray(student), jnp.asarray(teacher), num_candidates=5
+    )
+    expected = reference.dac_kl(
+        None, student, teacher, fixed=(lower, upper), num_candidates=5
+    )
+    assert (np.asarray(got.loss) >= -1e-5).all()
+    for name, field, wanted in zip(got._fields, got, expected, strict=True):
+        np.testing.assert_allclose(field, wanted, rtol=3e-4, atol=1e-4, err_msg=name)
