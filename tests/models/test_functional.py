@@ -1,6 +1,7 @@
 """The seam itself: what holds for every family, without transformers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,22 @@ OPT_350M = {
 }
 
 
+@functools.cache
+def built(hf):
+    model = models.from_config(dict(hf))
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
 def llama():
-    model = models.from_config(LLAMA)
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return built(tuple(LLAMA.items()))
+
+
+# Compiled once for all tests, and much faster to compile than op by op.
+forward = jax.jit(
+    lambda model, params, *args, **kwargs: model.forward(params, *args, **kwargs),
+    static_argnums=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +81,7 @@ def test_is_a_static_model(hf):
 @pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
 def test_causality_by_gradient(hf, tokens):
     """Hidden state t depends on the embeddings of tokens 0..t and on no later one."""
-    model = models.from_config(hf)
-    params = jax.jit(model.init)(jax.random.key(0))
+    model, params = built(tuple(hf.items()))
     distinct = jnp.arange(9)[None]  # each position has an embedding row of its own
 
     def at_4(table):
@@ -86,14 +98,14 @@ def test_causality_by_gradient(hf, tokens):
 
 def test_stack_and_tuple_of_layers_agree(llama, tokens):
     model, params = llama
-    scanned, none = model.forward(params, tokens)
+    scanned, none = forward(model, params, tokens)
     assert none is None
     decoding = model.decode_params(params, jnp.float32)
     assert isinstance(decoding["layers"], tuple) and len(decoding["layers"]) == 2
-    unrolled, _ = model.forward(decoding, tokens)
+    unrolled, _ = forward(model, decoding, tokens)
     np.testing.assert_allclose(scanned, unrolled, atol=2e-6, rtol=0)
-    cached, cache = model.forward(
-        params, tokens, cache=model.init_cache(2, 9, jnp.float32)
+    cached, cache = forward(
+        model, params, tokens, cache=model.init_cache(2, 9, jnp.float32)
     )
     np.testing.assert_allclose(scanned, cached, atol=2e-6, rtol=0)
     assert jax.tree.map(jnp.shape, cache) == (((2, 9, 2, 6),) * 2,) * 2
@@ -102,9 +114,10 @@ def test_stack_and_tuple_of_layers_agree(llama, tokens):
 def test_given_positions(llama, tokens):
     """Causal in position, wherever in the row a token stands."""
     model, params = llama
-    expected, _ = model.forward(params, tokens)
+    expected, _ = forward(model, params, tokens)
     order = np.array([[3, 0, 8, 1, 5, 2, 4, 7, 6], [8, 7, 6, 5, 4, 3, 2, 1, 0]])
-    hidden, _ = model.forward(
+    hidden, _ = forward(
+        model,
         params,
         jnp.take_along_axis(tokens, jnp.asarray(order), axis=1),
         positions=jnp.asarray(order),
@@ -115,12 +128,12 @@ def test_given_positions(llama, tokens):
 
 def test_positions_beyond_the_cache_write_nothing(llama, tokens):
     model, params = llama
-    _, full = model.forward(
-        params, tokens[:, :4], cache=model.init_cache(2, 4, jnp.float32)
+    _, full = forward(
+        model, params, tokens[:, :4], cache=model.init_cache(2, 4, jnp.float32)
     )
     positions = jnp.asarray([[4], [3]])
-    hidden, cache = model.forward(
-        params, tokens[:, 4:5], positions=positions, cache=full
+    hidden, cache = forward(
+        model, params, tokens[:, 4:5], positions=positions, cache=full
     )
     for before, after in zip(
         jax.tree.leaves(full), jax.tree.leaves(cache), strict=True
@@ -133,11 +146,10 @@ def test_positions_beyond_the_cache_write_nothing(llama, tokens):
 
 @pytest.mark.parametrize("hf", [GPT2, OPT_350M])
 def test_a_finished_row_beyond_the_table_stays_finite(hf):
-    model = models.from_config(hf)
-    params = jax.jit(model.init)(jax.random.key(0))
+    model, params = built(tuple(hf.items()))
     cache = model.init_cache(1, 16, jnp.float32)
     tokens = jnp.ones((1, 1), jnp.int32)
-    hidden, _ = model.forward(params, tokens, positions=16 * tokens, cache=cache)
+    hidden, _ = forward(model, params, tokens, positions=16 * tokens, cache=cache)
     assert jnp.isfinite(hidden).all()
 
 
@@ -151,19 +163,18 @@ def test_rows_beyond_the_position_limit_raise(llama):
 
 @pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
 def test_bfloat16_stays_bfloat16(hf, tokens):
-    model = models.from_config(hf)
-    params = jax.jit(model.init)(jax.random.key(0))
+    model, params = built(tuple(hf.items()))
     decoding = model.decode_params(params, jnp.bfloat16)
     cache = model.init_cache(2, 9, jnp.bfloat16)
-    hidden, cache = model.forward(decoding, tokens, cache=cache)
+    hidden, cache = forward(model, decoding, tokens, cache=cache)
     assert hidden.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
     assert (
         model.unembed(model.head_params(decoding), hidden).dtype
-        == model.forward(decoding, tokens)[0].dtype
+        == forward(model, decoding, tokens)[0].dtype
         == jnp.bfloat16
     )
-    expected, _ = model.forward(params, tokens)
+    expected, _ = forward(model, params, tokens)
     np.testing.assert_allclose(hidden.astype(jnp.float32), expected, atol=0.2, rtol=0)
 
 
@@ -186,8 +197,7 @@ def test_remat_changes_no_gradient(llama, tokens):
 @pytest.mark.parametrize("hf", [LLAMA, GPT2])
 def test_sharded_equals_unsharded(hf):
     """Over data, fsdp and tensor; activations stay split over the batch."""
-    model = models.from_config(hf)
-    params = jax.jit(model.init)(jax.random.key(0))
+    model, params = built(tuple(hf.items()))
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 62, (8, 9)), jnp.int32)
 
     def logits(params, tokens):
