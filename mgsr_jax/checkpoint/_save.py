@@ -24,6 +24,7 @@ from mgsr_jax.checkpoint._layout import (
     path_name,
     tensor_names,
 )
+from mgsr_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from mgsr_jax.checkpoint.tokenizer import copy_tokenizer
 from mgsr_jax.models import KeyRow, LanguageModel
 from mgsr_jax.typing import Params
@@ -106,16 +107,28 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"{target} was not written by mgsr_jax and is not replaced; "
             "choose another folder"
         )
+    known = {"config.json", "generation_config.json", INDEX, *TOKENIZER_FILES}
+    if others := sorted(
+        file.name
+        for file in target.iterdir()
+        if file.name not in known and file.suffix != ".safetensors"
+    ):
+        raise FileExistsError(
+            f"{target} holds {', '.join(others)} besides an export and is not "
+            "replaced; move them, or choose another folder"
+        )
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether every weight file says that this module wrote it."""
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         try:
             with safe_open(file, framework="numpy") as handle:
-                if (handle.metadata() or {}).get("producer") != METADATA["producer"]:
-                    return False
+                producer = (handle.metadata() or {}).get("producer")
         except SafetensorError:
+            return False
+        if producer != METADATA["producer"]:
             return False
     return bool(weights)
 

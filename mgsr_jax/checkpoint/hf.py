@@ -176,19 +176,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / INDEX} has no readable weight_map ({error}); "
-                "download it again"
-            ) from error
-        for name in names:
-            if name != os.path.basename(name) or not name.endswith(".safetensors"):
-                raise ValueError(
-                    f"{folder / INDEX} names the shard {name!r}; expected the name of "
-                    "a .safetensors file in the same folder"
-                )
+        names = _shard_names(folder / INDEX)
         files = [folder / name for name in sorted(names)]
         if absent := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(
@@ -201,6 +189,29 @@ def _weight_files(folder: Path) -> list[Path]:
             f"not read: run `mgsr convert {folder} TARGET` and use TARGET"
         )
     raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}")
+
+
+def _shard_names(index: Path) -> set[str]:
+    """Files that an index names; each must lie in the folder itself."""
+    try:
+        names = set(
+            json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} has no readable weight_map ({error!r}); download it again"
+        ) from error
+    for name in names:
+        if not (
+            isinstance(name, str)
+            and name == os.path.basename(name)
+            and name.endswith(".safetensors")
+        ):
+            raise ValueError(
+                f"{index} names the shard {name!r}; expected the name of a "
+                ".safetensors file in the same folder"
+            )
+    return names
 
 
 def _match(
@@ -258,9 +269,10 @@ def _match(
 def _check_tied(folder: Path, head: _Tensor, embedding: _Source) -> None:
     """A file may hold the tied head too; it must say the same."""
     (tensor,) = embedding.tensors
+    size = tensor.shape[0]
     same = head.shape == tensor.shape
-    for start in range(0, tensor.shape[0] if same else 0, 4096):
-        rows = (slice(start, start + 4096), slice(None))
+    for start in range(0, size if same else 0, 4096):
+        rows = (slice(start, min(start + 4096, size)),)
         same = same and bool(np.array_equal(head.read(rows), tensor.read(rows)))
     if not same:
         raise ValueError(
