@@ -14,7 +14,8 @@ __init__ typing
 losses._reduce losses._logits losses._cross_entropy losses._divergences losses._dac_kl
 losses._span losses
 models.* rows sharding checkpoint.* decode scrg spans records encoding data rollout
-objective train_step evaluate report config trainer cli integrations.* __main__
+row_source objective train_step metrics evaluate report config setup trainer cli
+integrations.* __main__
 """.split()
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60

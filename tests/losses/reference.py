@@ -3,10 +3,8 @@
 Independent of the package: nothing here is fast, batched or shared with it.
 """
 
-import contextlib
 import math
 
-import jaxtyping
 import numpy as np
 
 
@@ -176,13 +174,3 @@ def numeric_gradient(function, x, step=1e-5):
         down[index] -= step
         gradient[index] = (function(up) - function(down)) / (2 * step)
     return gradient
-
-
-@contextlib.contextmanager
-def as_users_call_it():
-    """Without the rig's type checks, which would speak before the package's errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
