@@ -82,10 +82,10 @@ def _convert_file(file: Path, target: Path) -> None:
     torch, save_file = _torch()
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"{file} cannot be read as plain weights "
-            f"({str(error).splitlines()[0]}); download it again"
+            f"{file} cannot be read as plain weights ({reason}); download it again"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(value, torch.Tensor) for value in tensors.values()

@@ -168,7 +168,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> list[_Tensor]:
             raise ValueError(
                 f"{file} is not a whole safetensors file ({error}); download it again"
             ) from error
-        tensors += [_Tensor(name, handle) for name in handle.keys()]  # noqa: SIM118
+        tensors += [_Tensor(name, handle) for name in handle.keys()]
     return tensors
 
 

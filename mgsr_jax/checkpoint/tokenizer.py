@@ -110,7 +110,8 @@ def _from_tokenizer_json(
     if template := _chat_template(folder, config):
         settings["chat_template"] = template
     file = folder / "tokenizer.json"
-    _read_json(file)  # names the file where it is damaged
+    if "model" not in _read_json(file):
+        raise ValueError(f"{file} is not a tokenizer: it has no 'model'")
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
 
 

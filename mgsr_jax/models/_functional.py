@@ -187,7 +187,8 @@ class LanguageModel:
 
     def decode_params(self, params: Params, dtype: Any) -> Params:
         """A copy for decoding: cast, a tuple with one subtree a layer for the stack."""
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        # Copied even where the dtype stays: the trainer donates the originals.
+        params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
         return {**params, LAYERS: self._unstacked(params[LAYERS])}
 
     def _unstacked(self, layers: Any) -> tuple[Params, ...]:

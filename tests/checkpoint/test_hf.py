@@ -114,7 +114,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 def test_narrow_files(tmp_path, dtype):
     model, params = saved(tmp_path, LLAMA, dtype=jnp.dtype(dtype))
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
     assert kinds == {"BF16" if dtype == "bfloat16" else "F16"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
     expected = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)

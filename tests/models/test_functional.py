@@ -178,6 +178,19 @@ def test_bfloat16_stays_bfloat16(hf, tokens):
     np.testing.assert_allclose(hidden.astype(jnp.float32), expected, atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_the_copy_for_decoding_outlives_donated_params(llama, wrap):
+    model, params = llama
+    mine = jax.tree.map(jnp.copy, params)
+    decoding = wrap(lambda p: model.decode_params(p, jnp.float32))(mine)
+    jax.tree.map(lambda x: x.delete(), mine)
+    assert jnp.isfinite(decoding["embed"]["embedding"]).all()
+    np.testing.assert_array_equal(
+        decoding["layers"][1]["mlp"]["up"]["kernel"],
+        params["layers"]["mlp"]["up"]["kernel"][1],
+    )
+
+
 def test_remat_changes_no_gradient(llama, tokens):
     model, params = llama
 

@@ -1,0 +1,180 @@
+"""Tokenizers as tokenizer.json, vocab.json + merges.txt, tokenizer.model."""
+
+import json
+
+import jax
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from tokenizers import decoders, pre_tokenizers, trainers
+
+from mgsr_jax import models
+from mgsr_jax.checkpoint import hf
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A dog and a fox: they sleep, they jump; 12 times!",
+    "Être ou ne pas être, das ist hier die Frage.",
+]
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level BPE, as GPT-2's."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def json_folder(tmp_path, bpe):
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+        "pad_token": "<|pad|>",
+        "model_max_length": 64,
+        "chat_template": CHAT,
+        # Code of the checkpoint: named, never run.
+        "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran remote code')")
+    return tmp_path
+
+
+@pytest.fixture
+def vocab_folder(tmp_path, bpe):
+    bpe.model.save(str(tmp_path))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def check(tokenizer, reference):
+    assert tokenizer.is_fast and tokenizer.backend_tokenizer is not None
+    for text in TEXTS:
+        got = tokenizer(text, return_offsets_mapping=True)
+        expected = reference(text, return_offsets_mapping=True)
+        assert got["input_ids"] == expected["input_ids"]
+        assert got["offset_mapping"] == expected["offset_mapping"]
+        assert tokenizer.decode(got["input_ids"], skip_special_tokens=True) == text
+    for name in ("bos", "eos", "pad", "unk"):
+        key = f"{name}_token_id"
+        assert getattr(tokenizer, key) == getattr(reference, key)
+
+
+def test_tokenizer_json(json_folder):
+    tokenizer = hf.load_tokenizer(json_folder)
+    check(tokenizer, transformers.PreTrainedTokenizerFast.from_pretrained(json_folder))
+    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.eos_token_id == 0
+    assert tokenizer.model_max_length == 64
+    messages = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<|user|>Hi"
+    (json_folder / "chat_template.jinja").write_text("newer")
+    assert hf.load_tokenizer(json_folder).chat_template == "newer"
+
+
+def test_special_tokens_of_older_files(json_folder):
+    (json_folder / "tokenizer_config.json").unlink()
+    assert hf.load_tokenizer(json_folder).eos_token is None
+    tokens = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|pad|>"]}
+    (json_folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    tokenizer = hf.load_tokenizer(json_folder)
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer.all_special_ids == [0, 1]
+
+
+def test_vocab_and_merges(vocab_folder, bpe):
+    tokenizer = hf.load_tokenizer(vocab_folder)
+    check(tokenizer, transformers.AutoTokenizer.from_pretrained(vocab_folder))
+    ids = bpe.encode(TEXTS[0]).ids
+    assert tokenizer(TEXTS[0])["input_ids"] == ids
+    assert tokenizer.eos_token_id == 0
+
+
+def test_sentencepiece_model(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = hf.load_tokenizer(tmp_path)
+    check(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    reference = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    for text in TEXTS:
+        expected = [tokenizer.bos_token_id, *reference.encode(text)]
+        assert tokenizer(text)["input_ids"] == expected
+
+
+def test_errors(tmp_path, vocab_folder):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*tokenizer\.json"):
+        hf.load_tokenizer(empty)
+    config = {"tokenizer_class": "OddTokenizer"}
+    (vocab_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'OddTokenizer'; expected one of GPT2"):
+        hf.load_tokenizer(vocab_folder)
+    (vocab_folder / "tokenizer.json").write_text('{"model":')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not valid JSON"):
+        hf.load_tokenizer(vocab_folder)
+    (vocab_folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        hf.load_tokenizer(vocab_folder)
+
+
+def test_fingerprint_tells_equal_sizes_apart(json_folder, tmp_path_factory):
+    tokenizer = hf.load_tokenizer(json_folder)
+    fingerprint = hf.tokenizer_fingerprint(tokenizer)
+    assert fingerprint == hf.tokenizer_fingerprint(hf.load_tokenizer(json_folder))
+    other = tmp_path_factory.mktemp("other")
+    state = json.loads((json_folder / "tokenizer.json").read_text())
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    swapped = hf.load_tokenizer(other)
+    assert len(swapped) == len(tokenizer)
+    assert hf.tokenizer_fingerprint(swapped) != fingerprint
+
+
+@pytest.mark.parametrize("kind", ["json_folder", "vocab_folder"])
+def test_exports_carry_the_tokenizer(kind, request, tmp_path_factory):
+    folder = request.getfixturevalue(kind)
+    out = tmp_path_factory.mktemp("export") / "out"
+    model = models.from_config(
+        {
+            "model_type": "gpt2",
+            "vocab_size": 300,
+            "n_embd": 8,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 16,
+            "eos_token_id": 0,
+        }
+    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    hf.save_pretrained(out, model, params, tokenizer_from=folder)
+    assert not list(out.glob("*.py"))
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    check(hf.load_tokenizer(out), loaded)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 0 and "pad_token_id" not in generation
