@@ -25,6 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 NOISE = 0.08
 HELD_OUT_SHARE = 0.15
 END_OF_TEXT = "<|endoftext|>"
+LONGEST = 44  # tokens of the longest row: prompt, response, end of text
+LONGEST_PROMPT = 24
 
 # Within a list the first words are the frequent ones.
 ADJECTIVES = """red small big blue green white black tiny brown soft heavy round tall
@@ -112,6 +114,11 @@ class Example:
     responses: tuple[str, ...]
     weights: tuple[float, ...]
 
+    @property
+    def prompt(self) -> str:
+        """Instruction and input in one."""
+        return f"{self.instruction} {self.input}"
+
 
 def words(text: str) -> list[str]:
     """The words of a text in order, without punctuation."""
@@ -157,11 +164,10 @@ def scene(draw: random.Random) -> Example:
     does, doing, mood, other_mood = VERBS[verb]
     who, where = f"{colour} {animal}", f"{relation} the {size} {thing}"
     at = f"{PLACES[place]} the {place}"
-    instruction = _pick(draw, ["Describe the scene.", "Say what the picture shows."])
-    given = f"Who: {who}. What: {verb}. Where: {relation}, {size} {thing}, {place}."
+    what = _pick(draw, ["scene", "picture"])
     return _example(
-        instruction,
-        given,
+        f"Describe this {what}: {who}, {verb}, {relation} {size} {thing}, {place}.",
+        "",
         {
             f"The {who} {does} {where} {at}.": 0.5,
             f"{at.capitalize()}, the {who} is {doing} {where}.": 0.3,
@@ -179,12 +185,11 @@ def story(draw: random.Random) -> Example:
     when = _pick(draw, TIMES)
     whom = "her" if giver in WOMEN else "him"
     who = "She" if taker in WOMEN else "He"
-    instruction = _pick(draw, ["Tell a short story of a gift.", "Tell what happened."])
-    given = f"From: {giver}. To: {taker}. Gift: {gift}. When: {when}."
+    what = _pick(draw, ["story", "tale"])
     feelings = dict(zip(FEELINGS, [0.5, 0.3, 0.2], strict=True))
     return _example(
-        instruction,
-        given,
+        f"Tell a {what}: {giver}, {taker}, {gift}, {when}.",
+        "",
         {
             f"{giver} gave the {gift} to {taker} {when}.": 0.4,
             f"{when.capitalize()}, {giver} gave {taker} the {gift}.": 0.4,
@@ -199,18 +204,17 @@ def story(draw: random.Random) -> Example:
 
 
 def reversal(draw: random.Random) -> Example:
-    """A list of five to eight nouns, to be given from its end."""
-    items = _pick_distinct(draw, NOUNS, draw.randint(5, 8))
+    """A list of four to six nouns, to be given from its end."""
+    items = _pick_distinct(draw, NOUNS, draw.randint(4, 6))
     backwards = items[::-1]
     spoken = f"{', '.join(backwards[:-1])} and {backwards[-1]}"
-    instruction = _pick(draw, ["Reverse the list.", "Say the words in reverse order."])
     return _example(
-        instruction,
+        _pick(draw, ["Reverse the list.", "Reverse the words."]),
         f"List: {', '.join(items)}.",
         {
             f"In reverse order, the words are {spoken}.": 0.5,
             f"The list in reverse order is {', '.join(backwards)}.": 0.3,
-            f"From the end to the start, the list reads {spoken}.": 0.2,
+            f"From the end, the list reads {spoken}.": 0.2,
         },
     )
 
@@ -221,14 +225,14 @@ TASKS: tuple[Callable[[random.Random], Example], ...] = (scene, story, reversal)
 def examples(count: int, *, seed: int, held_out: bool) -> Iterator[tuple[Example, str]]:
     """`count` examples, each with one response drawn by its weights.
 
-    With `held_out` every input has at least one held-out pair; without, no text of the
+    With `held_out` every prompt has at least one held-out pair; without, no text of the
     example has any.
     """
     draw = random.Random(seed)
     found = 0
     while found < count:
         example = TASKS[found % len(TASKS)](draw)
-        if bool(held_out_pairs(example.input)) == held_out:
+        if bool(held_out_pairs(example.prompt)) == held_out:
             found += 1
             yield example, draw.choices(example.responses, example.weights)[0]
 
