@@ -88,8 +88,10 @@ class MetricsLog:
             if self._writer is not None and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Ends both."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         if self._writer is not None:
             self._writer.close()

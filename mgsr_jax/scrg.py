@@ -88,36 +88,26 @@ def revise(
             f'teacher_token must be "sample" or "argmax", got {teacher_token!r}'
         )
 
+    models = (student, student_params, teacher, teacher_params)
+    limits = dict(max_length=max_length, eos_ids=eos_ids)
+    sampling = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size
+    )
+
     def one_round(carry, round):
         state, corrected_to = carry
-        example = state.rows.example
         proposal, kl = _score(
-            student,
-            student_params,
-            teacher,
-            teacher_params,
+            *models,
             state,
-            keys=row_keys(key, example, TEACHER, round),
+            keys=row_keys(key, state.rows.example, TEACHER, round),
             draw=teacher_token == "sample",
             vocab_size=vocab_size,
             chunk_size=chunk_size,
         )
         position, found = locate_error(state.rows, proposal, kl, corrected_to)
-        state = correct(
-            state, position, found, proposal, max_length=max_length, eos_ids=eos_ids
-        )
-        state = decode(
-            student,
-            student_params,
-            state,
-            keys=row_keys(key, example, STUDENT, round),
-            max_length=max_length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_ids=eos_ids,
-            vocab_size=vocab_size,
-        )
+        state = correct(state, position, found, proposal, **limits)
+        keys = row_keys(key, state.rows.example, STUDENT, round)
+        state = decode(student, student_params, state, keys=keys, **limits, **sampling)
         info = ScrgInfo(
             error_position=jnp.where(found, position, -1),
             kl=jnp.where(found, take(kl, position), 0.0),

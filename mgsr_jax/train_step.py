@@ -173,26 +173,33 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         rows = jax.tree.map(lambda *parts: jnp.stack(parts), *micro_batches)
         loss, metrics, grads = gradient(state.params, teacher_params, rows)
-        norm = optax.global_norm(grads["student"])
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
-        )
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=kept[0], opt_state=kept[1]
-        )
-        one = jnp.ones(())
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         metrics |= {
-            "loss": Sum(loss, one),
-            "gradient_norm": Sum(norm, one),
-            "finite": Sum(finite.astype(jnp.float32), one),
+            name: Sum(value, jnp.ones(()))
+            for name, value in (
+                ("loss", loss),
+                ("gradient_norm", optax.tree.norm(grads["student"])),
+                ("finite", finite.astype(jnp.float32)),
+            )
         }
-        return state, metrics
+        return _update(optimizer, state, grads, finite), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _update(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Any, apply: Array
+) -> TrainState:
+    """One optimizer step; where `apply` is False only the step is counted."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(apply, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, opt_state=opt_state
+    )
 
 
 def make_validation_step(

@@ -129,9 +129,8 @@ class _Run:
             log = MetricsLog(
                 self.output, step=start, tensorboard=self.config.tensorboard
             )
-            with stop_signals() as stopped:
+            with log, stop_signals() as stopped:
                 validation = self._loop(start, log, stopped)
-            log.close()
         step = int(self.state.step)
         student = self.output / STUDENT
         if step == self.setup.steps:

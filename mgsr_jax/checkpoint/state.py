@@ -109,7 +109,7 @@ def restore_params(
 
 
 def _check_like(folder: Any, step: int, want: Any, got: Any) -> None:
-    """Wrong dtypes, and without a sharding wrong shapes, pass through orbax silently."""
+    """orbax lets a wrong dtype, or without a sharding a wrong shape, pass silently."""
 
     def check(path: Any, want: Any, got: Any) -> None:
         if (want.shape, want.dtype) != (got.shape, got.dtype):

@@ -1,0 +1,328 @@
+"""The whole program on tiny models: runs, resumes bit for bit, exports, refuses."""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+import yaml
+from rich.console import Console
+
+from mgsr_jax import models, sharding
+from mgsr_jax.checkpoint import hf, state
+from mgsr_jax.config import DataConfig, MeshConfig, TrainConfig
+from mgsr_jax.metrics import StepProgress
+from mgsr_jax.objective import Objective
+from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.train_step import OptimizerConfig
+from mgsr_jax.trainer import Diverged, train
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*forward-compatible:DeprecationWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny.project(tmp_path_factory.mktemp("project"))
+
+
+def config(project, name, **changes):
+    settings = dict(
+        student=str(project / "student"),
+        teacher=str(project / "teacher"),
+        output=str(project / name),
+        steps=4,
+        batch_size=8,
+        data=DataConfig(
+            train=str(project / "train.jsonl"),
+            valid=str(project / "valid.jsonl"),
+            max_prompt_length=40,
+            max_length=56,
+            cache_dir=str(project / "cache"),
+        ),
+        objective=Objective(num_candidates=16),
+        rollout=RolloutConfig(policy="on"),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        mesh=MeshConfig(data=4, fsdp=2),
+        log_every=1,
+        tensorboard=False,
+    )
+    return TrainConfig(**settings | changes)
+
+
+def run(config):
+    return train(config, console=Console(file=io.StringIO()))
+
+
+def metrics(project, name):
+    lines = (project / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def checkpoint(folder):
+    """Everything that the latest checkpoint holds."""
+    with state.open_manager(folder / "checkpoints") as manager:
+        found = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(),
+                host=ocp.args.JsonRestore(),
+                replay=ocp.args.StandardRestore(),
+            ),
+        )
+    key = jax.random.key_data(found.state.pop("key"))
+    return dict(found.items()) | {"key": key}
+
+
+def assert_same(left, right):
+    """Bit for bit."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def sft(project, name, **changes):
+    """Plain fine-tuning: no teacher."""
+    return config(
+        project,
+        name,
+        teacher=None,
+        objective=Objective(token=0.0, span=0.0),
+        rollout=RolloutConfig("off"),
+        **changes,
+    )
+
+
+def changed(base, **sections):
+    """`base` with single fields of its sections replaced."""
+    return dataclasses.replace(
+        base,
+        **{
+            name: dataclasses.replace(getattr(base, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(project):
+    """Six steps of the whole method in one go, with the replay policy."""
+    settings = config(
+        project,
+        "straight",
+        steps=6,
+        validate_every=2,
+        rollout=RolloutConfig("replay", initial_ratio=0.7, epsilon=-9.0, capacity=8),
+        save_every=3,
+    )
+    return settings, run(settings)
+
+
+def test_the_whole_method_trains(project, straight):
+    settings, result = straight
+    assert result.finished and result.step == 6
+    lines = metrics(project, "straight")
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    for name in (
+        "sft",
+        "dac_kl",
+        "span",
+        "lower",
+        "upper",
+        "kept_mass",
+        "kept_classes",
+    ):
+        assert all(math.isfinite(line.get(f"train/{name}", 0)) for line in trained)
+    assert {line["rollout/student_share"] for line in trained} == {0.0, 1.0}
+    assert any("rollout/error_position" in line for line in trained)
+    valid = [line["valid/loss"] for line in lines if "valid/loss" in line]
+    assert len(valid) == 4 and valid[-1] < valid[0] - 0.5
+    assert result.validation["loss"] == valid[-1]
+
+
+def test_three_steps_a_restart_and_three_more_equal_six(project, straight):
+    settings, _ = straight
+    halves = dataclasses.replace(settings, output=str(project / "halves"))
+    stop_after(3, halves)
+    assert checkpoint(project / "halves")["state"]["step"] == 3
+    result = run(dataclasses.replace(halves, resume=True))
+    assert result.step == 6
+    assert_same(checkpoint(project / "halves"), checkpoint(project / "straight"))
+    drop = ("train/tokens_per_second",)
+    for one, other in zip(
+        metrics(project, "halves"), metrics(project, "straight"), strict=True
+    ):
+        assert {k: v for k, v in one.items() if k not in drop} == {
+            k: v for k, v in other.items() if k not in drop
+        }
+
+
+def stop_after(step, settings):
+    """A run that is told to stop by a signal when it has made `step` steps."""
+
+    class Teller(Console):
+        def print(self, *args, **kwargs):
+            pass
+
+    original = StepProgress.advance
+
+    def advance(self, done):
+        original(self, done)
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepProgress, "advance", advance)
+        result = train(settings, console=Teller(file=io.StringIO()))
+    assert result.step == step and not result.finished
+    assert not result.student.exists()
+
+
+def test_the_export_is_the_student_for_transformers(project, straight):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    _, result = straight
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(result.student)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.student)
+    ids = tokenizer("the old dog sees")["input_ids"]
+    ours = models.from_config(result.student)
+    params = hf.load_params(result.student, ours)
+    hidden, _ = ours.forward(params, jnp.asarray([ids]))
+    logits = ours.unembed(ours.head_params(params), hidden)
+    with torch.no_grad():
+        want = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+    saved = checkpoint(project / "straight")["state"]["params"]["student"]
+    np.testing.assert_array_equal(
+        params["embed"]["embedding"], saved["embed"]["embedding"]
+    )
+
+
+def test_the_run_folder_says_what_ran(project, straight):
+    settings, _ = straight
+    text = (project / "straight" / "config.yaml").read_text()
+    assert yaml.safe_load(text)["rollout"]["policy"] == "replay"
+    assert yaml.safe_load(text)["objective"]["prior_weight"] == 10.0
+
+
+def test_mesh_and_micro_batches_do_not_change_the_losses(project):
+    """Same rollouts, same losses: 4 x 2 devices, one, and four micro-batches on one."""
+    losses = []
+    for name, mesh, parts in (
+        ("mesh", MeshConfig(4, 2), 1),
+        ("parts", MeshConfig(2, 1), 4),
+    ):
+        devices = jax.devices()[: abs(mesh.data * mesh.fsdp)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding.jax, "devices", lambda d=devices: d)
+            run(config(project, name, steps=2, mesh=mesh, micro_batches=parts))
+        losses.append(
+            [
+                [line.get(f"train/{name}") for name in ("loss", "dac_kl", "span")]
+                + [line.get("rollout/error_position")]
+                for line in metrics(project, name)
+                if "train/loss" in line
+            ]
+        )
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_sft_needs_no_teacher(project):
+    result = run(sft(project, "sft", steps=None, epochs=1.0))
+    assert result.step == 6
+    lines = [line for line in metrics(project, "sft") if "train/loss" in line]
+    assert lines[-1]["train/sft"] < lines[0]["train/sft"]
+    assert "train/dac_kl" not in lines[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(project):
+    settings = sft(project, "diverged", save_every=1, steps=30)
+    settings = changed(settings, optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
+    with pytest.raises(
+        Diverged, match=r"step \d+: .*not finite.*Last checkpoint: step"
+    ):
+        run(settings)
+    saved = checkpoint(project / "diverged")["state"]["params"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(student="nowhere"), "no config.json at nowhere"),
+        (dict(steps=None), "exactly one of steps and epochs"),
+        (dict(epochs=1.0), "exactly one of steps and epochs"),
+        (dict(batch_size=12), "micro-batch of 12 rows .* 8 devices"),
+        (dict(micro_batches=3), "batch_size=8 does not divide"),
+        (dict(teacher=None), "compare with a teacher and there is none"),
+        (dict(mesh=MeshConfig(3, 1)), "does not fill the 8 devices"),
+        (
+            dict(objective=Objective(token=0.0, span=0.0)),
+            "a teacher is set, but .* never ask it",
+        ),
+        (dict(rollout=RolloutConfig("on", probability=1.5)), "rollout.probability"),
+        (
+            dict(data=DataConfig("nothing.jsonl", max_prompt_length=20, max_length=40)),
+            "nothing.jsonl",
+        ),
+    ],
+)
+def test_mistakes_are_named_and_write_nothing(project, changes, message):
+    settings = config(project, "refused", **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(settings)
+    assert not (project / "refused").exists()
+
+
+def test_rows_longer_than_the_models_are_refused(project):
+    settings = changed(config(project, "refused"), data={"max_length": 500})
+    with pytest.raises(ValueError, match="beyond the student's 128 positions"):
+        run(settings)
+
+
+def test_other_tokenizers_are_refused(project, tmp_path):
+    """Same size, two ids swapped."""
+    other = shutil.copytree(project / "teacher", tmp_path / "other")
+    path = other / "tokenizer.json"
+    text = json.loads(path.read_text())
+    vocab = text["model"]["vocab"]
+    vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
+    path.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="different tokenizers"):
+        run(config(project, "refused", teacher=str(other)))
+
+
+def test_nothing_is_overwritten(project, straight):
+    settings, _ = straight
+    before = (project / "straight" / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="not empty.*resume: true"):
+        run(settings)
+    other = dataclasses.replace(settings, seed=5, resume=True)
+    with pytest.raises(ValueError, match="seed changed"):
+        run(other)
+    (project / "foreign").mkdir()
+    (project / "foreign" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no run of ours"):
+        run(dataclasses.replace(settings, output=str(project / "foreign"), resume=True))
+    assert (project / "straight" / "metrics.jsonl").read_text() == before
+    assert (project / "foreign" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(project, straight):
+    settings, _ = straight
+    copy = shutil.copytree(project / "straight", project / "damaged")
+    for path in (copy / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    broken = dataclasses.replace(settings, output=str(copy), resume=True)
+    with pytest.raises(ValueError, match="checkpoint 6 in"):
+        run(broken)
