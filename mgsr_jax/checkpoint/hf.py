@@ -139,7 +139,7 @@ def load_params(
                 return jnp.asarray(source.read((slice(None),) * leaf.ndim, dtype))
             seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
 
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 key = tuple((s.start, s.stop) for s in index)
                 if key not in seen:
                     seen[key] = source.read(index, dtype)

@@ -50,8 +50,8 @@ class Architecture:
       ignored: regexes of buffers that are no parameters (searched without prefix).
     """
 
-    ends: type[nnx.Module]
-    block: type[nnx.Module]
+    ends: Callable[..., Any]
+    block: Callable[..., Any]
     key_rows: Callable[[Any], tuple[KeyRow, ...]]
     partition_rules: Callable[[Any], tuple[tuple[str, P], ...]]
     prefixes: tuple[str, ...]
@@ -60,6 +60,13 @@ class Architecture:
 
 def _arrays(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.split(module)[1])
+
+
+def _layer(layers: Any, i: int) -> Params:
+    """Parameters of layer i, of the stack or of the tuple that decoding has."""
+    if isinstance(layers, tuple):
+        return layers[i]
+    return jax.tree.map(lambda x: x[i], layers)
 
 
 def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -90,7 +97,7 @@ class LanguageModel:
     def _graphs(self) -> tuple[Any, Any]:
         """Module structure of the two ends and of one layer."""
 
-        def graph(module: type[nnx.Module]) -> Any:
+        def graph(module: Callable[..., Any]) -> Any:
             return nnx.split(
                 nnx.eval_shape(lambda: module(self.config, rngs=nnx.Rngs(0)))
             )[0]
@@ -154,11 +161,10 @@ class LanguageModel:
             )
             return ends.finish(x_BTD), None
         caches = []
-        for i, layer_params in enumerate(self._unstacked(layers)):
+        for i in range(self.config.num_layers):
             window = None if where.windows is None else where.windows[i]
-            x_BTD, new = layer(
-                x_BTD, layer_params, window, None if cache is None else cache[i]
-            )
+            layer_cache = None if cache is None else cache[i]
+            x_BTD, new = layer(x_BTD, _layer(layers, i), window, layer_cache)
             caches.append(new)
         return ends.finish(x_BTD), None if cache is None else tuple(caches)
 
@@ -187,17 +193,17 @@ class LanguageModel:
 
     def decode_params(self, params: Params, dtype: Any) -> Params:
         """A copy for decoding: cast, a tuple with one subtree a layer for the stack."""
-        # Copied even where the dtype stays: the trainer donates the originals.
-        params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
-        return {**params, LAYERS: self._unstacked(params[LAYERS])}
 
-    def _unstacked(self, layers: Any) -> tuple[Params, ...]:
-        if isinstance(layers, tuple):
-            return layers
-        return tuple(
-            jax.tree.map(lambda x, i=i: x[i], layers)
+        def copy(x: Array) -> Array:
+            # Even where the dtype stays: the trainer donates the originals.
+            return jnp.array(x, dtype, copy=True)
+
+        ends = {name: tree for name, tree in params.items() if name != LAYERS}
+        layers = tuple(
+            jax.tree.map(copy, _layer(params[LAYERS], i))
             for i in range(self.config.num_layers)
         )
+        return {**jax.tree.map(copy, ends), LAYERS: layers}
 
     def _windows(self, length: int) -> tuple[int, ...] | None:
         """Window of every layer, None where none is shorter than a row."""

@@ -44,6 +44,21 @@ def require_supported(hf: HfConfig, **supported: tuple[Any, ...]) -> None:
             )
 
 
+def require_divides(
+    hf: HfConfig, part: str, whole: str, parts: int, total: int
+) -> None:
+    """Refuses a config whose key `part` does not divide its key `whole`.
+
+    Raises:
+      ValueError: it does not divide.
+    """
+    if parts < 1 or total % parts:
+        raise ValueError(
+            f"config.json of model_type {hf.get('model_type')!r} has {part} = {parts}, "
+            f"which does not divide {whole} = {total}; correct one of them"
+        )
+
+
 def token_ids(hf: HfConfig, key: str, default: TokenIds = None) -> TokenIds:
     """The ids under `key`, hashable."""
     value = hf.get(key, default)

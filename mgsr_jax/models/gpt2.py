@@ -14,6 +14,7 @@ from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
     TokenIds,
+    require_divides,
     require_supported,
     required,
     special_ids,
@@ -80,14 +81,15 @@ class Gpt2Config:
             reorder_and_upcast_attn=(False,),
             add_cross_attention=(False,),
         )
-        width = required(hf, "n_embd")
+        width, heads = required(hf, "n_embd"), required(hf, "n_head")
+        require_divides(hf, "n_head", "n_embd", heads, width)
         return cls(
             vocab_size=required(hf, "vocab_size"),
             max_length=required(hf, "n_positions"),
             width=width,
             mlp_width=hf.get("n_inner") or 4 * width,
             num_layers=required(hf, "n_layer"),
-            num_heads=required(hf, "n_head"),
+            num_heads=heads,
             activation=hf.get("activation_function", "gelu_new"),
             norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)),

@@ -14,6 +14,7 @@ from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
     TokenIds,
+    require_divides,
     require_supported,
     required,
     special_ids,
@@ -87,6 +88,10 @@ def decoder_sizes(hf: HfConfig, *, kv_heads: int | None) -> dict[str, Any]:
     """The settings that LLaMA-like families share, under our names."""
     heads = required(hf, "num_attention_heads")
     width = required(hf, "hidden_size")
+    num_kv_heads = hf.get("num_key_value_heads", kv_heads) or heads
+    require_divides(
+        hf, "num_key_value_heads", "num_attention_heads", num_kv_heads, heads
+    )
     return {
         "model_type": hf["model_type"],
         "vocab_size": required(hf, "vocab_size"),
@@ -94,7 +99,7 @@ def decoder_sizes(hf: HfConfig, *, kv_heads: int | None) -> dict[str, Any]:
         "mlp_width": required(hf, "intermediate_size"),
         "num_layers": required(hf, "num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads", kv_heads) or heads,
+        "num_kv_heads": num_kv_heads,
         "head_dim": hf.get("head_dim") or width // heads,
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "rope": Rope.from_hf(hf),

@@ -13,6 +13,7 @@ from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
     HfConfig,
     TokenIds,
+    require_divides,
     require_supported,
     required,
     special_ids,
@@ -72,7 +73,8 @@ class OptConfig:
             activation_function=("relu", *ACTIVATIONS),
             layer_norm_elementwise_affine=(True,),
         )
-        width = required(hf, "hidden_size")
+        width, heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+        require_divides(hf, "num_attention_heads", "hidden_size", heads, width)
         norm_before = bool(hf.get("do_layer_norm_before", True))
         return cls(
             vocab_size=required(hf, "vocab_size"),
@@ -81,7 +83,7 @@ class OptConfig:
             embed_width=hf.get("word_embed_proj_dim") or width,
             mlp_width=required(hf, "ffn_dim"),
             num_layers=required(hf, "num_hidden_layers"),
-            num_heads=required(hf, "num_attention_heads"),
+            num_heads=heads,
             activation=hf.get("activation_function", "relu"),
             norm_before=norm_before,
             has_final_norm=norm_before

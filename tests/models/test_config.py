@@ -72,6 +72,19 @@ def test_a_missing_key_is_named(hf, key):
         models.from_config({k: v for k, v in hf.items() if k != key})
 
 
+@pytest.mark.parametrize(
+    ("hf", "key", "value"),
+    [
+        (LLAMA, "num_key_value_heads", 3),
+        (GPT2, "n_head", 5),
+        (OPT, "num_attention_heads", 7),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(hf, key, value):
+    with pytest.raises(ValueError, match=f"{key} = {value}, which does not divide"):
+        models.from_config({**hf, key: value})
+
+
 def test_old_and_new_rope_keys_mean_the_same():
     scaling = {
         "factor": 8.0,
