@@ -1,0 +1,23 @@
+"""`mgsr` and `python -m mgsr_jax`."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; a missing extra is one clear line."""
+    try:
+        from mgsr_jax import cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mgsr_jax"):
+            raise
+        print(
+            f"mgsr: error: no module named {error.name!r}; the command line needs the "
+            "train extra: pip install 'mgsr_jax[train]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
