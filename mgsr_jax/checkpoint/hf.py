@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
 from mgsr_jax import sharding
@@ -133,29 +133,35 @@ def load_params(
         tensors = _open(Path(path), stack)
         sources = _match(Path(path), model, tensors, flat_shapes(abstract), non_finite)
 
-        def place(key_path: Any, leaf: Any, target: Any) -> jax.Array:
-            source = sources[path_name(key_path)]
-            if target is None:
-                return jnp.asarray(source.read((slice(None),) * leaf.ndim, dtype))
-            seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
-
-            def shard(index: Any) -> np.ndarray:
-                key = tuple((s.start, s.stop) for s in index)
-                if key not in seen:
-                    seen[key] = source.read(index, dtype)
-                return seen[key]
-
-            return jax.make_array_from_callback(leaf.shape, target, shard)
+        def place(key_path: Any, target: Any) -> jax.Array:
+            return _place(sources[path_name(key_path)], target, dtype)
 
         if places is None:
             places = jax.tree.map(lambda _: None, abstract)
-        params = jax.tree_util.tree_map_with_path(place, abstract, places)
+        params = jax.tree_util.tree_map_with_path(
+            place, places, is_leaf=lambda target: target is None
+        )
     if non_finite:
         raise ValueError(
             f"{path}: values that are not finite as {dtype.name} in "
             f"{', '.join(sorted(non_finite))}; the file is damaged, or too wide for it"
         )
     return params
+
+
+def _place(source: _Source, target: Sharding | None, dtype: np.dtype) -> jax.Array:
+    """Onto the default device, or each shard onto its own."""
+    if target is None:
+        return jnp.asarray(source.read((slice(None),) * len(source.shape), dtype))
+    seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
+
+    def shard(index: Any) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in seen:
+            seen[key] = source.read(index, dtype)
+        return seen[key]
+
+    return jax.make_array_from_callback(source.shape, target, shard)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> list[_Tensor]:
@@ -246,24 +252,26 @@ def _match(
                 misshapen.append(f"{tensor.name} of dtype {tensor.dtype}")
         sources[row.path] = _Source(row, shape, present, non_finite)
     unmapped = [tensor.name for bare, tensor in found.items() if bare not in used]
-    problems = {
-        "missing": missing,
-        "unmapped": unmapped,
-        "duplicate": duplicate,
-        "misshapen": misshapen,
-    }
+    _raise_misfits(
+        folder,
+        missing=missing,
+        unmapped=unmapped,
+        duplicate=duplicate,
+        misshapen=misshapen,
+    )
+    if head is not None:
+        _check_tied(folder, head, sources["embed/embedding"])
+    return sources
+
+
+def _raise_misfits(folder: Path, **problems: list[str]) -> None:
+    """All that does not fit, in one error."""
     if text := "; ".join(
         f"{kind}: {', '.join(sorted(set(names)))}"
         for kind, names in problems.items()
         if names
     ):
-        raise ValueError(
-            f"{folder} does not fit its config.json ({type(model.config).__name__}): "
-            f"{text}"
-        )
-    if head is not None:
-        _check_tied(folder, head, sources["embed/embedding"])
-    return sources
+        raise ValueError(f"the weights of {folder} do not fit its config.json: {text}")
 
 
 def _check_tied(folder: Path, head: _Tensor, embedding: _Source) -> None:
