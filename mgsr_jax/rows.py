@@ -7,7 +7,7 @@ token ids (padding may equal end-of-sequence). Labels are shifted here and nowhe
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +61,9 @@ def next_token_view(rows: Rows) -> NextTokenView:
     >>> view.labels.tolist(), view.where.astype(int).tolist()
     ([[6, 7, 2, 0, 0]], [[0, 1, 1, 0, 0]])
     """
-    t = jnp.arange(rows.tokens.shape[-1] - 1)
     first, end = rows.prompt_lengths[..., None] - 1, rows.lengths[..., None] - 1
-    where = (jnp.expand_dims(t, tuple(range(first.ndim - 1))) >= first) & (
-        jnp.expand_dims(t, tuple(range(end.ndim - 1))) < end
-    )
+    t = _positions(rows.tokens.shape[-1] - 1, end.ndim)
+    where = (t >= first) & (t < end)
     return NextTokenView(
         rows.tokens[..., :-1], rows.tokens[..., 1:], where, rows.span_ids[..., 1:]
     )
@@ -86,9 +84,11 @@ def from_lists(
     `span_ids`, where given, are those of the responses' tokens.
 
     Raises:
-      ValueError: a row is longer than `width` or has an empty prompt.
+      ValueError: a row is longer than `width` or has an empty prompt; lists of
+        different lengths.
     """
     size = len(prompts)
+    _check_sizes(prompts, responses, span_ids, examples)
     rows = Rows(
         tokens=np.full((size, width), pad_id, np.int32),
         prompt_lengths=np.array([len(p) for p in prompts], np.int32).reshape(size),
@@ -112,8 +112,26 @@ def from_lists(
         rows.tokens[b, :end] = [*prompt, *response]
         rows.lengths[b] = end
         if span_ids is not None:
+            if len(span_ids[b]) != len(response):
+                raise ValueError(
+                    f"row {b}: {len(span_ids[b])} span ids for {len(response)} tokens "
+                    "of response; give one a token, -1 for none"
+                )
             rows.span_ids[b, start:end] = span_ids[b]
     return rows
+
+
+def _check_sizes(
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    span_ids: Sequence[Any] | None,
+    examples: Sequence[int] | None,
+) -> None:
+    given = {"responses": responses, "span_ids": span_ids, "examples": examples}
+    sizes = {name: len(part) for name, part in given.items() if part is not None}
+    if any(size != len(prompts) for size in sizes.values()):
+        listed = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        raise ValueError(f"{len(prompts)} prompts, {listed}; give one of each a row")
 
 
 def prompts_only(rows: Rows) -> Rows:
@@ -129,5 +147,11 @@ def prompts_only(rows: Rows) -> Rows:
 
 def blank_padding(rows: Rows) -> Rows:
     """Zeros in place of whatever stale tokens lie beyond each row's length."""
-    inside = jnp.arange(rows.tokens.shape[-1])[None] < rows.lengths[:, None]
+    end = rows.lengths[..., None]
+    inside = _positions(rows.tokens.shape[-1], end.ndim) < end
     return dataclasses.replace(rows, tokens=jnp.where(inside, rows.tokens, 0))
+
+
+def _positions(length: int, ndim: int) -> Int[Array, "..."]:
+    """0, 1, ... along the last of `ndim` axes."""
+    return jnp.arange(length).reshape((1,) * (ndim - 1) + (length,))
