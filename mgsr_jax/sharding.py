@@ -79,7 +79,8 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
         sharding = NamedSharding(mesh, spec)
         try:
             sharding.shard_shape(leaf.shape)
-        except ValueError as error:
+        # IndexError where the spec has more axes than the array.
+        except (ValueError, IndexError) as error:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"parameter {name!r} of shape {leaf.shape} cannot be split as {spec} "
