@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit status."""
     try:
         parser = _parser()
-        settings = parser.instantiate_classes(parser.parse_args(list(arguments)))
+        settings = parser.instantiate(parser.parse_args(list(arguments)))
         return _run(settings.subcommand, settings[settings.subcommand])
     except (
         argparse.ArgumentError,
@@ -218,12 +218,14 @@ def export(
       step: of the checkpoint; default: the latest.
       dtype: of the weights written.
     """
+    import jax
     import jax.numpy as jnp
 
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf
     from mgsr_jax.checkpoint.state import restore_params
-    from mgsr_jax.trainer import CHECKPOINTS, CONFIG_FILE, STUDENT
+    from mgsr_jax.setup import CONFIG_FILE
+    from mgsr_jax.trainer import CHECKPOINTS, STUDENT
 
     _new_folder(output)
     file = Path(run) / CONFIG_FILE
@@ -237,7 +239,7 @@ def export(
     hf.save_pretrained(
         output,
         model,
-        params[STUDENT],
+        jax.tree.map(jnp.asarray, params[STUDENT]),
         tokenizer_from=source,
         dtype=jnp.dtype(dtype),
     )

@@ -105,8 +105,11 @@ def _check(record: Any, source: str) -> Example | Rejected:
 
     if not isinstance(record, Mapping):
         return malformed(f"a {type(record).__name__}, expected an object")
-    instruction, output = record.get("instruction"), record.get("output")
-    given = "" if record.get("input") is None else record["input"]
+    # Dolly's own data set calls them context and response.
+    instruction = record.get("instruction")
+    output = record.get("output", record.get("response"))
+    given = record.get("input", record.get("context"))
+    given = "" if given is None else given
     scored = record.get("minillm", True)
     references: tuple[Any, ...] = (
         tuple(output) if isinstance(output, list) else (output,)
