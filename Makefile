@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test lint structure bench clean
+.PHONY: help setup-train setup-test quickstart evidence test lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -22,7 +22,7 @@ evidence: $(VENV)/installed-train  ## the same with three seeds and all ablation
 	$(BIN)/python examples/quickstart.py --output $(RUNS)/quickstart --ablations --seeds 0 1 2
 
 test: $(VENV)/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 structure: $(VENV)/installed-test  ## who imports whom
 	$(BIN)/python -m pytest tests/test_structure.py
@@ -31,9 +31,6 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-
-bench: $(VENV)/installed-test  ## every script of benchmarks/, one after the other
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:  ## remove the environment, the caches and the quickstart's run
 	rm -rf $(VENV) $(RUNS)/quickstart .pytest_cache .ruff_cache .hypothesis
