@@ -14,7 +14,7 @@ gradients of micro-batches add up to the gradient of the step, however it was sp
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from mgsr_jax import losses
 from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
 from mgsr_jax.typing import Model, Params
+
+Divergence = Literal["dac_kl", "dac_kl_fixed", "forward_kl"]
+DIVERGENCES = get_args(Divergence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Objective:
     sft: float = 1.0
     token: float = 1.0
     span: float = 1.0
-    divergence: Literal["dac_kl", "dac_kl_fixed", "forward_kl"] = "dac_kl"
+    divergence: Divergence = "dac_kl"
     num_candidates: int = 512
     width: float = 0.01
     normalization: Literal["teacher", "none"] = "teacher"
@@ -106,6 +109,9 @@ def micro_batch_loss(
 
     `params` holds "student" and, where limits are learned, "clip_network"; `dtype` is
     that of the student's computation.
+
+    Raises:
+      ValueError: a part compares with a teacher and there is none.
     """
     view = next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(dtype), params["student"])
@@ -120,8 +126,13 @@ def micro_batch_loss(
         total += jnp.sum(weights.sft * values)
         metrics["sft"] = masked_sum(values, where)
 
-    if teacher is None or not objective.needs_teacher:
+    if not objective.needs_teacher:
         return total, metrics
+    if teacher is None:
+        raise ValueError(
+            "objective.token and objective.span compare with a teacher, got None; pass "
+            "one, or set both weights to 0 for plain fine-tuning"
+        )
     teacher_logits = jax.lax.stop_gradient(_logits(teacher, teacher_params, view))
 
     if objective.token:
@@ -160,7 +171,16 @@ def token_loss(
     objective: Objective,
     vocab_size: int | None,
 ) -> tuple[Float[Array, "B T"], dict[str, Sum]]:
-    """The chosen divergence at every scored position, and what DAC-KL kept."""
+    """The chosen divergence at every scored position, and what DAC-KL kept.
+
+    Raises:
+      ValueError: an unknown divergence.
+    """
+    if objective.divergence not in DIVERGENCES:
+        raise ValueError(
+            f"objective.divergence={objective.divergence!r}; expected one of "
+            f"{DIVERGENCES}"
+        )
     logits = (student_logits, teacher_logits)
     where = view.where
     if objective.divergence == "forward_kl":
