@@ -104,7 +104,7 @@ def decayed(params: Params) -> Any:
     By name, since a stack of biases has the rank of a matrix.
     """
 
-    def is_matrix(path: Any, leaf: Array) -> bool:
+    def is_matrix(path: Any, leaf: Leaf) -> bool:
         return path[-1].key in ("kernel", "embedding")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
