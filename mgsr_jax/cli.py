@@ -9,7 +9,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,8 +180,7 @@ def evaluate(
             f"{path}: {report.kept} prompts, {report.too_long} too long, "
             f"{report.empty} empty, {report.malformed} malformed"
         )
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(Path(path).name)
+        with _bar(Path(path).name) as progress:
             results[path] = evaluation.evaluate(
                 found.model,
                 found.params,
@@ -196,9 +196,7 @@ def evaluate(
                 no_repeat_ngram=no_repeat_ngram,
                 eos_ids=setup.eos_ids(found.tokenizer, found.model),
                 dtype=jnp.dtype(dtype),
-                progress=lambda done, total, update=progress.update, task=task: update(
-                    task, completed=done, total=total
-                ),
+                progress=progress,
             )
     console.print(_score_table(results))
     if folder is not None:
@@ -327,6 +325,14 @@ def _load(folder: str, dtype: Dtype) -> _Loaded:
     return _Loaded(
         model, hf.load_params(folder, model, dtype=jnp.dtype(dtype)), tokenizer
     )
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as a function of (done, total)."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _new_folder(path: str | None) -> Path | None:

@@ -168,7 +168,7 @@ def make_rollout(
     The student answers the prompts of `rows`, SCRG revises; spans are not known yet.
     `dtype` is that of the decoder's weights and cache.
     """
-    sampling = dict(
+    sampling: dict[str, Any] = dict(
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         temperature=config.temperature,

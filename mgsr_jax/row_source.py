@@ -24,7 +24,7 @@ from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.sharding import put_batch
 from mgsr_jax.typing import Params, PRNGKey
 
-Rollout = Callable[[Params, Params, Rows, PRNGKey], tuple[Rows, ScrgInfo]]
+Rollout = Callable[[Params, Any, Rows, PRNGKey], tuple[Rows, ScrgInfo]]
 
 
 class StepRows(NamedTuple):

@@ -13,6 +13,7 @@ rounds look only behind the last correction, so that none is undone.
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,17 +38,18 @@ from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
 
 
 class ScrgInfo(NamedTuple):
-    """What `revise` did in each of its R rounds.
+    """What a round of `revise` found; it returns one record with an axis for rounds.
 
     Attributes:
       error_position: index into `rows.tokens` of the corrected token, -1 for none.
+        [B] or [R, B]
       kl: KL(teacher || student) there, in nats; 0 where nothing was corrected.
       corrected: rows that were.
     """
 
-    error_position: Int[Array, "R B"]
-    kl: Float[Array, "R B"]
-    corrected: Bool[Array, "R B"]
+    error_position: Int[Array, "*R B"]
+    kl: Float[Array, "*R B"]
+    corrected: Bool[Array, "*R B"]
 
 
 def revise(
@@ -89,9 +91,16 @@ def revise(
         )
 
     models = (student, student_params, teacher, teacher_params)
-    limits = dict(max_length=max_length, eos_ids=eos_ids)
-    sampling = dict(
-        temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size
+    rewrite = partial(
+        decode,
+        student,
+        student_params,
+        max_length=max_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
     )
 
     def one_round(carry, round):
@@ -104,16 +113,10 @@ def revise(
             vocab_size=vocab_size,
             chunk_size=chunk_size,
         )
-        position, found = locate_error(state.rows, proposal, kl, corrected_to)
-        state = correct(state, position, found, proposal, **limits)
-        keys = row_keys(key, state.rows.example, STUDENT, round)
-        state = decode(student, student_params, state, keys=keys, **limits, **sampling)
-        info = ScrgInfo(
-            error_position=jnp.where(found, position, -1),
-            kl=jnp.where(found, take(kl, position), 0.0),
-            corrected=found,
-        )
-        return (state, jnp.where(found, position, corrected_to)), info
+        info = locate_error(state.rows, proposal, kl, corrected_to)
+        state = correct(state, info, proposal, max_length=max_length, eos_ids=eos_ids)
+        state = rewrite(state, keys=row_keys(key, state.rows.example, STUDENT, round))
+        return (state, jnp.maximum(corrected_to, info.error_position)), info
 
     carry = (state, state.rows.prompt_lengths - 1)
     (state, _), info = jax.lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
@@ -125,11 +128,10 @@ def locate_error(
     proposal: Int[Array, "B S"],
     kl: Float[Array, "B S"],
     corrected_to: Int[Array, "B"],
-) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+) -> ScrgInfo:
     """j = argmax of the KL over the response's disagreements behind `corrected_to`.
 
-    `proposal` and `kl` belong to the token of the same index. Returns the index (0
-    where there is none) and whether there is one.
+    `proposal` and `kl` belong to the token of the same index.
     """
     index = jnp.arange(rows.tokens.shape[1])[None]
     candidate = (
@@ -139,29 +141,33 @@ def locate_error(
     )
     position = jnp.argmax(jnp.where(candidate, kl, -jnp.inf), axis=-1)
     found = jnp.any(candidate, axis=-1)
-    return jnp.where(found, position, 0).astype(jnp.int32), found
+    return ScrgInfo(
+        error_position=jnp.where(found, position, -1).astype(jnp.int32),
+        kl=jnp.where(found, take(kl, position), 0.0),
+        corrected=found,
+    )
 
 
 def correct(
     state: DecodeState,
-    position: Int[Array, "B"],
-    found: Bool[Array, "B"],
+    error: ScrgInfo,
     proposal: Int[Array, "B S"],
     *,
     max_length: int | Int[Array, ""],
     eos_ids: tuple[int, ...],
 ) -> DecodeState:
-    """Puts the teacher's token at `position` and ends the row there, ready to go on."""
-    rows = state.rows
+    """Puts the teacher's token at the error and ends the row there, ready to go on."""
+    rows, found = state.rows, error.corrected
     width = rows.tokens.shape[1]
-    token = take(proposal, position)
+    position = jnp.where(found, error.error_position, width)
+    token = take(proposal, error.error_position)
     lengths = jnp.where(found, position + 1, rows.lengths)
     limit = jnp.minimum(max_length, width)
     return dataclasses.replace(
         state,
         rows=dataclasses.replace(
             rows,
-            tokens=put(rows.tokens, jnp.where(found, position, width), token),
+            tokens=put(rows.tokens, position, token),
             lengths=lengths,
         ),
         done=~found | ends(token, eos_ids) | (lengths >= limit),

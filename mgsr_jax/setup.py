@@ -66,9 +66,8 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
     valid = config.data.valid and _load_data(
         config, config.data.valid, tokenizer, console
     )
-    steps = config.steps or max(
-        1, math.floor(config.epochs * (len(train_data) // config.batch_size))
-    )
+    batches = len(train_data) // config.batch_size
+    steps = config.steps or max(1, math.floor((config.epochs or 0) * batches))
     return Setup(
         config=config,
         student=student,
@@ -123,7 +122,7 @@ def _shared_vocabulary(
                 f"the tokenizer has {size} tokens, the {role}'s embedding "
                 f"{model.config.vocab_size} rows; they do not belong together"
             )
-    if teacher is not None:
+    if config.teacher is not None:
         other = hf.load_tokenizer(config.teacher)
         if hf.tokenizer_fingerprint(tokenizer) != hf.tokenizer_fingerprint(other):
             raise ValueError(

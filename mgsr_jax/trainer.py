@@ -86,20 +86,19 @@ class _Run:
         self.setup, self.config, self.console = setup, config, console
         self.output = Path(config.output)
         dtype = jnp.dtype(config.dtype)
-        shared = dict(vocab_size=setup.vocab_size, dtype=dtype)
-        models_of = (setup.student, setup.teacher)
+        shared: dict[str, Any] = dict(vocab_size=setup.vocab_size, dtype=dtype)
+        pair = (setup.student, setup.teacher)
         self.optimizer = make_optimizer(config.optimizer, setup.steps)
         self.train_step = make_train_step(
-            *models_of, self.optimizer, config.objective, **shared
+            *pair, self.optimizer, config.objective, **shared
         )
-        self.validation_step = make_validation_step(
-            *models_of, config.objective, **shared
-        )
+        self.validation_step = make_validation_step(*pair, config.objective, **shared)
         self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
         rollout = None
         if setup.teacher is not None and config.rollout.policy != "off":
             rollout = make_rollout(
-                *models_of,
+                setup.student,
+                setup.teacher,
                 config.rollout,
                 eos_ids=setup.eos_ids,
                 prefill_width=config.data.max_prompt_length,
@@ -205,7 +204,7 @@ class _Run:
             donate_argnums=0,
         )(params)
         teacher_params = None
-        if setup.teacher is not None:
+        if setup.teacher is not None and config.teacher is not None:
             teacher_params = hf.load_params(
                 config.teacher,
                 setup.teacher,
@@ -285,7 +284,7 @@ class _Run:
             )
         return values | {
             "train/tokens_per_second": scored / seconds,
-            "train/learning_rate": float(self.learning_rate(step - 1)),
+            "train/learning_rate": float(jnp.asarray(self.learning_rate(step - 1))),
         }
 
     def _pauses(self, step: int) -> bool:

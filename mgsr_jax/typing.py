@@ -25,13 +25,12 @@ RowKeys = Key[Array, "B"]
 
 @runtime_checkable
 class Model(Protocol):
-    """A language model as pure functions; hashable, so static under `jax.jit`.
+    """A language model as pure functions; hashable, so static under `jax.jit`."""
 
-    Attributes:
-      config: a frozen dataclass with at least `vocab_size`.
-    """
-
-    config: Any
+    @property
+    def config(self) -> Any:
+        """A frozen dataclass with at least `vocab_size`."""
+        ...
 
     def forward(
         self,

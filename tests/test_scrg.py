@@ -191,20 +191,25 @@ def test_the_end_of_sequence_counts_padding_does_not():
     rows = tiny.complete(((2, 3), (2, 3)), width=8)
     proposal = rows.tokens.at[0, 4].add(1).at[1, 5].add(1).at[1, 1].add(1)
     kl = jnp.arange(16.0).reshape(2, 8)
-    position, found = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
-    assert position.tolist() == [4, 0] and found.tolist() == [True, False]
+    error = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
+    assert error.error_position.tolist() == [4, -1]
+    assert error.corrected.tolist() == [True, False]
+    assert error.kl.tolist() == [4.0, 0.0]
 
 
 def test_largest_kl_among_disagreements_only():
     rows = tiny.complete(((2, 5),), width=8)
     proposal = rows.tokens.at[0, 3].add(1).at[0, 6].add(1)
     kl = jnp.array([[9.0, 9, 9, 2, 9, 9, 3, 9]])
-    position, _ = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
-    assert position.tolist() == [6]
-    position, _ = locate_error(rows, proposal, kl.at[0, 3].set(4.0), jnp.array([1]))
-    assert position.tolist() == [3]
-    position, found = locate_error(rows, proposal, kl, jnp.array([6]))
-    assert not found[0]
+
+    def position(kl, corrected_to):
+        error = locate_error(rows, proposal, kl, jnp.array([corrected_to]))
+        return error.error_position.tolist()
+
+    assert position(kl, 1) == [6]
+    assert position(kl.at[0, 3].set(4.0), 1) == [3]
+    assert position(kl.at[0, 3].set(4.0), 3) == [6]
+    assert position(kl, 6) == [-1]
 
 
 def test_mesh_changes_nothing(pair):

@@ -74,8 +74,8 @@ def restore(
             f"checkpoint {step} in {manager.directory} does not fit this run or is "
             f"damaged: {str(error).splitlines()[0]}"
         ) from error
-    _check_like(manager.directory, step, state, found.state)
-    return found.state, found.host, found.replay
+    _check_like(manager.directory, step, state, found["state"])
+    return found["state"], found["host"], found["replay"]
 
 
 def restore_params(
