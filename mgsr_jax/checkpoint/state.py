@@ -61,6 +61,8 @@ def restore(
       ValueError: the step holds other arrays than asked for, or cannot be read.
     """
     try:
+        for item, like in (("state", state), ("replay", replay)):
+            _check_stored(manager.directory / str(step) / item, like)
         found = manager.restore(
             step,
             args=ocp.args.Composite(
@@ -70,11 +72,11 @@ def restore(
             ),
         )
     except (KeyError, ValueError, FileNotFoundError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"checkpoint {step} in {manager.directory} does not fit this run or is "
-            f"damaged: {str(error).splitlines()[0]}"
+            f"damaged: {reason}"
         ) from error
-    _check_like(manager.directory, step, state, found["state"])
     return found["state"], found["host"], found["replay"]
 
 
@@ -83,20 +85,30 @@ def restore_params(
 ) -> Any:
     """The parameters alone, of `step` or the latest, placed as the tree of shapes says.
 
+    Nothing in the folder is touched: the run may be at work in it.
+
     Raises:
       FileNotFoundError: no such step.
+      ValueError: the step holds other parameters than asked for.
     """
-    with open_manager(folder) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(
+        Path(folder).absolute(), item_names=("state",), options=options
+    ) as manager:
         steps = sorted(manager.all_steps())
-        step = steps[-1] if steps and step is None else step
-        if step not in steps:
+        wanted = steps[-1] if steps and step is None else step
+        if wanted not in steps:
+            name = "" if step is None else f" {step}"
             raise FileNotFoundError(
-                f"no checkpoint {'' if step is None else step} in {folder}; "
-                f"it holds {steps or 'none'}"
+                f"no checkpoint{name} in {folder}; it holds {steps or 'none'}"
             )
         tree = {"params": params}
+        try:
+            _check_stored(manager.directory / str(wanted) / "state", tree)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"checkpoint {wanted} in {folder}: {error}") from error
         found = manager.restore(
-            step,
+            wanted,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     tree,
@@ -105,18 +117,36 @@ def restore_params(
                 )
             ),
         )
-    return found.state["params"]
+    return found["state"]["params"]
 
 
-def _check_like(folder: Any, step: int, want: Any, got: Any) -> None:
-    """orbax lets a wrong dtype, or without a sharding a wrong shape, pass silently."""
+def _check_stored(item: Any, want: Any) -> None:
+    """What is asked for is there, by name, shape and dtype.
 
-    def check(path: Any, want: Any, got: Any) -> None:
-        if (want.shape, want.dtype) != (got.shape, got.dtype):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    orbax casts a wrong dtype, returns numpy arrays of any shape, and where a part is
+    read leaves what it does not find as it was; all of it silently.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(item).item_metadata
+    if metadata is None:
+        raise FileNotFoundError(f"{item} is missing or has lost its metadata")
+    stored = _by_name(metadata.tree)
+    for name, leaf in _by_name(want).items():
+        if name not in stored:
+            raise ValueError(f"{name} is not in it")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        got = stored[name]
+        if (leaf.shape, leaf.dtype) != (tuple(got.shape), got.dtype):
             raise ValueError(
-                f"checkpoint {step} in {folder}: {name} is {got.dtype}{got.shape}, "
-                f"expected {want.dtype}{want.shape}"
+                f"{name} is {got.dtype}{list(got.shape)}, "
+                f"expected {leaf.dtype}{list(leaf.shape)}"
             )
 
-    jax.tree_util.tree_map_with_path(check, want, got)
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }

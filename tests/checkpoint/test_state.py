@@ -1,0 +1,215 @@
+"""Checkpoints hold everything, refuse what does not fit by name, overwrite nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsr_jax import sharding
+from mgsr_jax.checkpoint import state as checkpoint
+from mgsr_jax.rollout import ReplayBuffer
+from mgsr_jax.train_step import OptimizerConfig, init_state, make_optimizer
+
+HOST = {"data": {"next": 7}, "ratio": {"ratio": 0.25, "reference": None}, "pushed": 3}
+
+
+def make_state(kernel=(8, 3), extra=()):
+    """A train state after one update, so that no moment is zero."""
+    layer = {"kernel": jnp.arange(24.0).reshape(kernel), "bias": jnp.ones(3)}
+    params = {"student": layer, "clip_network": {"bias": jnp.zeros(2), **dict(extra)}}
+    optimizer = make_optimizer(OptimizerConfig(), 5)
+    state = init_state(params, optimizer, seed=3)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, opt_state = optimizer.update(grads, state.opt_state, params)
+    return dataclasses.replace(state, step=jnp.int32(4), opt_state=opt_state)
+
+
+def make_replay(capacity=3, width=4):
+    rows = ReplayBuffer.empty(capacity, width).rows
+    rows.tokens[:] = np.arange(capacity * width).reshape(capacity, width)
+    return vars(rows)
+
+
+def like(tree, place=None):
+    place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+
+def raw(tree):
+    """Keys as the numbers in them."""
+
+    def numbers(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(numbers, tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with step 4, and what was put there."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    state, replay = make_state(), make_replay()
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, 4, state=state, host=HOST, replay=replay)
+    return folder, state, replay
+
+
+def test_everything_comes_back(saved):
+    folder, state, replay = saved
+    with checkpoint.open_manager(folder) as manager:
+        assert manager.latest_step() == 4
+        found = checkpoint.restore(manager, 4, state=like(state), replay=make_replay())
+    assert jax.tree.structure(found[0]) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, raw(found[0]), raw(state))
+    assert found[0].key.dtype == state.key.dtype
+    assert found[1] == HOST
+    assert all(isinstance(leaf, np.ndarray) for leaf in found[2].values())
+    jax.tree.map(np.testing.assert_array_equal, found[2], replay)
+
+
+def test_the_state_comes_back_onto_another_mesh(saved):
+    folder, state, _ = saved
+    mesh = sharding.make_mesh(2, 4)
+    place = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    place.params["student"]["kernel"] = split
+    wanted = jax.tree.map(like, state, place)
+    with checkpoint.open_manager(folder) as manager:
+        found, *_ = checkpoint.restore(manager, 4, state=wanted, replay=make_replay())
+    kernel = found.params["student"]["kernel"]
+    assert kernel.sharding == split
+    np.testing.assert_array_equal(kernel, state.params["student"]["kernel"])
+
+
+def wrong_dtype():
+    state = make_state()
+    kernel = state.params["student"]["kernel"]
+    state.params["student"]["kernel"] = kernel.astype(jnp.bfloat16)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            lambda: make_state(kernel=(4, 6)),
+            r"kernel is float32\[8, 3\], expected float32\[4, 6\]",
+        ),
+        (
+            wrong_dtype,
+            r"params/student/kernel is float32\[8, 3\], expected bfloat16\[8, 3\]",
+        ),
+        (
+            lambda: make_state(extra=[("more", jnp.ones(2))]),
+            "params/clip_network/more is not in it",
+        ),
+    ],
+)
+def test_another_state_is_refused_by_name(saved, state, message):
+    folder, *_ = saved
+    with checkpoint.open_manager(folder) as manager:
+        with pytest.raises(ValueError, match=f"checkpoint 4 in .*{message}"):
+            checkpoint.restore(manager, 4, state=like(state()), replay=make_replay())
+
+
+def test_a_state_that_leaves_something_out_is_refused(saved):
+    folder, state, _ = saved
+    less = dataclasses.replace(state, params={"student": state.params["student"]})
+    with checkpoint.open_manager(folder) as manager:
+        with pytest.raises(ValueError, match="checkpoint 4 in .* does not fit"):
+            checkpoint.restore(manager, 4, state=like(less), replay=make_replay())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((5, 4), r"example is int32\[3\], expected int32\[5\]"),
+        ((3, 6), r"span_ids is int32\[3, 4\], expected int32\[3, 6\]"),
+    ],
+)
+def test_a_buffer_of_another_size_is_refused_by_name(saved, sizes, message):
+    folder, state, _ = saved
+    with checkpoint.open_manager(folder) as manager:
+        with pytest.raises(ValueError, match=message):
+            checkpoint.restore(
+                manager, 4, state=like(state), replay=make_replay(*sizes)
+            )
+
+
+def test_a_step_that_is_not_there_is_refused(saved):
+    folder, state, replay = saved
+    with checkpoint.open_manager(folder) as manager:
+        with pytest.raises(ValueError, match="checkpoint 9 in .*missing"):
+            checkpoint.restore(manager, 9, state=like(state), replay=replay)
+
+
+def test_a_step_is_never_written_twice(saved):
+    folder, state, replay = saved
+    other = dataclasses.replace(state, step=jnp.int32(99))
+    with checkpoint.open_manager(folder) as manager:
+        with pytest.raises(ValueError, match="checkpoint 4 in .* exists"):
+            checkpoint.save(manager, 4, state=other, host={}, replay=replay)
+        found, host, _ = checkpoint.restore(
+            manager, 4, state=like(state), replay=make_replay()
+        )
+    assert int(found.step) == 4 and host == HOST
+
+
+def test_the_latest_stay(tmp_path):
+    tree = {"params": {"a": jnp.zeros(2)}}
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, step, state=tree, host={}, replay=make_replay())
+        assert manager.all_steps() == [2, 3]
+
+
+def test_the_parameters_alone(saved):
+    folder, state, _ = saved
+    wanted = like({"student": state.params["student"]})
+    for step in (None, 4):
+        found = checkpoint.restore_params(folder, step, wanted)
+        assert set(found) == {"student"}
+        jax.tree.map(
+            np.testing.assert_array_equal, found["student"], state.params["student"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"kernel": jnp.zeros((3, 8))}, r"kernel is float32\[8, 3\], expected"),
+        ({"kernel": jnp.zeros((8, 3), jnp.bfloat16)}, "expected bfloat16"),
+        ({"scale": jnp.zeros(3)}, "params/student/scale is not in it"),
+    ],
+)
+def test_other_parameters_are_refused_by_name(saved, leaves, message):
+    folder, *_ = saved
+    for wanted in (like(leaves), jax.eval_shape(lambda: leaves)):
+        with pytest.raises(ValueError, match=f"checkpoint 4 in .*{message}"):
+            checkpoint.restore_params(folder, None, {"student": wanted})
+
+
+def test_no_checkpoint_is_said_and_nothing_is_made(saved, tmp_path):
+    folder, *_ = saved
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 9 in .* holds \[4\]"):
+        checkpoint.restore_params(folder, 9, {})
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .* holds none"):
+        checkpoint.restore_params(tmp_path / "typo", None, {})
+    assert not (tmp_path / "typo").exists()
+
+
+def test_reading_leaves_a_step_that_is_being_written_alone(saved):
+    """A run may be at work: only the run itself clears up after a crash."""
+    folder, state, _ = saved
+    unfinished = folder / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    checkpoint.restore_params(folder, None, like({"student": state.params["student"]}))
+    assert unfinished.exists()
+    with checkpoint.open_manager(folder) as manager:
+        assert manager.all_steps() == [4]
+    assert not unfinished.exists()
