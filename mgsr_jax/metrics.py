@@ -64,21 +64,24 @@ class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard files beside it.
 
     Opened for a run that goes on from `step`, it drops the lines behind it: those steps
-    are about to be made again.
+    are about to be made again. A last line that a crash cut short goes with them.
+
+    Raises:
+      ValueError: a line that is none of ours, by file and number.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = True):
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+            _drop_behind(path, step)
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            # TensorBoard purges from this step on, itself included.
+            purge = step + 1 if step else 0
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; numbers go to TensorBoard too."""
@@ -95,6 +98,27 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _drop_behind(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; none where nothing was done, not even step 0."""
+    kept = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            at = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number} is no line of metrics; remove it or the file"
+            ) from error
+        if step and at <= step:
+            kept.append(line)
+    # Written beside it first: a crash here must not cost the whole history.
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(path)
 
 
 class StepProgress:
