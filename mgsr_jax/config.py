@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgsr_jax.encoding import Encoding
 from mgsr_jax.objective import Objective
@@ -124,27 +124,15 @@ def check(config: TrainConfig) -> None:
     Raises:
       ValueError: names the setting, what it is and what it may be.
     """
+    _check_choices(config)
     config.data.encoding  # noqa: B018  checks itself
-    objective, rollout = config.objective, config.rollout
+    rollout = config.rollout
     if (config.steps is None) == (config.epochs is None):
         raise ValueError(
             f"give exactly one of steps and epochs, got steps={config.steps}, "
             f"epochs={config.epochs}"
         )
-    positive = {
-        "steps": config.steps,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "micro_batches": config.micro_batches,
-        "log_every": config.log_every,
-        "keep_checkpoints": config.keep_checkpoints,
-        "rollout.capacity": rollout.capacity,
-        "objective.num_candidates": objective.num_candidates,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-    }
-    for name, value in positive.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    _check_signs(config)
     if config.batch_size % config.micro_batches:
         raise ValueError(
             f"batch_size={config.batch_size} does not divide into "
@@ -164,6 +152,52 @@ def check(config: TrainConfig) -> None:
     _check_objective(config)
 
 
+def _check_choices(section: Any, prefix: str = "") -> None:
+    """A typo in a field of a few choices would silently pick another branch."""
+    types = get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{name}.")
+        choices = get_args(types[field.name])
+        if get_origin(types[field.name]) is Literal and value not in choices:
+            raise ValueError(f"{name}={value!r}; expected one of {choices}")
+
+
+def _check_signs(config: TrainConfig) -> None:
+    objective, rollout, optimizer = config.objective, config.rollout, config.optimizer
+    positive = {
+        "steps": config.steps,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "micro_batches": config.micro_batches,
+        "log_every": config.log_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "rollout.capacity": rollout.capacity,
+        "objective.num_candidates": objective.num_candidates,
+        "objective.width": objective.width,
+        "objective.temperature": objective.temperature,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.clip_norm": optimizer.clip_norm,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    not_negative = {
+        "validate_every": config.validate_every,
+        "save_every": config.save_every,
+        "rollout.top_k": rollout.top_k,
+        "objective.prior_weight": objective.prior_weight,
+        "optimizer.final_learning_rate": optimizer.final_learning_rate,
+        "optimizer.warmup_steps": optimizer.warmup_steps,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.clip_network_learning_rate": optimizer.clip_network_learning_rate,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def _check_objective(config: TrainConfig) -> None:
     objective = config.objective
     weights = (objective.sft, objective.token, objective.span)
@@ -171,6 +205,11 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(
             "objective.sft, .token and .span must be at least 0 and one of them "
             f"above, got {weights}"
+        )
+    if not 0 <= objective.lower < objective.upper <= 1:
+        raise ValueError(
+            "objective needs 0 <= lower < upper <= 1, got "
+            f"lower={objective.lower}, upper={objective.upper}"
         )
     if config.teacher is None:
         if objective.needs_teacher:

@@ -1,0 +1,168 @@
+"""Settings that cannot work together are named before anything is read."""
+
+import dataclasses
+
+import pytest
+
+from mgsr_jax.config import DataConfig, TrainConfig, check
+
+
+def make(**changes):
+    """The defaults; `section__field` changes one field of a section.
+
+    Types are checked under pytest and nowhere else, so a wrong one is put there late.
+    """
+    config = TrainConfig(
+        student="student",
+        teacher="teacher",
+        output="run",
+        steps=10,
+        data=DataConfig(train="train.jsonl"),
+    )
+    for path, value in changes.items():
+        *section, field = path.split("__")
+        holder = getattr(config, section[0]) if section else config
+        object.__setattr__(holder, field, value)
+    return config
+
+
+def test_the_defaults_are_valid():
+    check(make())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steps=None, epochs=0.5),
+        dict(rollout__policy="on", rollout__probability=0.0),
+        dict(rollout__policy="replay", rollout__initial_ratio=1.0),
+        dict(rollout__rounds=0, rollout__temperature=0.0),
+        dict(objective__sft=0.0),
+        dict(objective__token=0.0),
+        dict(objective__divergence="dac_kl_fixed", objective__lower=0.0),
+        dict(teacher=None, objective__token=0.0, objective__span=0.0),
+        dict(batch_size=12, micro_batches=3),
+        dict(save_every=0, validate_every=0, optimizer__weight_decay=0.0),
+    ],
+    ids=str,
+)
+def test_what_works_is_let_through(changes):
+    check(make(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=None), "exactly one of steps and epochs, got steps=None, epochs=N"),
+        (dict(epochs=1.0), "exactly one of steps and epochs, got steps=10, epochs=1.0"),
+        (
+            dict(batch_size=10, micro_batches=4),
+            "batch_size=10 does not divide into .*4",
+        ),
+        (
+            dict(rollout__probability=1.1),
+            r"rollout.probability must lie in \[0, 1\], .*1.1",
+        ),
+        (dict(rollout__probability=-0.1), "rollout.probability must lie in"),
+        (dict(rollout__probability=float("nan")), "rollout.probability must lie in"),
+        (dict(rollout__initial_ratio=2.0), r"rollout.initial_ratio must lie in .*2.0"),
+        (dict(rollout__rounds=-1), "rollout needs rounds >= 0.*rounds=-1"),
+        (dict(rollout__temperature=-1.0), "temperature >= 0.*temperature=-1.0"),
+        (dict(rollout__top_p=0.0), "0 < top_p <= 1.*top_p=0.0"),
+        (dict(rollout__top_p=1.5), "0 < top_p <= 1.*top_p=1.5"),
+        (
+            dict(objective__sft=-1.0),
+            r"objective.sft, .token and .span .*\(-1.0, 1.0, 1",
+        ),
+        (
+            dict(objective__sft=0.0, objective__token=0.0, objective__span=0.0),
+            r"one of them above, got \(0.0, 0.0, 0.0\)",
+        ),
+        (dict(objective__lower=0.9, objective__upper=0.2), "lower < upper.*lower=0.9"),
+        (dict(objective__upper=1.2), "upper <= 1, got .*upper=1.2"),
+        (dict(teacher=None), "compare with a teacher and there is none; set teacher"),
+        (
+            dict(
+                teacher=None,
+                objective__token=0.0,
+                objective__span=0.0,
+                rollout__policy="on",
+            ),
+            "rollout.policy='on' needs a teacher",
+        ),
+        (
+            dict(objective__token=0.0, objective__span=0.0),
+            "a teacher is set, but .* never ask it; leave teacher out",
+        ),
+        (dict(data__max_prompt_length=512), "max_prompt_length=512 .* max_length=512"),
+        (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
+        (dict(data__chunker="nltk"), "data.chunker='nltk'; expected one of .*'spacy'"),
+        (dict(dtype="float16"), "dtype='float16'; expected one of .*'bfloat16'"),
+        (dict(rollout__policy="onn"), "rollout.policy='onn'; expected .*'replay'"),
+        (dict(rollout__teacher_token="max"), "rollout.teacher_token='max'; .*'argmax'"),
+        (dict(objective__divergence="jsd"), "objective.divergence='jsd'; .*'dac_kl'"),
+        (dict(objective__normalization="all"), "objective.normalization='all'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_named(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check(make(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "steps",
+        "batch_size",
+        "micro_batches",
+        "log_every",
+        "keep_checkpoints",
+        "rollout.capacity",
+        "objective.num_candidates",
+        "objective.width",
+        "objective.temperature",
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_sizes_and_rates_are_positive(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be above 0, got {value}"):
+        check(make(**{field.replace(".", "__"): value}))
+
+
+def test_epochs_are_positive():
+    with pytest.raises(ValueError, match="epochs must be above 0, got -1.0"):
+        check(make(steps=None, epochs=-1.0))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "validate_every",
+        "save_every",
+        "rollout.top_k",
+        "objective.prior_weight",
+        "optimizer.final_learning_rate",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_network_learning_rate",
+    ],
+)
+def test_counts_and_weights_are_not_negative(field):
+    path = field.replace(".", "__")
+    check(make(**{path: 0}))
+    with pytest.raises(ValueError, match=f"{field} must be at least 0, got -1"):
+        check(make(**{path: -1}))
+
+
+def test_the_encoding_is_the_data_section():
+    data = DataConfig("x", add_special_tokens=False, max_prompt_length=7, max_length=9)
+    assert dataclasses.asdict(data.encoding).items() <= dataclasses.asdict(data).items()
+
+
+def test_two_configurations_share_no_section():
+    assert make().objective == make().objective
+    assert make().objective is not make().objective
