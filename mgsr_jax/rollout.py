@@ -102,7 +102,13 @@ class ReplayBuffer:
         self.pushed += size
 
     def sample(self, key: PRNGKey, size: int) -> Rows:
-        """`size` rows, uniformly, with replacement."""
+        """`size` rows, uniformly, with replacement.
+
+        Raises:
+          ValueError: the buffer is empty.
+        """
+        if not self.pushed:
+            raise ValueError("nothing was pushed to the replay buffer yet")
         held = min(self.pushed, self.capacity)
         index = np.asarray(jax.random.randint(key, (size,), 0, held))
         return jax.tree.map(lambda leaf: leaf[index], self.rows)
@@ -143,9 +149,9 @@ def choose_source(
     >>> choose_source(RolloutConfig("on", 0.0), jax.random.key(0), step=0, steps=9)
     'data'
     """
-    r = float(jax.random.uniform(key))
     if config.policy == "off":
         return "data"
+    r = float(jax.random.uniform(key))
     if config.policy == "on":
         return "generate" if r < config.probability else "data"
     if r < ratio * (1 - step / steps) or (r < ratio and not buffer_full):

@@ -52,6 +52,9 @@ class RowSource:
       micro_batches: parts that a batch is split into.
       steps: of the whole run.
       keep_ground_truth: whether a generated step also carries its prompts' data rows.
+
+    Raises:
+      ValueError: a policy that generates, and no rollout.
     """
 
     def __init__(
@@ -68,6 +71,11 @@ class RowSource:
         steps: int,
         keep_ground_truth: bool,
     ):
+        if rollout is None and config.policy != "off":
+            raise ValueError(
+                f"rollout.policy={config.policy!r} generates, but rollout is None; "
+                "pass one from make_rollout, or set the policy to off"
+            )
         self._batches, self._config, self._rollout = batches, config, rollout
         self._add_spans, self._mesh = add_spans, mesh
         self._size, self._parts, self._steps = batch_size, micro_batches, steps
@@ -93,7 +101,7 @@ class RowSource:
             rows = self._buffer.sample(replay_key, self._size)
             return StepRows(self._put(rows), source)
         ground_truth = self._put(next(self._batches))
-        if source == "data" or self._rollout is None:
+        if source == "data" or self._rollout is None:  # the second: policy "off"
             return StepRows(ground_truth, source)
         # All parts are started before the first is fetched: the chunker works on one
         # while the device works on the next.
