@@ -212,13 +212,17 @@ def make_validation_step(
 ) -> Callable[..., Metrics]:
     """A jitted `metrics(params, teacher_params, rows)`: every part, without a gradient.
 
-    The cross-entropy is always among them, whatever its weight in training.
+    The cross-entropy is always among them, whatever its weight in training, and the
+    teacher's own as "teacher_sft": a teacher that is worse than its student on the
+    data's text was loaded, templated or tokenised wrongly.
     """
     objective = dataclasses.replace(objective, sft=objective.sft or 1.0)
+    labels_only = Objective(sft=1.0, token=0.0, span=0.0)
 
     def metrics(params: Params, teacher_params: Any, rows: Rows) -> Metrics:
+        settings: dict[str, Any] = dict(vocab_size=vocab_size, dtype=dtype)
         weights = position_weights(rows, objective)
-        return micro_batch_loss(
+        found = micro_batch_loss(
             params,
             teacher_params,
             rows,
@@ -226,8 +230,19 @@ def make_validation_step(
             student=student,
             teacher=teacher,
             objective=objective,
-            vocab_size=vocab_size,
-            dtype=dtype,
+            **settings,
         )[1]
+        if teacher is not None:
+            found["teacher_sft"] = micro_batch_loss(
+                {"student": teacher_params},
+                None,
+                rows,
+                weights,
+                student=teacher,
+                teacher=None,
+                objective=labels_only,
+                **settings,
+            )[1]["sft"]
+        return found
 
     return jax.jit(metrics)

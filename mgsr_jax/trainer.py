@@ -118,11 +118,13 @@ class _Run:
         )
 
     def to_the_end(self) -> TrainResult:
-        """Loads, trains, exports."""
+        """Loads, trains, exports. Nothing is written before the weights are read."""
+        self.state, self.teacher_params = self._load()
         with checkpoint_state.open_manager(
             self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
         ) as self.manager:
-            self.state, self.teacher_params = self._load()
+            if self.config.resume:
+                self.state = self._restored()
             start = int(self.state.step)
             self._write_config()
             log = MetricsLog(
@@ -168,7 +170,8 @@ class _Run:
                 self._settle(pending, means)
                 pending = (done, step_metrics(metrics, rows))
                 progress.advance(done)
-                if done == steps or stopped() or self._pauses(done):
+                ends = done == steps or stopped()
+                if ends or self._pauses(done):
                     self._settle(pending, means)
                     pending = None
                 if done == steps or _due(done, config.log_every):
@@ -179,14 +182,14 @@ class _Run:
                 if done == steps or _due(done, config.validate_every):
                     validation = self._validate(log) or validation
                     began = time.monotonic()
-                if done == steps or _due(done, config.save_every) or stopped():
+                if ends or _due(done, config.save_every):
                     self._save()
-                if stopped():
+                if ends:
                     break
         return validation
 
     def _load(self) -> tuple[TrainState, Params | None]:
-        """State and teacher on the mesh: fresh, or the latest checkpoint's."""
+        """The state at step 0 and the teacher, on the mesh."""
         config, setup = self.config, self.setup
         params = {
             STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
@@ -197,35 +200,29 @@ class _Run:
                 init_clip_network(key, num_candidates=config.objective.num_candidates),
                 sharding.replicated(setup.mesh),
             )
-        placement = state_shardings(setup, params, self.optimizer)
         state = jax.jit(
             lambda params: init_state(params, self.optimizer, config.seed),
-            out_shardings=placement,
+            out_shardings=state_shardings(setup, params, self.optimizer),
             donate_argnums=0,
         )(params)
-        teacher_params = None
-        if setup.teacher is not None and config.teacher is not None:
-            teacher_params = hf.load_params(
-                config.teacher,
-                setup.teacher,
-                mesh=setup.mesh,
-                dtype=jnp.dtype(config.teacher_dtype),
-            )
-        if config.resume:
-            state = self._restore(state, placement)
-        return state, teacher_params
+        if setup.teacher is None or config.teacher is None:
+            return state, None
+        dtype = jnp.dtype(config.teacher_dtype)
+        return state, hf.load_params(
+            config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype
+        )
 
-    def _restore(self, state: TrainState, placement: Any) -> TrainState:
+    def _restored(self) -> TrainState:
+        """The latest checkpoint's state; the row source goes on from there too."""
         step = self.manager.latest_step()
         if step is None:
             self.console.print(f"no checkpoint in {self.output}; starting at step 0")
-            return state
+            return self.state
         like = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=place
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
             ),
-            state,
-            placement,
+            self.state,
         )
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
@@ -267,8 +264,10 @@ class _Run:
         self.source.validated(values["loss"])
         step = int(self.state.step)
         log.write(step, {f"valid/{name}": value for name, value in values.items()})
+        teacher = values.get("teacher_sft")
+        beside = "" if teacher is None else f" (teacher {teacher:.4f})"
         self.console.print(
-            f"step {step}: validation loss {values['loss']:.4f} nats a token"
+            f"step {step}: validation loss {values['loss']:.4f}{beside} nats a token"
         )
         return values
 

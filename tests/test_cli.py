@@ -131,7 +131,7 @@ def test_a_truncated_checkpoint_is_named(project, recipe, capsys, tmp_path):
         *("train", "--config", recipe, "--student", str(broken)),
         *("--output", str(tmp_path / "out")),
     )
-    assert "model.safetensors" in line
+    assert "model.safetensors" in line and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_model_type_is_named(project, recipe, capsys, tmp_path):
