@@ -159,6 +159,8 @@ _MAY_CHANGE = ("resume", "output", "save_every", "keep_checkpoints", "tensorboar
 def _check_output(config: TrainConfig) -> None:
     """The folder is new, or holds this very run and `resume` is asked for."""
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} is a file; choose a folder's name")
     if not output.exists() or not os.listdir(output):
         return
     if not config.resume:
@@ -170,6 +172,8 @@ def _check_output(config: TrainConfig) -> None:
     if not path.is_file():
         raise FileExistsError(f"{output} has no {CONFIG_FILE}: it is no run of ours")
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} holds no settings; it cannot be gone on from")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [
         name

@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+from rich.console import Console
 
 from mgsr_jax.config import DataConfig, TrainConfig, check
+from mgsr_jax.setup import prepare
 
 
 def make(**changes):
@@ -166,3 +168,27 @@ def test_the_encoding_is_the_data_section():
 def test_two_configurations_share_no_section():
     assert make().objective == make().objective
     assert make().objective is not make().objective
+
+
+@pytest.mark.parametrize(
+    ("make_output", "message"),
+    [
+        (lambda path: path.write_text("mine"), "is a file; choose a folder's name"),
+        (lambda path: folder_with(path, "thesis.txt"), "run of ours"),
+        (lambda path: folder_with(path, "config.yaml"), "holds no settings"),
+    ],
+)
+def test_an_output_that_is_no_run_is_refused_before_anything_is_read(
+    tmp_path, make_output, message
+):
+    path = tmp_path / "output"
+    make_output(path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((FileExistsError, ValueError), match=message):
+        prepare(make(output=str(path), resume=True), console=Console())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def folder_with(path, name):
+    path.mkdir()
+    (path / name).touch()
