@@ -285,7 +285,8 @@ def test_validation_reports_every_part_and_always_the_cross_entropy(initial):
     objective = Objective(sft=0.0, divergence="forward_kl")
     validate = make_validation_step(MODEL, MODEL, objective, vocab_size=29)
     metrics = validate({"student": initial}, initial, ROWS)
-    assert set(metrics) == {"sft", "forward_kl", "span"}
+    assert set(metrics) == {"sft", "forward_kl", "span", "teacher_sft"}
+    np.testing.assert_allclose(metrics["teacher_sft"], metrics["sft"], rtol=1e-6)
     assert metrics["sft"].count == metrics["forward_kl"].count == 21
     # (P46) A student that is its teacher has no divergence.
     assert abs(metrics["forward_kl"].total) < 1e-4 and metrics["span"].total == 0

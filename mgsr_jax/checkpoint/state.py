@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -134,7 +135,7 @@ def _check_stored(item: Any, want: Any) -> None:
     for name, leaf in _by_name(want).items():
         if name not in stored:
             raise ValueError(f"{name} is not in it")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
         got = stored[name]
         if (leaf.shape, leaf.dtype) != (tuple(got.shape), got.dtype):
