@@ -153,7 +153,17 @@ def _check_micro_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-_MAY_CHANGE = ("resume", "output", "save_every", "keep_checkpoints", "tensorboard")
+# What a resumed run computes does not depend on these.
+_MAY_CHANGE = (
+    "resume",
+    "output",
+    "mesh",
+    "micro_batches",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "tensorboard",
+)
 
 
 def _check_output(config: TrainConfig) -> None:

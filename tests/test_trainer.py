@@ -326,3 +326,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(project, straight):
     broken = dataclasses.replace(settings, output=str(copy), resume=True)
     with pytest.raises(ValueError, match="checkpoint 6 in"):
         run(broken)
+
+
+def test_a_run_goes_on_over_another_mesh(project, straight):
+    settings, result = straight
+    copy = shutil.copytree(project / "straight", project / "moved")
+    shutil.rmtree(copy / "student")
+    moved = dataclasses.replace(
+        settings, output=str(copy), resume=True, mesh=MeshConfig(1, 8), micro_batches=1
+    )
+    again = run(moved)
+    model = models.from_config(result.student)
+    want, got = (hf.load_params(one.student, model) for one in (result, again))
+    assert_same(got, want)
