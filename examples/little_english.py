@@ -251,25 +251,29 @@ def with_wrong_word(response: str, draw: random.Random) -> str:
 def write(
     folder: str | Path,
     *,
-    train: int = 8000,
+    teacher: int = 8000,
+    train: int = 1000,
     valid: int = 150,
     test: int = 300,
     seed: int = 0,
 ) -> Path:
-    """Writes train.jsonl, valid.jsonl and test.jsonl.
+    """Writes teacher.jsonl, train.jsonl, valid.jsonl and test.jsonl.
 
-    `output` is one response in train.jsonl, a share of them noisy. In the other two,
-    whose instructions all hold a held-out pair, it is the list of all valid responses,
-    one drawn at random first.
+    A student has less data than its teacher had: train.jsonl is the first part of
+    teacher.jsonl. In these two `output` is one response, a share of them noisy. In the
+    others, whose prompts all hold a held-out pair, it is the list of all valid
+    responses, one drawn at random first.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     noise = random.Random(f"noise {seed}")
-    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
-        for example, response in examples(train, seed=3 * seed, held_out=False):
-            if noise.random() < NOISE:
-                response = with_wrong_word(response, noise)
-            file.write(_line(example, response))
+    lines = []
+    for example, response in examples(teacher, seed=3 * seed, held_out=False):
+        if noise.random() < NOISE:
+            response = with_wrong_word(response, noise)
+        lines.append(_line(example, response))
+    (folder / "teacher.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "train.jsonl").write_text("".join(lines[:train]), encoding="utf-8")
     for name, count, offset in [("valid", valid, 1), ("test", test, 2)]:
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for example, response in examples(

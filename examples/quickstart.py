@@ -98,13 +98,20 @@ class Scores:
 
 
 COLUMNS = {
-    "greedy": ("greedy ROUGE-L", ".1f"),
-    "sampled": ("sampled ROUGE-L", ".1f"),
-    "valid": ("valid samples [%]", ".1f"),
+    "greedy": ("ROUGE-L greedy", ".1f"),
+    "sampled": ("ROUGE-L sampled", ".1f"),
+    "valid": ("valid samples", ".1f"),
     "distinct_2": ("distinct-2", ".3f"),
     "loss": ("loss", ".3f"),
-    "total_variation": ("TV to teacher", ".4f"),
+    "total_variation": ("TV", ".4f"),
 }
+
+
+NOTES = (
+    "Held-out instructions. ROUGE-L: F1 x 100, best reference. Valid samples: percent "
+    "that are word for word a valid response. Loss: nats a token. TV: total variation "
+    "to the teacher, over the references' tokens."
+)
 
 
 class Quickstart:
@@ -116,7 +123,7 @@ class Quickstart:
         self.tokenizer_folder = little_english.tokenizer(output / "tokenizer")
         self.tokenizer = hf.load_tokenizer(self.tokenizer_folder)
         self.mesh = sharding.make_mesh(-1, 1)
-        self.settings = DataConfig(
+        self.data_config = DataConfig(
             train=str(self.data / "train.jsonl"),
             valid=str(self.data / "valid.jsonl"),
             max_prompt_length=little_english.LONGEST_PROMPT,
@@ -124,7 +131,7 @@ class Quickstart:
             cache_dir=str(output / "cache"),
         )
         self.test, _ = data.load_prompts(
-            self.data / "test.jsonl", self.tokenizer, self.settings.encoding
+            self.data / "test.jsonl", self.tokenizer, self.data_config.encoding
         )
         self.teacher = self._teacher()
         self.teacher_model, self.teacher_params = self._load(self.teacher)
@@ -143,8 +150,15 @@ class Quickstart:
         self.console.rule("teacher")
         shutil.rmtree(folder, ignore_errors=True)
         start = self.new_model(folder / "init", TEACHER_WIDTH, seed=0)
-        config = self._config(start, folder / "run", Method(SFT_ONLY), seed=0)
-        config = dataclasses.replace(config, steps=TEACHER_STEPS, batch_size=64)
+        more = dataclasses.replace(
+            self.data_config, train=str(self.data / "teacher.jsonl")
+        )
+        config = dataclasses.replace(
+            self._config(start, folder / "run", Method(SFT_ONLY), seed=0),
+            data=more,
+            steps=TEACHER_STEPS,
+            batch_size=64,
+        )
         return train(config, console=self.console).student
 
     def new_model(self, folder: Path, width: int, *, seed: int) -> Path:
@@ -157,7 +171,7 @@ class Quickstart:
                 "intermediate_size": 2 * width,
                 "num_hidden_layers": 4,
                 "num_attention_heads": width // 32,
-                "num_key_value_heads": width // 64,
+                "num_key_value_heads": width // 32,
                 "max_position_embeddings": 64,
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 10000.0,
@@ -179,7 +193,7 @@ class Quickstart:
         init = self.new_model(folder / "init", STUDENT_WIDTH, seed=seed + 1)
         config = self._config(init, folder / "start", Method(SFT_ONLY), seed=seed)
         config = dataclasses.replace(
-            config, steps=WARM_STEPS, optimizer=OptimizerConfig(learning_rate=6e-3)
+            config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
         )
         start = train(config, console=self.console)
         runs["start"] = start.output
@@ -199,10 +213,10 @@ class Quickstart:
             student=str(student),
             teacher=str(self.teacher) if needs_teacher else None,
             output=str(output),
-            data=self.settings,
+            data=self.data_config,
             objective=method.objective,
             rollout=method.rollout,
-            optimizer=OptimizerConfig(learning_rate=3e-3),
+            optimizer=optimizer(3e-3, 1e-7),
             steps=STUDENT_STEPS - WARM_STEPS,
             batch_size=32,
             seed=seed,
@@ -216,6 +230,7 @@ class Quickstart:
 
     def score(self, folder: Path) -> tuple[Scores, EvaluationResult]:
         """The model in `folder` on the held-out instructions."""
+        self.console.print(f"scoring {folder}")
         model, params = self._load(folder)
         result = evaluate(
             model,
@@ -223,8 +238,8 @@ class Quickstart:
             self.tokenizer,
             self.test,
             seeds=EVALUATION_SEEDS,
-            max_prompt_length=self.settings.max_prompt_length,
-            max_length=self.settings.max_length,
+            max_prompt_length=self.data_config.max_prompt_length,
+            max_length=self.data_config.max_length,
             batch_size=100,
             mesh=self.mesh,
         )
@@ -245,7 +260,7 @@ class Quickstart:
         total = count = 0.0
         with jax.set_mesh(self.mesh):
             for rows in data.prompt_batches(
-                self.test, 100, width=self.settings.max_length, with_response=True
+                self.test, 100, width=self.data_config.max_length, with_response=True
             ):
                 values, where = total_variation(
                     model,
@@ -259,8 +274,18 @@ class Quickstart:
         return total / count
 
 
+def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConfig:
+    """Short runs: a short warm-up and a short memory of the squared gradient."""
+    return OptimizerConfig(
+        learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
+        warmup_steps=20,
+        beta2=0.98,
+    )
+
+
 def scaled_for_width(params: Params) -> Params:
-    """Kernels with deviation fan_in ** -0.5, embeddings with 0.1.
+    """Kernels with deviation fan_in ** -0.5, embeddings with 0.3.
 
     `init` draws with the deviation 0.02 of large models. At these widths that is so
     little that copying words from the prompt takes three times the steps to appear.
@@ -269,7 +294,7 @@ def scaled_for_width(params: Params) -> Params:
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
         if path[-1].key == "kernel":
             return leaf * (leaf.shape[-2] ** -0.5 / 0.02)
-        return leaf * 5.0 if path[-1].key == "embedding" else leaf
+        return leaf * 15.0 if path[-1].key == "embedding" else leaf
 
     return jax.tree_util.tree_map_with_path(scaled, params)
 
@@ -363,6 +388,7 @@ def write_results(
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
+    console.print(NOTES)
     output = arguments.output
     markdown = report.markdown_table(heads, rows) + "\n"
     (output / "table.md").write_text(markdown, encoding="utf-8")

@@ -40,8 +40,11 @@ PANELS = (
         {"train/lower": "lower", "train/upper": "upper"},
     ),
     Panel("Teacher mass kept by DAC-KL", "probability", {"train/kept_mass": ""}),
-    Panel("SCRG: first corrected token", "position", {"rollout/error_position": ""}),
-    Panel("Rows from the student", "share of steps", {"rollout/policy": ""}),
+    Panel(
+        "SCRG: corrected token", "position in the row", {"rollout/error_position": ""}
+    ),
+    Panel("SCRG: corrected samples", "share", {"rollout/corrected": ""}),
+    Panel("Steps on the student's text", "share", {"rollout/student_share": ""}),
     Panel("Speed", "tokens per second", {"train/tokens_per_second": ""}, True),
 )
 

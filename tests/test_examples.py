@@ -46,9 +46,10 @@ def texts(record):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = little_english.write(
-        tmp_path_factory.mktemp("little_english"), train=2400, valid=60, test=300
+        tmp_path_factory.mktemp("little_english"), teacher=2400, valid=60, test=300
     )
-    return {name: read(folder / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    names = ("teacher", "train", "valid", "test")
+    return {name: read(folder / f"{name}.jsonl") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,12 @@ def neighbours(text):
 
 
 def test_held_out_pairs_never_stand_in_training(data):
-    seen = set().union(*(neighbours(t) for r in data["train"] for t in texts(r)))
+    seen = set().union(*(neighbours(t) for r in data["teacher"] for t in texts(r)))
     assert not seen & little_english.HELD_OUT
 
 
 def test_every_test_prompt_has_a_held_out_pair_and_no_training_prompt(data):
-    prompts = {prompt(record) for record in data["train"]}
+    prompts = {prompt(record) for record in data["teacher"]}
     for record in data["valid"] + data["test"]:
         assert neighbours(prompt(record)) & little_english.HELD_OUT
         assert prompt(record) not in prompts
@@ -80,6 +81,10 @@ def test_every_word_of_the_test_set_is_seen_in_training(data):
         return {w for r in records for t in texts(r) for w in little_english.words(t)}
 
     assert words(data["test"]) <= words(data["train"])
+
+
+def test_the_student_has_the_first_part_of_the_teachers_data(data):
+    assert data["train"] == data["teacher"][:1000]
 
 
 def test_valid_and_test_share_no_prompt(data):
@@ -119,7 +124,7 @@ def test_noise_is_one_word_in_a_small_share_of_training_responses(data, tmp_path
     for example, _ in little_english.examples(2400, seed=0, held_out=False):
         by_prompt[example.instruction, example.input] = example.responses
     wrong = 0
-    for record in data["train"]:
+    for record in data["teacher"]:
         responses = by_prompt[record["instruction"], record["input"]]
         if record["output"] not in responses:
             wrong += 1
@@ -150,7 +155,7 @@ def test_frequencies_fall_with_rank(data):
 def test_same_seed_same_files_other_seed_others(tmp_path):
     def files(name, seed):
         folder = little_english.write(
-            tmp_path / name, train=50, valid=5, test=5, seed=seed
+            tmp_path / name, teacher=50, train=20, valid=5, test=5, seed=seed
         )
         return [path.read_bytes() for path in sorted(folder.iterdir())]
 
