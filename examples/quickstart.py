@@ -368,7 +368,8 @@ def main() -> None:
         for name, run in runs.items():
             one, results[name] = quickstart.score(run / "student")
             scores.setdefault(name, []).append(one)
-    write_results(arguments, console, scores, runs)
+        # After every seed: a long comparison that is stopped leaves what it has.
+        write_results(arguments, console, scores, runs)
     show_answers(console, {k: results[k] for k in ("teacher", "start", "MGSR")})
     console.print(f"\ncurves    {arguments.output / 'curves.png'}")
     console.print(f"student   {runs['MGSR'] / 'student'}")
