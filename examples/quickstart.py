@@ -19,9 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import jax
 import jax.numpy as jnp
 import little_english
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,7 @@ TEACHER_WIDTH, STUDENT_WIDTH = 128, 64
 TEACHER_STEPS, STUDENT_STEPS = 450, 700
 WARM_STEPS = STUDENT_STEPS // 3
 EVALUATION_SEEDS = (10, 20)
+EVALUATION_BATCH = 152  # two batches; divides over 2, 4 and 8 devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +202,7 @@ class Quickstart:
         runs["start"] = start.output
         for name, method in methods.items():
             self.console.rule(f"seed {seed}: {name}")
-            output = folder / name.lower().replace(", ", "-").replace(" ", "-")
+            output = folder / run_name(name)
             # Another order of the data than the warm-up's, the same for every method.
             config = self._config(start.student, output, method, seed=seed + 1000)
             runs[name] = train(config, console=self.console).output
@@ -240,7 +243,7 @@ class Quickstart:
             seeds=EVALUATION_SEEDS,
             max_prompt_length=self.data_config.max_prompt_length,
             max_length=self.data_config.max_length,
-            batch_size=100,
+            batch_size=EVALUATION_BATCH,
             mesh=self.mesh,
         )
         samples = [answer for answer in result.answers if answer.seed is not None]
@@ -260,7 +263,10 @@ class Quickstart:
         total = count = 0.0
         with jax.set_mesh(self.mesh):
             for rows in data.prompt_batches(
-                self.test, 100, width=self.data_config.max_length, with_response=True
+                self.test,
+                EVALUATION_BATCH,
+                width=self.data_config.max_length,
+                with_response=True,
             ):
                 values, where = total_variation(
                     model,
@@ -319,6 +325,11 @@ def total_variation(
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1), view.where
 
 
+def run_name(method: str) -> str:
+    """A method's name as that of a folder."""
+    return method.lower().replace(", ", "-").replace(" ", "-")
+
+
 def cell(values: Sequence[float], form: str) -> str:
     """The mean, and with several values their standard deviation."""
     text = f"{statistics.fmean(values):{form}}"
@@ -357,6 +368,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     began, console = time.monotonic(), Console()
+    datasets.disable_progress_bars()
     quickstart = Quickstart(arguments.output, console)
     methods = METHODS | (ABLATIONS if arguments.ablations else {})
     scores: dict[str, list[Scores]] = {}
@@ -385,16 +397,19 @@ def write_results(
     """The table on the terminal and as Markdown, the numbers as JSON, the curves."""
     heads = ["model", *(head for head, _ in COLUMNS.values())]
     rows = table_rows(scores)
-    shown = Table(*heads)
+    shown = Table(*(head.replace(" ", "\n") for head in heads), box=box.SIMPLE)
+    shown.columns[0].no_wrap = True
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
-    console.print(NOTES)
+    console.print(shown, NOTES)
+    markdown = f"{report.markdown_table(heads, rows)}\n\n{NOTES}\n"
     output = arguments.output
-    markdown = report.markdown_table(heads, rows) + "\n"
     (output / "table.md").write_text(markdown, encoding="utf-8")
     if arguments.ablations:
-        Path(__file__).with_name("evidence.md").write_text(markdown, encoding="utf-8")
+        Path(__file__).with_name("evidence.md").write_text(
+            evidence_page(markdown, arguments.seeds[: len(scores["MGSR"])]),
+            encoding="utf-8",
+        )
     numbers = {
         name: [dataclasses.asdict(one) for one in of_seeds]
         for name, of_seeds in scores.items()
@@ -402,6 +417,20 @@ def write_results(
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     drawn = {name: runs[name] / "metrics.jsonl" for name in METHODS}
     report.curves(drawn, output / "curves.png")
+
+
+def evidence_page(table: str, seeds: Sequence[int]) -> str:
+    """evidence.md: how the table was made, and the table."""
+    rest = STUDENT_STEPS - WARM_STEPS
+    return f"""# Evidence
+
+Made by `make evidence` (jax {jax.__version__}). One teacher; seeds
+{list(seeds)}: each has its own student, warmed up by {WARM_STEPS} steps of SFT
+("start"), and from there {rest} steps of every method, on the same batches in the same
+order. Mean ± standard deviation over the seeds. SCRG is on half of the steps; MGSR is
+DAC-KL, span and SCRG; every method keeps the SFT term unless it says so.
+
+{table}"""
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""examples/little_english.py: what its docstring promises about the data."""
+"""examples/: what Little English promises about its data; the quickstart's parts."""
 
 import collections
+import dataclasses
 import importlib.util
 import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
 from mgsr_jax import spans
+from mgsr_jax.config import DataConfig, TrainConfig, check
 from mgsr_jax.encoding import alpaca_prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -194,3 +198,68 @@ def test_tokenizer_takes_every_word_as_one_token(tokenizer):
 def test_tokenizer_restores_foreign_text_from_bytes(tokenizer):
     text = "Grüße, 12 %\n\n  zebras – ok?"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+quickstart = load("quickstart")
+
+
+def test_every_method_is_a_run_that_the_trainer_accepts(tmp_path):
+    methods = quickstart.METHODS | quickstart.ABLATIONS
+    names = {quickstart.run_name(name) for name in methods}
+    assert len(names) == len(methods)
+    for method in methods.values():
+        check(
+            TrainConfig(
+                student="student",
+                teacher="teacher" if method.objective.needs_teacher else None,
+                output=str(tmp_path),
+                data=DataConfig(train="train.jsonl"),
+                objective=method.objective,
+                rollout=method.rollout,
+                steps=1,
+            )
+        )
+
+
+def softmax(logits):
+    powers = np.exp(np.asarray(logits, np.float64))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def test_total_variation_against_numpy():
+    (student, student_params), (teacher, teacher_params) = tiny.llama(0), tiny.llama(1)
+    rows = tiny.complete()
+    values, where = quickstart.total_variation(
+        student, student_params, teacher, teacher_params, rows
+    )
+    q, p = (
+        softmax(model.unembed(model.head_params(params), hidden))
+        for model, params in [(student, student_params), (teacher, teacher_params)]
+        for hidden, _ in [model.forward(params, rows.tokens[:, :-1])]
+    )
+    np.testing.assert_allclose(values, 0.5 * np.abs(p - q).sum(-1), atol=1e-5)
+    assert where.sum() == (rows.lengths - rows.prompt_lengths).sum()
+    same, _ = quickstart.total_variation(
+        student, student_params, student, student_params, rows
+    )
+    np.testing.assert_allclose(same, 0.0, atol=1e-6)
+
+
+def test_initial_deviations_follow_the_width():
+    model, params = tiny.llama(0, width=64, scale=1.0)
+    scaled = quickstart.scaled_for_width(params)
+    mlp = scaled["layers"]["mlp"]
+    np.testing.assert_allclose(mlp["up"]["kernel"].std(), 64**-0.5, rtol=0.1)
+    np.testing.assert_allclose(mlp["down"]["kernel"].std(), 24**-0.5, rtol=0.1)
+    np.testing.assert_allclose(scaled["embed"]["embedding"].std(), 0.3, rtol=0.1)
+    norm = scaled["final_norm"]["scale"]
+    assert (norm == params["final_norm"]["scale"]).all()
+
+
+def test_a_table_row_has_means_and_with_seeds_deviations():
+    one = quickstart.Scores(90.0, 80.0, 50.0, 0.2, 0.5, 0.1)
+    other = dataclasses.replace(one, greedy=92.0)
+    rows = quickstart.table_rows({"a": [one], "b": [one, other]})
+    assert rows[0][:2] == ["a", "90.0"]
+    assert rows[1][:3] == ["b", "91.0 ± 1.4", "80.0 ± 0.0"]
+    assert len(rows[0]) == 1 + len(quickstart.COLUMNS)
