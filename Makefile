@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment here; nothing outside this folder changes.
+# Everything runs in a virtual environment here; nothing is installed outside this folder.
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs

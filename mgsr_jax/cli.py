@@ -6,7 +6,6 @@ can be resumed; 65 diverged. MGSR_TRACEBACK=1 shows where an error arose.
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import yaml
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from mgsr_jax import __version__
 from mgsr_jax.config import TrainConfig
+from mgsr_jax.train_step import Diverged
 
 DONE, MISTAKE, STOPPED, DIVERGED = 0, 2, 42, 65
 Dtype = Literal["float32", "bfloat16"]
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         return _run(settings.subcommand, settings[settings.subcommand])
     except (
         argparse.ArgumentError,
-        ArithmeticError,
+        Diverged,
         ImportError,
         OSError,
         ValueError,
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         if os.environ.get("MGSR_TRACEBACK"):
             raise
         print(f"mgsr: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return DIVERGED if isinstance(error, ArithmeticError) else MISTAKE
+        return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
 
 def train(config: TrainConfig) -> int:
@@ -58,6 +57,7 @@ def generate(
     *,
     input: str = "",
     template: Literal["alpaca", "chat", "none"] = "alpaca",
+    add_special_tokens: bool = True,
     max_length: int = 512,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -72,6 +72,7 @@ def generate(
       prompt: an instruction, or a list of them in brackets; one answer each.
       input: further context of the instructions (Alpaca's input).
       template: "alpaca", "chat" for the tokenizer's own, "none" for the bare text.
+      add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
       max_length: tokens of prompt and answer.
       temperature: of sampling; 0 is greedy.
       top_k: keep the k most probable tokens; 0 keeps all.
@@ -82,26 +83,19 @@ def generate(
     import jax
     import jax.numpy as jnp
 
-    from mgsr_jax import decode, encoding, rows, setup
+    from mgsr_jax import decode, rows, setup
 
-    found = _load(model, dtype)
+    _check_sampling(temperature, top_k, top_p, max_length=max_length)
     prompt = [prompt] if isinstance(prompt, str) else prompt
-    if template == "none":
-        ids = [found.tokenizer(text)["input_ids"] for text in prompt]
-    else:
-        ids = [
-            encoding.encode_prompt(found.tokenizer, text, input, template=template)
-            for text in prompt
-        ]
-    if longest := [len(i) for i in ids if len(i) >= max_length]:
-        raise ValueError(
-            f"a prompt of {max(longest)} tokens leaves no room in max_length="
-            f"{max_length}; raise it"
-        )
+    found = _load(model)
+    ids = [
+        _prompt_ids(found, text, input, template, add_special_tokens, max_length)
+        for text in prompt
+    ]
     batch = rows.from_lists(ids, [[]] * len(ids), width=max_length)
     answers = decode.generate(
         found.model,
-        found.params,
+        found.params(dtype),
         jax.tree.map(jnp.asarray, batch),
         key=jax.random.key(seed),
         max_length=max_length,
@@ -126,6 +120,7 @@ def evaluate(
     model: str,
     data: str | list[str],
     *,
+    split: str = "test",
     seeds: list[int] = [10, 20, 30, 40, 50],  # noqa: B006  never changed
     temperature: float = 1.0,
     top_k: int = 0,
@@ -148,7 +143,9 @@ def evaluate(
     Args:
       model: folder of a Hugging Face checkpoint.
       data: JSONL file with instruction, input and output (a string or a list of
-        references), or a list of files in brackets.
+        references), or a list of files in brackets. A record with "minillm": false is
+        not scored.
+      split: which split of a hub data set.
       seeds: one sample of every prompt each, [] for greedy answers alone.
       temperature: of the samples; the greedy answers have none.
       top_k: keep the k most probable tokens; 0 keeps all.
@@ -163,45 +160,31 @@ def evaluate(
       dtype: of weights and cache.
       output: folder for every answer (JSONL) and the scores (JSON); must be new.
     """
-    import jax.numpy as jnp
-
-    from mgsr_jax import evaluate as evaluation
-    from mgsr_jax import setup
-    from mgsr_jax.data import load_prompts
     from mgsr_jax.encoding import Encoding
+    from mgsr_jax.report import score_table
 
-    folder = _new_folder(output)
-    found = _load(model, dtype)
+    _check_sampling(temperature, top_k, top_p, batch_size=batch_size, limit=limit)
+    _new_folder(output)
+    found = _load(model)
     encoding = Encoding(template, add_special_tokens, max_prompt_length, max_length)
-    console, results = Console(), {}
-    for path in [data] if isinstance(data, str) else data:
-        prompts, report = load_prompts(path, found.tokenizer, encoding)
-        console.print(
-            f"{path}: {report.kept} prompts, {report.too_long} too long, "
-            f"{report.empty} empty, {report.malformed} malformed"
-        )
-        with _bar(Path(path).name) as progress:
-            results[path] = evaluation.evaluate(
-                found.model,
-                found.params,
-                found.tokenizer,
-                prompts[:limit],
-                seeds=seeds,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                max_prompt_length=max_prompt_length,
-                max_length=max_length,
-                batch_size=batch_size,
-                no_repeat_ngram=no_repeat_ngram,
-                eos_ids=setup.eos_ids(found.tokenizer, found.model),
-                dtype=jnp.dtype(dtype),
-                progress=progress,
-            )
-    console.print(_score_table(results))
-    if folder is not None:
-        _write_scores(folder, results)
-        console.print(f"answers and scores: {folder}")
+    paths = [data] if isinstance(data, str) else data
+    sets = {path: _load_prompts(path, split, found, encoding)[:limit] for path in paths}
+    results = _score_sets(
+        found,
+        found.params(dtype),
+        sets,
+        _new_folder(output),
+        seeds=seeds,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_prompt_length=max_prompt_length,
+        max_length=max_length,
+        batch_size=batch_size,
+        no_repeat_ngram=no_repeat_ngram,
+        dtype=dtype,
+    )
+    Console().print(score_table(results))
     return DONE
 
 
@@ -222,14 +205,11 @@ def export(
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf
     from mgsr_jax.checkpoint.state import restore_params
-    from mgsr_jax.setup import CONFIG_FILE
+    from mgsr_jax.setup import read_run_config
     from mgsr_jax.trainer import CHECKPOINTS, STUDENT
 
     _new_folder(output)
-    file = Path(run) / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{run} has no {CONFIG_FILE}; give a run's folder")
-    source = yaml.safe_load(file.read_text(encoding="utf-8"))["student"]
+    source = read_run_config(run)["student"]
     model = models.from_config(source)
     params = restore_params(
         Path(run) / CHECKPOINTS, step, {STUDENT: model.abstract_params()}
@@ -280,6 +260,7 @@ def _parser() -> jsonargparse.ArgumentParser:
         prog="mgsr",
         description="Distil large language models in JAX.",
         exit_on_error=False,
+        version=__version__,
     )
     commands = parser.add_subcommands(title="commands", metavar="COMMAND")
     found = {"train": _subparser(train)}
@@ -309,22 +290,120 @@ def _run(name: str, settings: jsonargparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
+    """A checkpoint's model and tokenizer; its weights are read when asked for."""
+
+    folder: str
     model: Any
-    params: Any
     tokenizer: Any
 
+    def params(self, dtype: Dtype) -> Any:
+        import jax.numpy as jnp
 
-def _load(folder: str, dtype: Dtype) -> _Loaded:
-    import jax.numpy as jnp
+        from mgsr_jax.checkpoint import hf
 
+        return hf.load_params(self.folder, self.model, dtype=jnp.dtype(dtype))
+
+
+def _load(folder: str) -> _Loaded:
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf
 
-    model = models.from_config(folder)
-    tokenizer = hf.load_tokenizer(folder)
-    return _Loaded(
-        model, hf.load_params(folder, model, dtype=jnp.dtype(dtype)), tokenizer
+    model, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding "
+            f"{model.config.vocab_size} rows; they do not belong together"
+        )
+    return _Loaded(folder, model, tokenizer)
+
+
+def _prompt_ids(
+    found: _Loaded,
+    text: str,
+    context: str,
+    template: str,
+    add_special_tokens: bool,
+    max_length: int,
+) -> list[int]:
+    from mgsr_jax.encoding import encode_prompt
+
+    if template == "none":
+        ids = found.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    else:
+        ids = encode_prompt(
+            found.tokenizer,
+            text,
+            context,
+            template=template,
+            add_special_tokens=add_special_tokens,
+        )
+    if len(ids) >= max_length:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens leaves no room in max_length={max_length}; "
+            "raise it"
+        )
+    return ids
+
+
+def _load_prompts(path: str, split: str, found: _Loaded, encoding: Any) -> list[Any]:
+    """An evaluation set; says what of it is left out, and why."""
+    from mgsr_jax.data import load_prompts
+
+    prompts, report = load_prompts(path, found.tokenizer, encoding, split=split)
+    unscored = sum(not prompt.scored for prompt in prompts)
+    print(
+        f"{path}: {report.kept} prompts ({unscored} not scored), {report.too_long} too "
+        f"long, {report.empty} empty, {report.malformed} malformed"
     )
+    for message in report.messages:
+        print(f"  {message}")
+    return prompts
+
+
+def _score_sets(
+    found: _Loaded,
+    params: Any,
+    sets: dict[str, list[Any]],
+    folder: Path | None,
+    *,
+    dtype: Dtype,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The evaluation of each set; what is there is written after each."""
+    import jax.numpy as jnp
+
+    from mgsr_jax.evaluate import evaluate
+    from mgsr_jax.report import write_scores
+    from mgsr_jax.setup import eos_ids
+
+    results = {}
+    for path, prompts in sets.items():
+        with _bar(Path(path).name) as progress:
+            results[path] = evaluate(
+                found.model,
+                params,
+                found.tokenizer,
+                prompts,
+                eos_ids=eos_ids(found.tokenizer, found.model),
+                dtype=jnp.dtype(dtype),
+                progress=progress,
+                **settings,
+            )
+        write_scores(folder, results)
+    return results
+
+
+def _check_sampling(
+    temperature: float, top_k: int, top_p: float, **positive: int | None
+) -> None:
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        )
 
 
 @contextmanager
@@ -342,35 +421,3 @@ def _new_folder(path: str | None) -> Path | None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output {folder} exists; choose another folder")
     return folder
-
-
-def _score_table(results: dict[str, Any]) -> Table:
-    table = Table("set", "examples")
-    for column in ("ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"):
-        table.add_column(column, justify="right")
-    for path, result in results.items():
-        sampled = result.sampled or result.greedy
-        spread = "" if result.rouge_l_std is None else f" ± {result.rouge_l_std:.2f}"
-        table.add_row(
-            Path(path).name,
-            str(result.examples),
-            f"{sampled.rouge_l:.2f}{spread}",
-            f"{result.greedy.rouge_l:.2f}",
-            f"{sampled.distinct_2:.3f}",
-            f"{sampled.length:.1f}",
-            f"{result.loss:.4f}",
-        )
-    return table
-
-
-def _write_scores(folder: Path, results: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = {}
-    for path, result in results.items():
-        values = dataclasses.asdict(result)
-        answers = values.pop("answers")
-        scores[path] = values
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        name = "-".join(Path(path).with_suffix("").parts[-2:]).strip("/")
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgsr_jax.encoding import Encoding
@@ -19,26 +20,32 @@ class DataConfig:
     Attributes:
       train: JSONL or Parquet file, or a hub data set's name.
       valid: the same for validation; without it there is none.
+      train_split: which split of a hub data set to train on.
+      valid_split: which split of a hub data set to validate on.
       template: "alpaca", or "chat" for the tokenizer's own chat template.
       add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
       max_prompt_length: longest prompt in tokens.
       max_length: longest prompt and response in tokens; the width of every row.
       too_long: "drop" longer examples, or "truncate" them; both are counted.
       max_bad_fraction: share of malformed records above which the run refuses to start.
-      chunker: "textblob", or "spacy" (needs the extra and a model).
+      chunker: "textblob", "spacy" (needs the extra and a model), or your own as
+        "module:function", from a text to the (start, end) of its phrases.
       spacy_model: name of spaCy's model.
-      cache_dir: where tokenised data is kept; default: the datasets library's cache.
+      cache_dir: where tokenised data is kept; default: the datasets library's cache,
+        which nobody clears.
     """
 
     train: str
     valid: str | None = None
+    train_split: str = "train"
+    valid_split: str = "validation"
     template: Literal["alpaca", "chat"] = "alpaca"
     add_special_tokens: bool = True
     max_prompt_length: int = 256
     max_length: int = 512
     too_long: Literal["drop", "truncate"] = "drop"
     max_bad_fraction: float = 0.05
-    chunker: Literal["textblob", "spacy"] = "textblob"
+    chunker: str = "textblob"
     spacy_model: str = "en_core_web_sm"
     cache_dir: str | None = None
 
@@ -87,7 +94,7 @@ class TrainConfig:
       rollout: where a step's rows come from.
       optimizer: of the student and of the clip network.
       mesh: device mesh.
-      validate_every: steps between validations; 0: only at the end.
+      validate_every: steps between validations; 0: only at the start and the end.
       save_every: steps between checkpoints; 0: only at the end.
       keep_checkpoints: how many of the latest are kept.
       log_every: steps between lines in the metrics files.
@@ -149,7 +156,35 @@ def check(config: TrainConfig) -> None:
             f"rounds={rollout.rounds}, temperature={rollout.temperature}, "
             f"top_p={rollout.top_p}"
         )
+    _check_validation(config)
     _check_objective(config)
+
+
+def _check_validation(config: TrainConfig) -> None:
+    spec, rollout = config.data, config.rollout
+    if config.validate_every and not spec.valid:
+        raise ValueError(
+            f"validate_every={config.validate_every} and no data to validate on; set "
+            "data.valid, or validate_every to 0"
+        )
+    one_file = Path(spec.train).suffix in (".json", ".jsonl", ".parquet")
+    same_part = one_file or spec.train_split == spec.valid_split
+    if spec.train == spec.valid and same_part:
+        raise ValueError(
+            f"data.train and data.valid are both {spec.train!r} ({spec.train_split}); "
+            "validate on data that is not trained on"
+        )
+    learns_to_generate = rollout.initial_ratio > 0 or config.validate_every
+    if rollout.policy == "replay" and not learns_to_generate:
+        raise ValueError(
+            "rollout.policy=replay with rollout.initial_ratio=0 never generates unless "
+            "validations raise the ratio; set validate_every, or initial_ratio above 0"
+        )
+    if spec.chunker not in ("textblob", "spacy") and ":" not in spec.chunker:
+        raise ValueError(
+            f"data.chunker={spec.chunker!r}; expected textblob, spacy, or your own "
+            "function as module:function"
+        )
 
 
 def _check_choices(section: Any, prefix: str = "") -> None:

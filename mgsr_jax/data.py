@@ -300,6 +300,15 @@ def load_prompts(
     return prompts, report
 
 
+def fingerprint(dataset: datasets.Dataset) -> str:
+    """A digest of the tokens and spans themselves, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in sorted(dataset.column_names):
+        for row in dataset[column]:
+            digest.update(np.asarray(row, np.int32).tobytes() + b";")
+    return digest.hexdigest()
+
+
 def batches(
     dataset: datasets.Dataset,
     batch_size: int,

@@ -104,11 +104,13 @@ def micro_batch_loss(
     objective: Objective,
     vocab_size: int | None,
     dtype: Any = jnp.float32,
+    score_teacher: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Sum]]:
     """The weighted sum of the three losses over `rows` [B, S], and metrics as sums.
 
     `params` holds "student" and, where limits are learned, "clip_network"; `dtype` is
-    that of the student's computation.
+    that of the student's computation. `score_teacher` adds the teacher's own
+    cross-entropy on the labels to the metrics.
 
     Raises:
       ValueError: a part compares with a teacher and there is none.
@@ -118,13 +120,14 @@ def micro_batch_loss(
     student_logits = _logits(student, cast, view)
     total, metrics = jnp.zeros(()), {}
 
+    labelled = _labelled(rows, view)
+
     if objective.sft:
-        where = _labelled(rows, view)
         values = losses.cross_entropy(
-            student_logits, view.labels, where=where, vocab_size=vocab_size
+            student_logits, view.labels, where=labelled, vocab_size=vocab_size
         )
         total += jnp.sum(weights.sft * values)
-        metrics["sft"] = masked_sum(values, where)
+        metrics["sft"] = masked_sum(values, labelled)
 
     if not objective.needs_teacher:
         return total, metrics
@@ -134,10 +137,39 @@ def micro_batch_loss(
             "one, or set both weights to 0 for plain fine-tuning"
         )
     teacher_logits = jax.lax.stop_gradient(_logits(teacher, teacher_params, view))
+    if score_teacher:
+        values = losses.cross_entropy(
+            teacher_logits, view.labels, where=labelled, vocab_size=vocab_size
+        )
+        metrics["teacher_sft"] = masked_sum(values, labelled)
 
+    distilled, found = distillation_loss(
+        params.get("clip_network"),
+        student_logits,
+        teacher_logits,
+        view,
+        weights,
+        objective=objective,
+        vocab_size=vocab_size,
+    )
+    return total + distilled, metrics | found
+
+
+def distillation_loss(
+    clip_params: Params | None,
+    student_logits: Float[Array, "B T V"],
+    teacher_logits: Float[Array, "B T W"],
+    view: NextTokenView,
+    weights: Weights,
+    *,
+    objective: Objective,
+    vocab_size: int | None,
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """The two parts that compare with the teacher: weighted sum and metrics."""
+    total, metrics = jnp.zeros(()), {}
     if objective.token:
-        values, token_metrics = token_loss(
-            params.get("clip_network"),
+        values, metrics = token_loss(
+            clip_params,
             student_logits,
             teacher_logits,
             view,
@@ -145,8 +177,6 @@ def micro_batch_loss(
             vocab_size=vocab_size,
         )
         total += jnp.sum(weights.token * values)
-        metrics |= token_metrics
-
     if objective.span:
         values = losses.span_correlation(
             student_logits,
@@ -156,9 +186,8 @@ def micro_batch_loss(
             vocab_size=vocab_size,
         )
         total += jnp.sum(weights.span * values)
-        metrics["span"] = masked_sum(
-            values, losses.span_pairs(view.span_ids, view.where)
-        )
+        pairs = losses.span_pairs(view.span_ids, view.where)
+        metrics["span"] = masked_sum(values, pairs)
     return total, metrics
 
 

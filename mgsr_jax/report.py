@@ -1,10 +1,15 @@
 """What a run did, to look at: curves of its metrics and a Markdown table."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from mgsr_jax.evaluate import EvaluationResult
 
 Series = dict[str, tuple[list[float], list[float]]]
 """Metric name -> (steps, values)."""
@@ -288,3 +293,40 @@ def report(run_folder: str | Path) -> Path:
     path = folder / "report.md"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def score_table(results: Mapping[str, EvaluationResult]) -> Table:
+    """A row a set: what `mgsr evaluate` prints."""
+    table = Table("set", "examples")
+    for column in ("ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"):
+        table.add_column(column, justify="right")
+    for path, result in results.items():
+        scores = result.sampled or result.greedy
+        sampled = "" if result.sampled is None else f"{result.sampled.rouge_l:.2f}"
+        spread = "" if result.rouge_l_std is None else f" ± {result.rouge_l_std:.2f}"
+        table.add_row(
+            Path(path).name,
+            str(result.examples),
+            sampled + spread,
+            f"{result.greedy.rouge_l:.2f}",
+            f"{scores.distinct_2:.3f}",
+            f"{scores.length:.1f}",
+            f"{result.loss:.4f}",
+        )
+    return table
+
+
+def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -> None:
+    """Every answer of every set, and the scores; again after each set."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {}
+    for number, (path, result) in enumerate(results.items(), 1):
+        values = dataclasses.asdict(result)
+        answers = values.pop("answers")
+        scores[path] = values
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        name = f"{number}-{Path(path).stem}.jsonl"
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")

@@ -33,7 +33,7 @@ class RolloutConfig:
     """Where a step's rows come from.
 
     Attributes:
-      policy: "off", "on" or "replay".
+      policy: "off", "on" or "replay"; in YAML in quotes, since a bare on is true.
       probability: of generating, for "on".
       initial_ratio: phi at the start, for "replay".
       epsilon: how much worse a validation must be to raise phi.

@@ -4,6 +4,7 @@ Most mistakes end here, with one line, and nothing has been written yet.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from rich.console import Console
 from mgsr_jax import data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.spans import Chunker
 
 CONFIG_FILE = "config.yaml"
 
@@ -36,6 +38,8 @@ class Setup:
       mesh: device mesh.
       train: tokenised training data.
       valid: tokenised validation data, or None.
+      chunker: finds the phrases of a text.
+      rejected: a line for every record that is not used as it stands.
       steps: of the whole run.
     """
 
@@ -48,6 +52,8 @@ class Setup:
     mesh: Mesh
     train: datasets.Dataset
     valid: datasets.Dataset | None
+    chunker: Chunker
+    rejected: tuple[str, ...]
     steps: int
 
 
@@ -62,12 +68,23 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
     _check_lengths(config, student, teacher)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     _check_micro_batch(config, mesh)
-    train_data = _load_data(config, config.data.train, tokenizer, console)
-    valid = config.data.valid and _load_data(
-        config, config.data.valid, tokenizer, console
-    )
+    spec, rejected = config.data, []
+
+    def load(path: str, split: str) -> datasets.Dataset:
+        found, report = _load_data(config, path, split, tokenizer)
+        rejected.extend(report.messages)
+        _tell(path, report, console)
+        return found
+
+    train_data = load(spec.train, spec.train_split)
+    valid = load(spec.valid, spec.valid_split) if spec.valid else None
     batches = len(train_data) // config.batch_size
     steps = config.steps or max(1, math.floor((config.epochs or 0) * batches))
+    if config.optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below the "
+            f"run's {steps} steps"
+        )
     return Setup(
         config=config,
         student=student,
@@ -77,7 +94,9 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
         eos_ids=eos_ids(tokenizer, student),
         mesh=mesh,
         train=train_data,
-        valid=valid or None,
+        valid=valid,
+        chunker=resolve_chunker(spec.chunker),
+        rejected=tuple(rejected),
         steps=steps,
     )
 
@@ -90,25 +109,69 @@ def eos_ids(tokenizer: Any, model: models.LanguageModel) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def resolve_chunker(name: str) -> Chunker:
+    """The chunker that a setting names; "module:function" is imported.
+
+    Raises:
+      ValueError: no such module or function.
+    """
+    if ":" not in name:
+        return name
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"data.chunker={name!r} cannot be imported ({error}); expected "
+            "module:function of a module on the Python path"
+        ) from error
+
+
 def _load_data(
-    config: TrainConfig, path: str, tokenizer: Any, console: Console
-) -> datasets.Dataset:
+    config: TrainConfig, path: str, split: str, tokenizer: Any
+) -> tuple[datasets.Dataset, data.DataReport]:
     spec = config.data
-    found, report = data.load(
+    return data.load(
         path,
         tokenizer,
         spec.encoding,
-        chunker=spec.chunker if config.objective.span else None,
+        chunker=resolve_chunker(spec.chunker) if config.objective.span else None,
         spacy_model=spec.spacy_model,
+        split=split,
         cache_dir=spec.cache_dir,
         max_bad_fraction=spec.max_bad_fraction,
     )
+
+
+def _tell(path: str, report: data.DataReport, console: Console) -> None:
     console.print(
         f"{path}: {report.kept} examples, {report.too_long} too long, "
         f"{report.empty} empty, {report.malformed} malformed"
     )
     for message in report.messages[:3]:
         console.print(f"  {message}", markup=False)
+
+
+def read_run_config(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that a run folder was made with.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+      ValueError: its file cannot be read.
+    """
+    file = Path(run) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{run} has no {CONFIG_FILE}: it is no run of ours; give a run's folder"
+        )
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(found, dict) or "student" not in found:
+        raise ValueError(
+            f"{file} was cut off or is no run's; restore it, or start anew"
+        )
     return found
 
 
@@ -178,12 +241,7 @@ def _check_output(config: TrainConfig) -> None:
             f"output folder {output} is not empty; choose another one, or go on with "
             "what is there by resume: true"
         )
-    path = output / CONFIG_FILE
-    if not path.is_file():
-        raise FileExistsError(f"{output} has no {CONFIG_FILE}: it is no run of ours")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} holds no settings; it cannot be gone on from")
+    before = read_run_config(output)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [
         name
@@ -193,6 +251,6 @@ def _check_output(config: TrainConfig) -> None:
     if changed:
         was = {name: before.get(name) for name in changed}
         raise ValueError(
-            f"resume: {', '.join(changed)} changed since {path} was written "
+            f"resume: {', '.join(changed)} changed since {output} was begun "
             f"(was {was}); a resumed run must have the same settings"
         )

@@ -19,6 +19,11 @@ from mgsr_jax.objective import (
 from mgsr_jax.rows import Rows
 from mgsr_jax.typing import Leaf, Model, Params
 
+
+class Diverged(ArithmeticError):
+    """A loss or its gradient is not finite."""
+
+
 Metrics = dict[str, Sum]
 TrainStep = Callable[..., tuple["TrainState", Metrics]]
 
@@ -67,7 +72,7 @@ class TrainState:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final_learning_rate` at the last step."""
+    """Linear warm-up from 0, then a cosine to `final_learning_rate` after `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
@@ -217,12 +222,10 @@ def make_validation_step(
     data's text was loaded, templated or tokenised wrongly.
     """
     objective = dataclasses.replace(objective, sft=objective.sft or 1.0)
-    labels_only = Objective(sft=1.0, token=0.0, span=0.0)
 
     def metrics(params: Params, teacher_params: Any, rows: Rows) -> Metrics:
-        settings: dict[str, Any] = dict(vocab_size=vocab_size, dtype=dtype)
         weights = position_weights(rows, objective)
-        found = micro_batch_loss(
+        return micro_batch_loss(
             params,
             teacher_params,
             rows,
@@ -230,19 +233,9 @@ def make_validation_step(
             student=student,
             teacher=teacher,
             objective=objective,
-            **settings,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            score_teacher=True,
         )[1]
-        if teacher is not None:
-            found["teacher_sft"] = micro_batch_loss(
-                {"student": teacher_params},
-                None,
-                rows,
-                weights,
-                student=teacher,
-                teacher=None,
-                objective=labels_only,
-                **settings,
-            )[1]["sft"]
-        return found
 
     return jax.jit(metrics)

@@ -1,6 +1,7 @@
 """One run, act by act: check, load, resume, step, validate, save, export."""
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from mgsr_jax.rows import Rows
 from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.setup import CONFIG_FILE, Setup, prepare
 from mgsr_jax.train_step import (
+    Diverged,
     Metrics,
     TrainState,
     init_state,
@@ -39,10 +41,7 @@ from mgsr_jax.typing import Params
 
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
-
-
-class Diverged(ArithmeticError):
-    """The loss or its gradient is not finite."""
+REJECTED = "rejected.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.console = setup, config, console
         self.output = Path(config.output)
+        self.fingerprint = data.fingerprint(setup.train)
         dtype = jnp.dtype(config.dtype)
         shared: dict[str, Any] = dict(vocab_size=setup.vocab_size, dtype=dtype)
         pair = (setup.student, setup.teacher)
@@ -174,16 +174,17 @@ class _Run:
                 if ends or self._pauses(done):
                     self._settle(pending, means)
                     pending = None
-                if done == steps or _due(done, config.log_every):
+                if ends or _due(done, config.log_every):
                     values = self._values(means, done, time.monotonic() - began)
                     began = time.monotonic()
                     log.write(done, values)
                     progress.show(done, values)
+                paused = time.monotonic()
                 if done == steps or _due(done, config.validate_every):
                     validation = self._validate(log) or validation
-                    began = time.monotonic()
                 if ends or _due(done, config.save_every):
                     self._save()
+                began += time.monotonic() - paused  # not the training's time
                 if ends:
                     break
         return validation
@@ -227,6 +228,12 @@ class _Run:
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
         )
+        if host.get("data_fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"resume: the rows of {self.config.data.train} are not those that "
+                f"checkpoint {step} of {self.output} was made from; a resumed run must "
+                "see the same ones"
+            )
         self.source.restore(host, replay)
         self.console.print(f"resumed from step {step}")
         return state
@@ -236,7 +243,7 @@ class _Run:
             self.manager,
             int(self.state.step),
             state=self.state,
-            host=self.source.host_state(),
+            host=self.source.host_state() | {"data_fingerprint": self.fingerprint},
             replay=self.source.replay_rows,
         )
 
@@ -261,6 +268,10 @@ class _Run:
             )
         values = means.take()
         values["loss"] = values["sft"]
+        if not math.isfinite(values["loss"]):
+            raise Diverged(
+                f"step {int(self.state.step)}: the validation loss is {values['loss']}"
+            )
         self.source.validated(values["loss"])
         step = int(self.state.step)
         log.write(step, {f"valid/{name}": value for name, value in values.items()})
@@ -276,7 +287,8 @@ class _Run:
         values = means.take()
         del values["train/finite"]
         lower = values.get("train/lower")
-        if lower is not None and not 0.002 <= lower <= 0.45:
+        learned = self.config.objective.needs_clip_network
+        if learned and lower is not None and not 0.002 <= lower <= 0.45:
             self.console.print(
                 f"[yellow]step {step}: DAC-KL's lower limit ran to {lower:.4f}; the "
                 "clip network no longer chooses (objective.prior_weight holds it)"
@@ -312,7 +324,10 @@ class _Run:
             return rows
         spec = self.config.data
         return with_spans(
-            rows, self.setup.tokenizer, spec.chunker, spacy_model=spec.spacy_model
+            rows,
+            self.setup.tokenizer,
+            self.setup.chunker,
+            spacy_model=spec.spacy_model,
         )
 
     def _export(self, target: Path) -> None:
@@ -327,7 +342,14 @@ class _Run:
 
     def _write_config(self) -> None:
         text = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
-        (self.output / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # Whole or not at all: a run cannot be resumed without it.
+        unfinished = self.output / f".{CONFIG_FILE}"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.output / CONFIG_FILE)
+        if lines := self.setup.rejected:
+            path = self.output / REJECTED
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self.console.print(f"records not used as they stand: {path}")
 
 
 _SCORED = ("sft", "dac_kl", "dac_kl_fixed", "forward_kl")

@@ -92,7 +92,7 @@ def test_stops_at_each_stop_id_and_scores_it(student):
 
 @pytest.mark.parametrize("max_length", [7, 14])
 def test_last_writable_slot(student, max_length):
-    """One new token, and prompt + new == width (PITFALLS P33)."""
+    """One new token, and prompt + new == width: off by one is easy there."""
     model, params = student
     rows, key = tiny.prompts((6, 5)), jax.random.key(1)
     got = generate(model, params, rows, key=key, max_length=max_length, eos_ids=(99,))

@@ -46,7 +46,7 @@ def test_off_is_always_the_data(shares):
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_on_generates_with_its_probability(shares, probability):
-    """(P42) 0 is never, also for r = 0; 1 is always."""
+    """0 is never, also for r = 0; 1 is always."""
     assert shares(RolloutConfig("on", probability)) == [1 - probability, probability, 0]
 
 
@@ -71,7 +71,7 @@ def test_replay_takes_over_from_generation_as_the_run_goes_on(
 
 
 def test_the_choice_is_the_key_s():
-    """Frequencies over real keys; the same keys choose the same (P42)."""
+    """Frequencies over real keys; the same keys choose the same."""
     config = RolloutConfig("on", 0.3)
 
     def choices():

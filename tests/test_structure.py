@@ -36,7 +36,7 @@ def rank(module: str) -> int:
             return ORDER.index(name)
     pytest.fail(
         f"mgsr_jax.{module} has no place in the import order: add it to ORDER in "
-        "tests/test_structure.py and to the architecture's list"
+        "tests/test_structure.py"
     )
 
 

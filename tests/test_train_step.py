@@ -136,7 +136,7 @@ def test_the_loss_falls_and_is_reported_as_a_sum_and_a_count(initial, sft_step):
 
 
 def test_the_schedule_counts_updates_and_not_micro_batches(initial, sft_step):
-    """(P24) The same rows in one part and in four give the same updates."""
+    """The same rows in one part and in four give the same updates."""
     whole, parts = fresh(initial), fresh(initial)
     four = tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], ROWS) for i in range(4))
     for _ in range(2):
@@ -288,5 +288,5 @@ def test_validation_reports_every_part_and_always_the_cross_entropy(initial):
     assert set(metrics) == {"sft", "forward_kl", "span", "teacher_sft"}
     np.testing.assert_allclose(metrics["teacher_sft"], metrics["sft"], rtol=1e-6)
     assert metrics["sft"].count == metrics["forward_kl"].count == 21
-    # (P46) A student that is its teacher has no divergence.
+    # A student that is its teacher has no divergence.
     assert abs(metrics["forward_kl"].total) < 1e-4 and metrics["span"].total == 0

@@ -61,8 +61,13 @@ def _pickles(source: Path) -> tuple[list[str], dict[str, str] | None]:
     index = source / PICKLE_INDEX
     if not index.is_file():
         raise FileNotFoundError(f"no {PICKLE} and no {PICKLE_INDEX} in {source}")
-    weight_map = json.loads(index.read_text())["weight_map"]
-    files = sorted(set(weight_map.values()))
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} has no readable weight_map ({error!r}); download it again"
+        ) from error
     for name in files:
         if name != os.path.basename(name) or not name.endswith(".bin"):
             raise ValueError(

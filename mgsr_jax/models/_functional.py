@@ -175,8 +175,17 @@ class LanguageModel:
     def unembed(
         self, head: Params, hidden: Float[Array, "*B D"]
     ) -> Float[Array, "*B V"]:
-        """Logits of the next token, in the dtype of its arguments."""
-        return jnp.einsum("...d,vd->...v", hidden, head["embedding"])
+        """Logits of the next token, float32 whatever the arguments are.
+
+        Rounded to bfloat16 they would tie near the top, and a divergence of two close
+        models would be half rounding.
+        """
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            head["embedding"],
+            preferred_element_type=jnp.float32,
+        )
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """An empty cache: for every layer keys and values, each [B, S, K, H].

@@ -1,4 +1,4 @@
-"""METHOD's equations in float64 numpy, one position at a time, as they are written.
+"""The method's equations in float64 numpy, one position at a time, as they stand.
 
 Independent of the package: nothing here is fast, batched or shared with it.
 """
