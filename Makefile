@@ -19,7 +19,8 @@ quickstart: $(VENV)/installed-train  ## distil a tiny model, compare with SFT an
 	$(BIN)/python examples/quickstart.py --output $(RUNS)/quickstart
 
 evidence: $(VENV)/installed-train  ## the same with three seeds and all ablations
-	$(BIN)/python examples/quickstart.py --output $(RUNS)/quickstart --ablations --seeds 0 1 2
+	$(BIN)/python examples/quickstart.py --output $(RUNS)/evidence --ablations --seeds 0 1 2
+	cp $(RUNS)/evidence/evidence.md examples/evidence.md
 
 test: $(VENV)/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -33,7 +34,7 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environment, the caches and the quickstart's run
-	rm -rf $(VENV) $(RUNS)/quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import mgsr_jax
 from mgsr_jax import data, models, report, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import DataConfig, TrainConfig
@@ -141,10 +142,9 @@ class Quickstart:
 
     def _teacher(self) -> Path:
         """The trained teacher's folder; made once for a data set and a recipe."""
-        recipe = (
-            Path(little_english.__file__).read_bytes()
-            + repr((TEACHER_WIDTH, TEACHER_STEPS)).encode()
-        )
+        files = (little_english.__file__, __file__)
+        recipe = b"".join(Path(file).read_bytes() for file in files)
+        recipe += mgsr_jax.__version__.encode()
         folder = self.output / f"teacher-{hashlib.sha256(recipe).hexdigest()[:8]}"
         trained = folder / "run" / "student"
         if trained.exists():
@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--ablations", action="store_true", help="more methods; writes evidence.md"
+        "--ablations", action="store_true", help="more methods, and evidence.md"
     )
     arguments = parser.parse_args()
     began, console = time.monotonic(), Console()
@@ -406,7 +406,7 @@ def write_results(
     output = arguments.output
     (output / "table.md").write_text(markdown, encoding="utf-8")
     if arguments.ablations:
-        Path(__file__).with_name("evidence.md").write_text(
+        (output / "evidence.md").write_text(
             evidence_page(markdown, arguments.seeds[: len(scores["MGSR"])]),
             encoding="utf-8",
         )
