@@ -223,8 +223,14 @@ def test_the_doctests_numbers_are_the_references():
 
 
 elements = st.floats(-30, 30, width=32)
-pairs = hnp.arrays(np.float32, (2, 4, 7), elements=elements)
-few = hypothesis.settings(max_examples=40, deadline=None, database=None)
+# Steps of 1/1024, and no -0: XLA orders it below 0, so that of equal classes another
+# one is the target.
+pairs = hnp.arrays(np.float32, (2, 4, 7), elements=elements).map(
+    lambda x: np.round(x * 1024) / 1024 + 0.0
+)
+few = hypothesis.settings(
+    max_examples=40, deadline=None, database=None, derandomize=True
+)
 
 
 @few
