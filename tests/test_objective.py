@@ -9,23 +9,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
 from mgsr_jax.objective import Objective, at_bound, micro_batch_loss, position_weights
 from mgsr_jax.rows import from_lists, next_token_view
 from mgsr_jax.train_step import init_state, make_train_step
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16,
-    "initializer_range": 0.3,
-}
 VOCAB, COLUMNS, WIDTH, K = 11, 13, 10, 6
 # (prompt, response) lengths; the last two rows have nothing to score.
 LENGTHS = ((2, 5), (1, 9), (3, 1), (4, 6), (5, 3), (1, 2), (1, 0), (10, 0))

@@ -8,28 +8,12 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
+from tiny import GPT2, OPT
 
 from mgsr_jax import models, sharding
 from mgsr_jax.losses import init_clip_network
 from mgsr_jax.train_step import OptimizerConfig, init_state, make_optimizer
 
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 32,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 16,
-}
-OPT = {
-    "model_type": "opt",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "ffn_dim": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 14,
-}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32,

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import GPT2, LLAMA, OPT
 
 from mgsr_jax import losses, models
 from mgsr_jax.objective import Objective
@@ -29,34 +30,6 @@ CONFIG = OptimizerConfig(
 STEPS = 5
 K = 6
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16,
-    "initializer_range": 0.3,
-}
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 32,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 16,
-}
-OPT = {
-    "model_type": "opt",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "ffn_dim": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 14,
-}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 4}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 

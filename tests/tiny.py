@@ -9,6 +9,36 @@ from mgsr_jax.rows import Rows, from_lists
 
 VOCAB = 29
 
+# config.json of the families, as small as they get.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 16,
+}
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "ffn_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 14,
+}
+
 
 def llama(seed: int = 0, *, width: int = 16, scale: float = 4.0, **changes):
     """A random LLaMA sharp enough that its greedy choices are far from ties."""
