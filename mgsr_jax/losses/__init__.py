@@ -11,10 +11,12 @@ from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_netwo
 from mgsr_jax.losses._divergences import forward_kl
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
 from mgsr_jax.losses._span import span_correlation, span_pairs
+from mgsr_jax.losses._teacher import TopKTeacher, top_k_teacher
 
 __all__ = [
     "DacKl",
     "Sum",
+    "TopKTeacher",
     "cross_entropy",
     "dac_kl",
     "dac_kl_fixed",
@@ -24,4 +26,5 @@ __all__ = [
     "masked_sum",
     "span_correlation",
     "span_pairs",
+    "top_k_teacher",
 ]
