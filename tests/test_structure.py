@@ -11,11 +11,12 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "mgsr_jax"
 # import one another; its __init__ is the folder's own name.
 ORDER = """
 __init__ typing
-losses._reduce losses._logits losses._cross_entropy losses._divergences losses._dac_kl
-losses._span losses
-models.* rows sharding checkpoint.* decode scrg spans records encoding data rollout
-row_source objective train_step metrics evaluate report config setup trainer cli
-integrations.* __main__
+losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
+losses._cross_entropy losses._divergences losses._dac_kl losses._span losses._chunked
+losses
+models.* rows sharding checkpoint.* decode scrg spans records encoding data
+teacher_cache rollout row_source objective train_step metrics evaluate report config setup
+caching trainer cli integrations.* __main__
 """.split()
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60

@@ -11,7 +11,12 @@ from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_netwo
 from mgsr_jax.losses._divergences import forward_kl
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
 from mgsr_jax.losses._span import span_correlation, span_pairs
-from mgsr_jax.losses._teacher import TopKTeacher, top_k_teacher
+from mgsr_jax.losses._teacher import (
+    TopKTeacher,
+    forward_kl_top_k,
+    held_mass,
+    top_k_teacher,
+)
 
 __all__ = [
     "DacKl",
@@ -21,6 +26,8 @@ __all__ = [
     "dac_kl",
     "dac_kl_fixed",
     "forward_kl",
+    "forward_kl_top_k",
+    "held_mass",
     "init_clip_network",
     "masked_mean",
     "masked_sum",

@@ -2,19 +2,20 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean, zero_where_masked
+from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
 
 
-@jax.jit(static_argnames=("vocab_size",))
+@jax.jit(static_argnames=("vocab_size", "vocab_axis"))
 def cross_entropy(
     logits: Float[Array, "*B V"],
     labels: Int[Array, "*B"],
     *,
     where: Bool[Array, "*B"] | None = None,
     vocab_size: int | None = None,
+    vocab_axis: Axis = None,
 ) -> Float[Array, "*B"]:
     """Negative log-probability of each label, in nats.
 
@@ -28,20 +29,27 @@ def cross_entropy(
         so a loss of infinity; at masked positions any value will do. [...]
       where: the positions to score; None for all of them. [...]
       vocab_size: columns at or beyond it are padding, with probability 0.
+      vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
     Returns:
       float32, exactly 0 and without gradient at masked positions. [...]
 
     Raises:
-      ValueError: `vocab_size` is not in 1..V.
+      ValueError: `vocab_size` is not in 1..V; V does not divide over `vocab_axis`.
 
     >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     >>> [f"{ce:.4f}" for ce in cross_entropy(logits, jnp.array([0, 1]))]
     ['0.2395', '1.0986']
     """
-    log_probs = jax.nn.log_softmax(clean(logits, where, vocab_size), axis=-1)
-    column = lax.broadcasted_iota(labels.dtype, log_probs.shape, log_probs.ndim - 1)
-    is_label = column == labels[..., None]
-    picked = jnp.sum(jnp.where(is_label, log_probs, 0.0), axis=-1)
-    known = (labels >= 0) & (labels < logits.shape[-1])
-    return zero_where_masked(-jnp.where(known, picked, -jnp.inf), where)
+
+    def local(
+        vocabulary: Vocabulary, logits: Array, labels: Array, where: Array | None
+    ) -> Array:
+        log_probs = vocabulary.log_softmax(clean(vocabulary, logits, where, vocab_size))
+        is_label = vocabulary.columns(logits) == labels[..., None]
+        picked = vocabulary.sum(jnp.where(is_label, log_probs, 0.0))
+        known = (labels >= 0) & (labels < vocabulary.width(logits))
+        return -jnp.where(known, picked, -jnp.inf)
+
+    values = over_vocabulary(local, vocab_axis, (logits,), labels, where)
+    return zero_where_masked(values, where)

@@ -2,7 +2,7 @@
 
 Two halves. `_candidates` reads the vocabulary: the teacher's K most probable classes,
 what the student gives them, the teacher's mass beside its first choice. Everything
-after it works on the K candidates alone and never sees V.
+after it works on the K candidates alone and never sees V, whole or split.
 """
 
 from typing import Literal, NamedTuple
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from mgsr_jax.losses._logits import clean_pair, zero_where_masked
+from mgsr_jax.losses._logits import clean, clean_pair, zero_where_masked
+from mgsr_jax.losses._teacher import TopKTeacher, check_positions, top_k_log_probs
+from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
 from mgsr_jax.typing import Leaf, Params, PRNGKey
 
 # The limits before training, and how far a network can move them.
@@ -99,14 +101,15 @@ def init_clip_network(
     }
 
 
-@jax.jit(static_argnames=("vocab_size", "normalization"))
+@jax.jit(static_argnames=("vocab_size", "vocab_axis", "normalization"))
 def dac_kl(
     clip_params: Params,
     student_logits: Float[Array, "*B Vs"],
-    teacher_logits: Float[Array, "*B Vt"],
+    teacher_logits: Float[Array, "*B Vt"] | TopKTeacher,
     *,
     where: Bool[Array, "*B"] | None = None,
     vocab_size: int | None = None,
+    vocab_axis: Axis = None,
     width: ScalarLike = 0.01,
     normalization: Normalization = "teacher",
     prior_weight: ScalarLike = 10.0,
@@ -133,10 +136,12 @@ def dac_kl(
     Args:
       clip_params: from `init_clip_network`.
       student_logits: any float dtype. [..., Vs]
-      teacher_logits: any float dtype; they get no gradient. [..., Vt]
+      teacher_logits: any float dtype, [..., Vt], or a `TopKTeacher`, whose K classes
+        are then the most that can be candidates. They get no gradient.
       where: the positions to score; None for all of them. [...]
       vocab_size: columns at or beyond it are padding, with probability 0 on both
         sides. Needed where Vs and Vt differ.
+      vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
       width: softness of the mask, in quantile levels.
       normalization: "teacher" as above; "none" gives sum_k w_k p_k (log p_k - log q_k)
         in its place, which has no lower bound.
@@ -157,7 +162,7 @@ def dac_kl(
     """
     num_candidates = clip_params["hidden"]["kernel"].shape[0] // 2
     candidates = _candidates(
-        student_logits, teacher_logits, num_candidates, where, vocab_size
+        student_logits, teacher_logits, num_candidates, where, vocab_size, vocab_axis
     )
     lower, upper = _predict_limits(clip_params, candidates)
     out = _clipped_kl(candidates, lower, upper, width, normalization)
@@ -166,15 +171,18 @@ def dac_kl(
     return DacKl(*(zero_where_masked(field, where) for field in out))
 
 
-@jax.jit(static_argnames=("num_candidates", "vocab_size", "normalization"))
+@jax.jit(
+    static_argnames=("num_candidates", "vocab_size", "vocab_axis", "normalization")
+)
 def dac_kl_fixed(
     limits: tuple[Float[Array, "..."] | ScalarLike, Float[Array, "..."] | ScalarLike],
     student_logits: Float[Array, "*B Vs"],
-    teacher_logits: Float[Array, "*B Vt"],
+    teacher_logits: Float[Array, "*B Vt"] | TopKTeacher,
     *,
     num_candidates: int = 512,
     where: Bool[Array, "*B"] | None = None,
     vocab_size: int | None = None,
+    vocab_axis: Axis = None,
     width: ScalarLike = 0.01,
     normalization: Normalization = "teacher",
 ) -> DacKl:
@@ -188,9 +196,9 @@ def dac_kl_fixed(
       limits: (lower, upper), quantile levels within the teacher's non-target mass;
         numbers, or an array each. [...]
       student_logits: any float dtype. [..., Vs]
-      teacher_logits: any float dtype; they get no gradient. [..., Vt]
+      teacher_logits: any float dtype, [..., Vt], or a `TopKTeacher`.
       num_candidates: K, how many of the teacher's classes are looked at.
-      where, vocab_size, width, normalization: as in `dac_kl`.
+      where, vocab_size, vocab_axis, width, normalization: as in `dac_kl`.
 
     Returns:
       A `DacKl`.
@@ -206,7 +214,7 @@ def dac_kl_fixed(
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}; expected at least 1")
     candidates = _candidates(
-        student_logits, teacher_logits, num_candidates, where, vocab_size
+        student_logits, teacher_logits, num_candidates, where, vocab_size, vocab_axis
     )
     positions = candidates.teacher_rest.shape
     lower, upper = (
@@ -218,44 +226,77 @@ def dac_kl_fixed(
 
 def _candidates(
     student_logits: Float[Array, "*B Vs"],
-    teacher_logits: Float[Array, "*B Vt"],
+    teacher: Float[Array, "*B Vt"] | TopKTeacher,
     num_candidates: int,
     where: Bool[Array, "*B"] | None,
     vocab_size: int | None,
+    vocab_axis: Axis,
 ) -> _Candidates:
     """The only part that reads the vocabulary.
 
     K is `num_candidates`, or the number of tokens where that is smaller.
     """
-    student_logits, teacher_logits = clean_pair(
-        student_logits, teacher_logits, where, vocab_size
-    )
-    tokens = teacher_logits.shape[-1] if vocab_size is None else vocab_size
-    top, indices = lax.top_k(teacher_logits, min(num_candidates, tokens))
-    largest = top[..., :1]
-    column = lax.broadcasted_iota(
-        indices.dtype, teacher_logits.shape, teacher_logits.ndim - 1
-    )
-    others = jnp.where(column == indices[..., :1], -jnp.inf, teacher_logits - largest)
-    # 1 - p_1 as a sum over the others: a subtraction would leave only rounding.
-    rest = jax.nn.logsumexp(others, axis=-1)
-    total = jnp.logaddexp(0.0, rest)
+    if isinstance(teacher, TopKTeacher):
+        return _candidates_of_top_k(
+            student_logits, teacher, num_candidates, where, vocab_size, vocab_axis
+        )
+
+    def local(
+        vocabulary: Vocabulary, student: Array, teacher: Array, where: Array | None
+    ) -> _Candidates:
+        student, teacher = clean_pair(vocabulary, student, teacher, where, vocab_size)
+        tokens = vocab_size or vocabulary.width(teacher)
+        top, indices = vocabulary.top_k(teacher, min(num_candidates, tokens))
+        largest = top[..., :1]
+        is_target = vocabulary.columns(teacher) == indices[..., :1]
+        # 1 - p_1 as a sum over the others: a subtraction would leave only rounding.
+        rest = vocabulary.logsumexp(jnp.where(is_target, -jnp.inf, teacher - largest))
+        total = jnp.logaddexp(0.0, rest)
+        return _Candidates(
+            teacher=top - largest - total[..., None],
+            student=_log_probs_at(vocabulary, student, indices),
+            teacher_rest=rest - total,
+        )
+
+    return over_vocabulary(local, vocab_axis, (student_logits, teacher), where)
+
+
+def _candidates_of_top_k(
+    student_logits: Float[Array, "*B V"],
+    teacher: TopKTeacher,
+    num_candidates: int,
+    where: Bool[Array, "*B"] | None,
+    vocab_size: int | None,
+    vocab_axis: Axis,
+) -> _Candidates:
+    """The same of a teacher that is its K most probable classes and a tail."""
+    check_positions(student_logits, teacher)
+    log_p, log_tail, indices = top_k_log_probs(teacher, where)
+    log_p, order = lax.top_k(log_p, log_p.shape[-1])
+    others = jnp.concatenate([log_p[..., 1:], log_tail[..., None]], axis=-1)
+    indices = jnp.take_along_axis(indices, order, axis=-1)[..., :num_candidates]
+
+    def local(
+        vocabulary: Vocabulary, student: Array, where: Array | None, indices: Array
+    ) -> Array:
+        student = clean(vocabulary, student, where, vocab_size)
+        return _log_probs_at(vocabulary, student, indices)
+
     return _Candidates(
-        teacher=top - largest - total[..., None],
-        student=_log_probs_at(student_logits, indices),
-        teacher_rest=rest - total,
+        teacher=log_p[..., :num_candidates],
+        student=over_vocabulary(local, vocab_axis, (student_logits,), where, indices),
+        teacher_rest=Vocabulary().logsumexp(others),
     )
 
 
 def _log_probs_at(
-    logits: Float[Array, "*B V"], indices: Int[Array, "*B K"]
+    vocabulary: Vocabulary, logits: Float[Array, "*B V"], indices: Int[Array, "*B K"]
 ) -> Float[Array, "*B K"]:
     """Log-probabilities of some classes, normalised over all of them."""
     # Shifted before anything is added up, so that large logits cost no precision.
-    largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    total = jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)
-    at = jnp.take_along_axis(logits, indices, axis=-1, mode="clip")
-    return at - largest - jnp.log(total)
+    largest = vocabulary.max(logits)[..., None]
+    total = vocabulary.sum(jnp.exp(logits - largest))[..., None]
+    return vocabulary.take(logits, indices) - largest - jnp.log(total)
 
 
 def _predict_limits(
@@ -321,11 +362,13 @@ def _log_mask(
 ) -> Float[Array, "*B K"]:
     """log w: 0 for the target, -inf for classes that cannot occur."""
     log_p, log_rest = candidates.teacher, candidates.teacher_rest[..., None]
-    is_target = lax.broadcasted_iota(jnp.int32, log_p.shape, log_p.ndim - 1) == 0
+    # Made from log_p and not from an iota: on an Explicit mesh it must be split alike.
+    target, others = jnp.ones_like(log_p[..., :1]), jnp.zeros_like(log_p[..., 1:])
+    is_target = jnp.concatenate([target, others], axis=-1) > 0
     can_occur = log_p > -jnp.inf
     clippable = can_occur & ~is_target
     share = jnp.where(clippable, jnp.exp(log_p - log_rest), 0.0)
     level = 1.0 - (jnp.cumsum(share, axis=-1) - share / 2)
     log_w = jax.nn.log_sigmoid((level - lower[..., None]) / width)
     log_w += jax.nn.log_sigmoid((upper[..., None] - level) / width)
-    return jnp.where(clippable, log_w, jnp.where(is_target, 0.0, -jnp.inf))
+    return jnp.where(is_target, 0.0, jnp.where(clippable, log_w, -jnp.inf))

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mgsr_jax.losses._vocabulary import Vocabulary
+
 
 def clean(
+    vocabulary: Vocabulary,
     logits: Float[Array, "*B V"],
     where: Bool[Array, "*B"] | None,
     vocab_size: int | None,
@@ -18,7 +21,7 @@ def clean(
     Raises:
       ValueError: `vocab_size` is not in 1..V.
     """
-    columns = logits.shape[-1]
+    columns = vocabulary.width(logits)
     if vocab_size is not None and not 1 <= vocab_size <= columns:
         raise ValueError(
             f"vocab_size={vocab_size} for logits of {columns} columns; expected 1 to "
@@ -28,13 +31,13 @@ def clean(
     if where is not None:
         logits = jnp.where(where[..., None], logits, 0.0)
     if vocab_size is not None:
-        # An iota comparison and not a slice: it keeps a sharded V in place.
-        column = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        logits = jnp.where(column < vocab_size, logits, -jnp.inf)
+        # A comparison and not a slice: it keeps a sharded V in place.
+        logits = jnp.where(vocabulary.columns(logits) < vocab_size, logits, -jnp.inf)
     return logits
 
 
 def clean_pair(
+    vocabulary: Vocabulary,
     student_logits: Float[Array, "*B Vs"],
     teacher_logits: Float[Array, "*B Vt"],
     where: Bool[Array, "*B"] | None,
@@ -58,15 +61,29 @@ def clean_pair(
             "expected vocab_size, the size of the tokenizer that both models share"
         )
     return (
-        clean(student_logits, where, vocab_size),
-        clean(lax.stop_gradient(teacher_logits), where, vocab_size),
+        clean(vocabulary, student_logits, where, vocab_size),
+        clean(vocabulary, lax.stop_gradient(teacher_logits), where, vocab_size),
     )
 
 
 def same_columns(
-    student_logits: Float[Array, "*B Vs"], teacher_logits: Float[Array, "*B Vt"]
+    vocabulary: Vocabulary,
+    student_logits: Float[Array, "*B Vs"],
+    teacher_logits: Float[Array, "*B Vt"],
 ) -> tuple[Float[Array, "*B V"], Float[Array, "*B V"]]:
-    """The narrower of the two widened by columns of -inf."""
+    """The narrower of the two widened by columns of -inf.
+
+    Raises:
+      ValueError: they differ and are split over devices, where equal places hold
+        different columns.
+    """
+    widths = [vocabulary.width(x) for x in (student_logits, teacher_logits)]
+    if vocabulary.axis is not None and widths[0] != widths[1]:
+        raise ValueError(
+            f"student_logits have {widths[0]} columns, teacher_logits {widths[1]}, "
+            f"split over the mesh axis {vocabulary.axis!r}; expected equal numbers: "
+            "pad both heads to one multiple of the axis"
+        )
     columns = max(student_logits.shape[-1], teacher_logits.shape[-1])
 
     def widen(logits: Float[Array, "*B V"]) -> Float[Array, "*B W"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean_pair, same_columns, zero_where_masked
+from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
 
 # A relative distance that float32 cannot tell from none.
 ROUNDING = 8 * 2.0**-23
@@ -34,7 +35,7 @@ def span_pairs(
     return _append(same & inside[..., :-1] & inside[..., 1:], False)
 
 
-@jax.jit(static_argnames=("vocab_size",))
+@jax.jit(static_argnames=("vocab_size", "vocab_axis"))
 def span_correlation(
     student_logits: Float[Array, "*B T Vs"],
     teacher_logits: Float[Array, "*B T Vt"],
@@ -42,6 +43,7 @@ def span_correlation(
     *,
     where: Bool[Array, "*B T"] | None = None,
     vocab_size: int | None = None,
+    vocab_axis: Axis = None,
 ) -> Float[Array, "*B T"]:
     """Distance between the relations that teacher and student see in a pair of tokens.
 
@@ -63,6 +65,7 @@ def span_correlation(
       where: the positions that are scored; None for all of them. [..., T]
       vocab_size: columns at or beyond it are padding, with probability 0 on both
         sides. Needed where Vs and Vt differ.
+      vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
     Returns:
       float32; at t the value of the pair (t, t+1), 0 at the last position. Positions
@@ -80,14 +83,21 @@ def span_correlation(
     """
     pairs = span_pairs(span_ids, where)
     second = jnp.roll(pairs, 1, axis=-1)  # the last position never opens a pair
-    student_logits, teacher_logits = same_columns(
-        *clean_pair(student_logits, teacher_logits, pairs | second, vocab_size)
-    )
-    p = jax.nn.softmax(teacher_logits, axis=-1)
-    q = jax.nn.softmax(student_logits, axis=-1)
-    r_p, r_q = p[..., :-1, :] * p[..., 1:, :], q[..., :-1, :] * q[..., 1:, :]
-    squared = _append(jnp.sum(jnp.square(r_p - r_q), axis=-1), 0.0)
-    scale = _append(jnp.sum(jnp.square(r_p), axis=-1), 0.0)
+
+    def local(
+        vocabulary: Vocabulary, student: Array, teacher: Array, in_a_pair: Array
+    ) -> tuple[Array, Array]:
+        student, teacher = same_columns(
+            vocabulary, *clean_pair(vocabulary, student, teacher, in_a_pair, vocab_size)
+        )
+        p = jnp.exp(vocabulary.log_softmax(teacher))
+        q = jnp.exp(vocabulary.log_softmax(student))
+        r_p, r_q = p[..., :-1, :] * p[..., 1:, :], q[..., :-1, :] * q[..., 1:, :]
+        return vocabulary.sum(jnp.square(r_p - r_q)), vocabulary.sum(jnp.square(r_p))
+
+    both = (student_logits, teacher_logits)
+    squared, scale = over_vocabulary(local, vocab_axis, both, pairs | second)
+    squared, scale = _append(squared, 0.0), _append(scale, 0.0)
     # The norm has a unit slope however close to 0: of two equal distributions it would
     # return the direction of their rounding errors, and at 0 itself nan.
     apart = pairs & (squared > ROUNDING**2 * scale)

@@ -1,14 +1,23 @@
-"""A teacher that was cut to its most probable classes, as it is kept on disk."""
+"""A teacher that was cut to its most probable classes, as it is kept on disk.
 
+The classes that are not listed are not forgotten: their mass is one more class, the
+tail. A student that puts too much there pays for it, one that puts too little too.
+"""
+
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.losses._logits import clean
+from mgsr_jax.losses._logits import clean, zero_where_masked
+from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
 from mgsr_jax.typing import Leaf
+
+# A tail that float32 cannot tell from none, when it is what is missing to a sum of 1.
+ROUNDING = 2.0**-20
 
 
 class TopKTeacher(NamedTuple):
@@ -29,9 +38,13 @@ class TopKTeacher(NamedTuple):
     logsumexp: Leaf
 
 
-@jax.jit(static_argnames=("k", "vocab_size"))
+@jax.jit(static_argnames=("k", "vocab_size", "vocab_axis"))
 def top_k_teacher(
-    teacher_logits: Float[Array, "*B V"], k: int, *, vocab_size: int | None = None
+    teacher_logits: Float[Array, "*B V"],
+    k: int,
+    *,
+    vocab_size: int | None = None,
+    vocab_axis: Axis = None,
 ) -> TopKTeacher:
     """The K most probable classes of dense logits.
 
@@ -43,6 +56,7 @@ def top_k_teacher(
       teacher_logits: any float dtype. [..., V]
       k: how many classes to keep; all of them where there are fewer.
       vocab_size: columns at or beyond it are padding, with probability 0.
+      vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
     Returns:
       A `TopKTeacher` in descending order; logits float32, indices int32.
@@ -56,12 +70,129 @@ def top_k_teacher(
     """
     if k < 1:
         raise ValueError(f"k={k}; expected at least 1")
-    logits = clean(lax.stop_gradient(teacher_logits), None, vocab_size)
-    tokens = logits.shape[-1] if vocab_size is None else vocab_size
-    top, indices = lax.top_k(logits, min(k, tokens))
-    largest = top[..., :1]
-    return TopKTeacher(
-        logits=top - largest,
-        indices=indices,
-        logsumexp=jax.nn.logsumexp(logits - largest, axis=-1),
+
+    def local(vocabulary: Vocabulary, logits: Array) -> TopKTeacher:
+        logits = clean(vocabulary, lax.stop_gradient(logits), None, vocab_size)
+        tokens = vocab_size or vocabulary.width(logits)
+        top, indices = vocabulary.top_k(logits, min(k, tokens))
+        logsumexp = vocabulary.logsumexp(logits - top[..., :1])
+        return TopKTeacher(top - top[..., :1], indices, logsumexp)
+
+    return over_vocabulary(local, vocab_axis, (teacher_logits,))
+
+
+@jax.jit
+def held_mass(
+    teacher: TopKTeacher, *, where: Bool[Array, "*B"] | None = None
+) -> Float[Array, "*B"]:
+    """The share of the teacher's probability that its K classes hold; report it.
+
+    held_t = sum_k exp(logits_k - logsumexp)
+
+    Args:
+      teacher: K classes a position.
+      where: the positions to look at; None for all of them. [...]
+
+    Returns:
+      float32 in 0..1, 0 where masked. [...]
+
+    >>> teacher = top_k_teacher(jnp.array([3.0, 9.0, 7.0, 7.5]), 2)
+    >>> print(f"{held_mass(teacher):.4f}")
+    0.8987
+    """
+    log_p, _, _ = top_k_log_probs(teacher, where)
+    return zero_where_masked(jnp.sum(jnp.exp(log_p), axis=-1), where)
+
+
+@jax.jit(static_argnames=("vocab_size", "vocab_axis"))
+def forward_kl_top_k(
+    student_logits: Float[Array, "*B V"],
+    teacher: TopKTeacher,
+    *,
+    where: Bool[Array, "*B"] | None = None,
+    vocab_size: int | None = None,
+    vocab_axis: Axis = None,
+) -> Float[Array, "*B"]:
+    """KL(teacher || student) over the teacher's K classes and one for all the others.
+
+    FKL_t = sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)
+    p_tail = 1 - sum_k p_k,  q_tail = sum of q_v over the classes that are not listed
+
+    It is at most `forward_kl`, at least 0, and equal to `forward_kl` where K is the
+    whole vocabulary. Both sides renormalised over the K classes, as Tunix and MaxText
+    have it, would give the classes outside no gradient at all. A p_tail below 1e-6,
+    which float32 cannot tell from 0, is 0.
+
+    Our choice; the data-processing inequality of Kullback and Leibler, "On information
+    and sufficiency" (1951), is what bounds it by `forward_kl`.
+
+    Args:
+      student_logits: any float dtype. [..., V]
+      teacher: its K most probable classes, at temperature 1; no gradient.
+      where: the positions to score; None for all of them. [...]
+      vocab_size: columns at or beyond it are padding, with probability 0.
+      vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
+
+    Returns:
+      float32, exactly 0 and without gradient at masked positions. [...]
+
+    Raises:
+      ValueError: leading axes differ; `vocab_size` is not in 1..V.
+
+    >>> student, dense = jnp.array([1.0, 0.0, 0.0]), jnp.array([2.0, 1.0, 0.0])
+    >>> print(f"{forward_kl_top_k(student, top_k_teacher(dense, 1)):.4f}")
+    0.0167
+    """
+    check_positions(student_logits, teacher)
+    log_p, log_p_tail, indices = top_k_log_probs(teacher, where)
+
+    def local(
+        vocabulary: Vocabulary, logits: Array, where: Array | None, indices: Array
+    ) -> tuple[Array, Array]:
+        log_q = vocabulary.log_softmax(clean(vocabulary, logits, where, vocab_size))
+        tail = vocabulary.logsumexp(vocabulary.without(log_q, indices))
+        return vocabulary.take(log_q, indices), tail
+
+    log_q, log_q_tail = over_vocabulary(
+        local, vocab_axis, (student_logits,), where, indices
     )
+    log_p = jnp.concatenate([log_p, log_p_tail[..., None]], axis=-1)
+    log_q = jnp.concatenate([log_q, log_q_tail[..., None]], axis=-1)
+    p = jnp.exp(log_p)
+    # The selection stands before the product too: 0 * inf would be nan backwards.
+    ratio = jnp.where(p > 0, log_p - log_q, 0.0)
+    return zero_where_masked(jnp.sum(p * ratio, axis=-1), where)
+
+
+def top_k_log_probs(
+    teacher: TopKTeacher, where: Bool[Array, "*B"] | None
+) -> tuple[Float[Array, "*B K"], Float[Array, "*B"], Int[Array, "*B K"]]:
+    """log p of the K classes, log of the rest's mass, and the classes' columns.
+
+    The rest is what is missing to 1: nothing else is known of it. At masked positions
+    the distribution is flat, over columns 0..K-1.
+    """
+    logits, indices, total = lax.stop_gradient(teacher)
+    logits, total = logits.astype(jnp.float32), total.astype(jnp.float32)
+    indices = indices.astype(jnp.int32)
+    if where is not None:
+        first = lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1)
+        logits = jnp.where(where[..., None], logits, 0.0)
+        total = jnp.where(where, total, math.log(logits.shape[-1]))
+        indices = jnp.where(where[..., None], indices, first)
+    held = Vocabulary().logsumexp(logits) - total
+    tail = -jnp.expm1(jnp.minimum(held, 0.0))
+    some = tail > ROUNDING
+    log_tail = jnp.where(some, jnp.log(jnp.where(some, tail, 1.0)), -jnp.inf)
+    return logits - total[..., None], log_tail, indices
+
+
+def check_positions(student_logits: Float[Array, "..."], teacher: TopKTeacher) -> None:
+    """Raises ValueError where student and teacher are about other positions."""
+    student, held = student_logits.shape, teacher.indices.shape
+    if student[:-1] != held[:-1]:
+        raise ValueError(
+            f"student_logits {student} and the teacher's indices {held} differ "
+            "in positions; expected equal leading axes: look the teacher up for the "
+            "tokens that the student reads"
+        )

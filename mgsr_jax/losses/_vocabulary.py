@@ -1,0 +1,211 @@
+"""Reductions over the vocabulary, whole on every device or split over a mesh axis.
+
+A loss is written once, for the columns that a device holds, with the reductions of a
+`Vocabulary`. `over_vocabulary` runs it: as it stands where V is whole, inside
+`shard_map` over one mesh axis where V is split. No array of the size of V is gathered.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, reshard
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from mgsr_jax.losses._top_k import top_k
+
+Axis = str | tuple[str, ...] | None
+"""The mesh axis that V is split over; None where every device holds all of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What the losses ask of the last axis of logits.
+
+    Attributes:
+      axis: the mesh axis that it is split over, in equal consecutive parts.
+    """
+
+    axis: Axis = None
+
+    def width(self, x: Float[Array, "*B V"]) -> int:
+        """The number of columns on all devices together."""
+        return x.shape[-1] * (1 if self.axis is None else lax.axis_size(self.axis))
+
+    def columns(self, x: Float[Array, "*B V"]) -> Int[Array, "*B V"]:
+        """The number of every column, counted over all devices."""
+        here = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+        return here + self._first(x)
+
+    def sum(self, x: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+        """Sum over the columns."""
+        total = jnp.sum(x, axis=-1)
+        return total if self.axis is None else lax.psum(total, self.axis)
+
+    def max(self, x: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+        """The largest column; without gradient."""
+        largest = lax.stop_gradient(jnp.max(x, axis=-1))
+        return largest if self.axis is None else lax.pmax(largest, self.axis)
+
+    def logsumexp(self, x: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+        """log sum_v exp(x_v); -inf, and no gradient, where every column is -inf."""
+        largest = self.max(x)
+        largest = jnp.where(largest > -jnp.inf, largest, 0.0)
+        total = self.sum(jnp.exp(x - largest[..., None]))
+        some = total > 0
+        return jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + largest, -jnp.inf)
+
+    def log_softmax(self, x: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+        """Log-probabilities; shifted first, so that large logits cost no precision."""
+        shifted = x - self.max(x)[..., None]
+        return shifted - jnp.log(self.sum(jnp.exp(shifted)))[..., None]
+
+    def top_k(
+        self, x: Float[Array, "*B V"], k: int
+    ) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
+        """The `k` largest, descending, and their columns; of equals the first wins."""
+        if self.axis is None:
+            return top_k(x, k)
+        values, indices = top_k(x, min(k, x.shape[-1]))
+        last = x.ndim - 1
+        values, indices = (
+            lax.all_gather(part, self.axis, axis=last, tiled=True)
+            for part in (values, indices + self._first(x))
+        )
+        values, places = top_k(values, k)
+        indices = jnp.take_along_axis(indices, places, axis=-1)
+        # Equal on every device already; pmax is what tells the type system so.
+        return lax.pmax(values, self.axis), lax.pmax(indices, self.axis)
+
+    def take(
+        self, x: Float[Array, "*B V"], indices: Int[Array, "*B K"]
+    ) -> Float[Array, "*B K"]:
+        """Some columns, by number; those out of range come from the nearest one."""
+        if self.axis is None:
+            return jnp.take_along_axis(x, indices, axis=-1, mode="clip")
+        indices = jnp.clip(indices, 0, self.width(x) - 1) - self._first(x)
+        held = (indices >= 0) & (indices < x.shape[-1])
+        here = jnp.take_along_axis(x, indices, axis=-1, mode="clip")
+        return lax.psum(jnp.where(held, here, 0.0), self.axis)
+
+    def without(
+        self, x: Float[Array, "*B V"], indices: Int[Array, "*B K"]
+    ) -> Float[Array, "*B V"]:
+        """-inf in some columns, by number."""
+        here = indices - self._first(x)
+        here = jnp.where((here >= 0) & (here < x.shape[-1]), here, x.shape[-1])
+        # By row: one scatter over all rows would gather the logits of a split batch.
+        drop = jnp.vectorize(
+            lambda x, here: x.at[here].set(-jnp.inf, mode="drop"),
+            signature="(v),(k)->(v)",
+        )
+        return drop(x, here)
+
+    def _first(self, x: Float[Array, "*B V"]) -> int | Int[Array, ""]:
+        return 0 if self.axis is None else lax.axis_index(self.axis) * x.shape[-1]
+
+
+def over_vocabulary(
+    local: Callable[..., Any],
+    vocab_axis: Axis,
+    logits: tuple[Float[Array, "..."], ...],
+    *rest: Any,
+) -> Any:
+    """`local(vocabulary, *logits, *rest)`, with the last axis of `logits` split.
+
+    On an Auto mesh `vocab_axis` names the axis. On an Explicit mesh the type of the
+    first logits says how they are split, over V and over positions. Inside a shard_map
+    over `vocab_axis` the logits are this device's columns already. What `rest` holds
+    and what `local` returns has the positions' axes first, or none, and never V.
+
+    Raises:
+      ValueError: there is no such mesh axis, or V does not divide over it.
+    """
+    spec, mesh = _placement(logits[0])
+    if any(spec):
+        return _over_explicit(local, spec, mesh, logits, rest)
+    if vocab_axis is None:
+        return local(Vocabulary(), *logits, *rest)
+    axes = _axes(vocab_axis)
+    if missing := [axis for axis in axes if axis not in mesh.axis_names]:
+        raise ValueError(
+            f"vocab_axis={vocab_axis!r}, but the mesh at hand has the axes "
+            f"{mesh.axis_names}, not {missing[0]!r}; call inside jax.set_mesh(mesh), "
+            "or pass None where every device holds the whole vocabulary"
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if all(kinds[axis] == AxisType.Manual for axis in axes):
+        return local(Vocabulary(vocab_axis), *logits, *rest)
+    _check_divides(mesh, axes, logits)
+    return jax.shard_map(
+        functools.partial(local, Vocabulary(vocab_axis)),
+        mesh=mesh,
+        in_specs=(*_whole_but_last(logits, axes), *(P() for _ in rest)),
+        out_specs=P(),
+        axis_names=set(axes),
+    )(*logits, *rest)
+
+
+def _over_explicit(
+    local: Callable[..., Any], spec: Any, mesh: Any, logits: Any, rest: Any
+) -> Any:
+    """Every axis of the type becomes manual: nothing is left for XLA to gather."""
+    axes = _axes(spec[-1])
+    if axes:
+        _check_divides(mesh, axes, logits)
+    positions = P(*spec[:-1])
+    shape = logits[0].shape[:-1]
+
+    def place(x: Array | float) -> P:
+        return positions if jnp.shape(x)[: len(shape)] == shape else P()
+
+    specs = (*(P(*spec) for _ in logits), *jax.tree.map(place, rest))
+    arguments = jax.tree.map(
+        lambda spec, part: jax.tree.map(lambda x: reshard(x, spec), part),
+        specs,
+        (*logits, *rest),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    return jax.shard_map(
+        functools.partial(local, Vocabulary(spec[-1])),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=positions,
+        axis_names={name for part in spec for name in _axes(part)},
+    )(*arguments)
+
+
+def _placement(logits: Float[Array, "..."]) -> tuple[tuple[Any, ...], Any]:
+    """How the type says that each axis is split (Auto axes: not at all), the mesh."""
+    sharding = jax.typeof(logits).sharding
+    mesh = sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (logits.ndim - len(spec)), mesh
+
+
+def _axes(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
+
+
+def _whole_but_last(logits: Any, axes: tuple[str, ...]) -> tuple[P, ...]:
+    return tuple(P(*[None] * (x.ndim - 1), axes) for x in logits)
+
+
+def _check_divides(
+    mesh: Any, axes: tuple[str, ...], logits: tuple[Float[Array, "..."], ...]
+) -> None:
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    for x in logits:
+        if x.shape[-1] % parts:
+            raise ValueError(
+                f"logits of {x.shape[-1]} columns do not divide over the {parts} "
+                f"devices of vocab_axis={axes}; pad the head to a multiple of {parts} "
+                "and pass vocab_size, the number of tokens"
+            )
