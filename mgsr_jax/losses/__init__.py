@@ -6,6 +6,7 @@ index t are scored at index t. Masked positions are exactly 0, with exactly zero
 gradient. Reduce with `masked_sum`, add the sums, divide once.
 """
 
+from mgsr_jax.losses._chunked import chunked
 from mgsr_jax.losses._cross_entropy import cross_entropy
 from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_network
 from mgsr_jax.losses._divergences import forward_kl
@@ -22,6 +23,7 @@ __all__ = [
     "DacKl",
     "Sum",
     "TopKTeacher",
+    "chunked",
     "cross_entropy",
     "dac_kl",
     "dac_kl_fixed",

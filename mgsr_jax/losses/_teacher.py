@@ -72,13 +72,13 @@ def top_k_teacher(
         raise ValueError(f"k={k}; expected at least 1")
 
     def local(vocabulary: Vocabulary, logits: Array) -> TopKTeacher:
-        logits = clean(vocabulary, lax.stop_gradient(logits), None, vocab_size)
+        logits = clean(vocabulary, logits, None, vocab_size)
         tokens = vocab_size or vocabulary.width(logits)
         top, indices = vocabulary.top_k(logits, min(k, tokens))
         logsumexp = vocabulary.logsumexp(logits - top[..., :1])
         return TopKTeacher(top - top[..., :1], indices, logsumexp)
 
-    return over_vocabulary(local, vocab_axis, (teacher_logits,))
+    return over_vocabulary(local, vocab_axis, (lax.stop_gradient(teacher_logits),))
 
 
 @jax.jit

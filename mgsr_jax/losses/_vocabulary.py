@@ -143,13 +143,55 @@ def over_vocabulary(
     if all(kinds[axis] == AxisType.Manual for axis in axes):
         return local(Vocabulary(vocab_axis), *logits, *rest)
     _check_divides(mesh, axes, logits)
-    return jax.shard_map(
-        functools.partial(local, Vocabulary(vocab_axis)),
-        mesh=mesh,
-        in_specs=(*_whole_but_last(logits, axes), *(P() for _ in rest)),
-        out_specs=P(),
-        axis_names=set(axes),
-    )(*logits, *rest)
+    split = tuple(P(*[None] * (x.ndim - 1), axes) for x in logits)
+    specs = (*split, *jax.tree.map(lambda _: P(), rest))
+    place = functools.partial(jax.shard_map, mesh=mesh, axis_names=set(axes))
+    function = functools.partial(local, Vocabulary(vocab_axis))
+    if any(kind == AxisType.Manual for kind in kinds.values()):
+        return _differentiated_inside(function, place, specs)(*logits, *rest)
+    return place(function, in_specs=specs, out_specs=P())(*logits, *rest)
+
+
+def _differentiated_inside(
+    function: Callable[..., Any], place: Callable[..., Any], specs: Any
+) -> Callable[..., Any]:
+    """`place(function)` with the derivative taken within, from its arguments alone.
+
+    Inside another shard_map jax 0.10 takes what a shard_map keeps for its backward pass
+    for split over the outer axes, and fails (jax#26588). Here nothing is kept.
+    """
+
+    @jax.custom_vjp
+    def run(*args: Any) -> Any:
+        return place(function, in_specs=specs, out_specs=P())(*args)
+
+    def forward(*args: Any) -> Any:
+        return run(*args), args
+
+    def backward(args: Any, cotangents: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        places = tree.flatten_up_to(specs)
+        real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+        def pull_back(leaves: list[Array], cotangents: Any) -> list[Array]:
+            def of_real(values: list[Array]) -> Any:
+                left = iter(values)
+                pairs = zip(real, leaves, strict=True)
+                return function(
+                    *tree.unflatten(next(left) if r else x for r, x in pairs)
+                )
+
+            chosen = [x for r, x in zip(real, leaves, strict=True) if r]
+            return jax.vjp(of_real, chosen)[1](cotangents)[0]
+
+        outs = [spec for r, spec in zip(real, places, strict=True) if r]
+        found = iter(
+            place(pull_back, in_specs=(places, P()), out_specs=outs)(leaves, cotangents)
+        )
+        return tree.unflatten(next(found) if r else None for r in real)
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def _over_explicit(
@@ -192,10 +234,6 @@ def _placement(logits: Float[Array, "..."]) -> tuple[tuple[Any, ...], Any]:
 
 def _axes(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis or ())
-
-
-def _whole_but_last(logits: Any, axes: tuple[str, ...]) -> tuple[P, ...]:
-    return tuple(P(*[None] * (x.ndim - 1), axes) for x in logits)
 
 
 def _check_divides(

@@ -1,0 +1,295 @@
+"""A loss over many tokens in the memory of a few: gradients formed chunk by chunk.
+
+The logits of a batch are the largest arrays of distillation, several times over. Here
+only those of one chunk of tokens exist. While they are alive the chunk's gradient is
+formed too, so that nothing is kept for a backward pass and nothing computed twice.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+from jaxtyping import Array, Float, PyTree
+
+ChunkLoss = Callable[[Any, Array, Any], tuple[Array, Any]]
+
+
+def chunked(
+    fn: ChunkLoss,
+    shared: PyTree,
+    tokens: Float[Array, "*B D"],
+    aux: PyTree,
+    *,
+    chunk_size: int,
+    overlap: int = 1,
+    batch_axes: str | tuple[str, ...] = (),
+) -> tuple[Float[Array, ""], PyTree]:
+    """A sum over tokens, chunk by chunk, with the gradients formed on the way.
+
+    (loss, metrics) = sum_c fn(shared, tokens[c], aux[c])
+
+    `fn(shared, tokens_chunk, aux_chunk)` returns a weighted scalar and a tree of metric
+    sums. Its chunks hold consecutive tokens, all leading axes flattened into one, and
+    the last `overlap` of them are the first of the next chunk: they are there to be
+    read, for a loss of neighbours, and must add nothing themselves. Tokens are padded
+    with zeros to whole chunks (False, 0): padding must weigh nothing, as it does when
+    every value is multiplied by a weight from `aux` and masked by a `where` from there.
+
+    Gradient in the forward pass is how Liger Kernel's chunked losses work
+    (arXiv 2410.10989). A backward pass only multiplies by one number: so weights come
+    first, and the metrics have no gradient. Second derivatives do not exist.
+
+    Args:
+      fn: a pure function. Nothing that is differentiated may be closed over.
+      shared: what every chunk reads whole: the student's head, a clip network. Leaves
+        that are not differentiated cost no gradient.
+      tokens: the student's hidden states. [..., D]
+      aux: without gradient. Leaves with the leading axes of `tokens` are cut alike
+        (labels, weights, the teacher's hidden states); others, such as the teacher's
+        head, are given whole.
+      chunk_size: the most tokens that are computed at once, the overlap included.
+      overlap: how many tokens a chunk reads of the next one.
+      batch_axes: mesh axes that the first axis of `tokens` is split over. The loop then
+        runs on each device for its own tokens, and sums meet once, after it. Rows must
+        be whole: a device reads nothing of the next one's. On Explicit axes it is read
+        from the type, and `fn` names `vocab_axis` where the head is split.
+
+    Returns:
+      The float32 sum, differentiable in `shared` and `tokens`, and the metrics' sums.
+
+    Raises:
+      ValueError: `chunk_size` is not above `overlap`, `overlap` is negative; tokens do
+        not divide over `batch_axes`.
+      jax.errors.CustomVJPException: `fn` closes over what is differentiated.
+
+    >>> def fn(head, hidden, weights):
+    ...     return jnp.sum(weights * jnp.square(hidden @ head)), jnp.sum(weights)
+    >>> head, hidden, weights = jnp.ones(2), jnp.ones((5, 2)), jnp.full(5, 0.5)
+    >>> loss = lambda *x: chunked(fn, *x, weights, chunk_size=2, overlap=0)
+    >>> (value, count), gradient = jax.value_and_grad(loss, has_aux=True)(head, hidden)
+    >>> print(value, count, gradient)
+    10.0 2.5 [10. 10.]
+    """
+    if not 0 <= overlap < chunk_size:
+        raise ValueError(
+            f"chunk_size={chunk_size}, overlap={overlap}; expected an overlap of at "
+            "least 0 and a chunk_size above it"
+        )
+    axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    places = _placement(axes, shared, tokens, aux)
+    if places.explicit:
+        shared, tokens, aux = jax.tree.map(
+            reshard, (shared, tokens, aux), (places.shared, places.tokens, places.aux)
+        )
+    run = functools.partial(_run, fn, chunk_size, overlap, places)
+
+    @jax.custom_vjp
+    def loss(shared: PyTree, tokens: Array, aux: PyTree) -> tuple[Array, PyTree]:
+        wanted = [False] * len(jax.tree.leaves(shared))
+        return run(wanted, False, shared, tokens, aux)[:2]
+
+    def forward(*primals: PyTree) -> Any:
+        values = jax.tree.map(lambda leaf: leaf.value, primals)
+        wanted = [leaf.perturbed for leaf in jax.tree.leaves(primals[0])]
+        value, metrics, *gradients = run(wanted, True, *values)
+        return (value, metrics), gradients
+
+    def backward(gradients: Any, cotangents: Any) -> Any:
+        by = cotangents[0]
+        by = jnp.zeros(()) if isinstance(by, SymbolicZero) else by
+        shared, tokens = jax.tree.map(lambda d: (by * d).astype(d.dtype), gradients)
+        return shared, tokens, None
+
+    loss.defvjp(forward, backward, symbolic_zeros=True)
+    return loss(shared, tokens, aux)
+
+
+class _Placement(NamedTuple):
+    """Where everything lies; a device's loop sees its part of what is split.
+
+    Attributes:
+      batch: mesh axes that the first axis of tokens is split over.
+      manual: those, and on an Explicit mesh all others that split anything.
+      explicit: whether the types say so.
+      shared, tokens, aux: a spec for every leaf.
+    """
+
+    batch: tuple[str, ...]
+    manual: frozenset[str]
+    explicit: bool
+    shared: Any
+    tokens: Any
+    aux: Any
+
+
+def _placement(
+    batch_axes: tuple[str, ...], shared: PyTree, tokens: Array, aux: PyTree
+) -> _Placement:
+    """From `batch_axes`, or from the types where they tell of Explicit axes."""
+    leaves = jax.tree.leaves((shared, tokens, aux))
+    explicit = any(any(jax.typeof(x).sharding.spec) for x in leaves)
+    if explicit:
+        batch_axes = _names(_spec(tokens)[:1])
+
+    def whole(x: Array) -> P:
+        kept = [tuple(n for n in _names([s]) if n not in batch_axes) for s in _spec(x)]
+        return P(*(names or None for names in kept)) if explicit else P()
+
+    def part(x: Array) -> P:
+        own = _is_per_token(x, tokens)
+        return P(batch_axes or None) if own else whole(x)
+
+    specs = (
+        jax.tree.map(whole, shared),
+        P(batch_axes or None),
+        jax.tree.map(part, aux),
+    )
+    named = _names(
+        [part for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for part in spec]
+    )
+    return _Placement(batch_axes, frozenset(named), explicit, *specs)
+
+
+def _run(
+    fn: ChunkLoss,
+    chunk_size: int,
+    overlap: int,
+    places: _Placement,
+    wanted: list[bool],
+    wanted_of_tokens: bool,
+    shared: PyTree,
+    tokens: Array,
+    aux: PyTree,
+) -> tuple[Array, PyTree, PyTree, Array | None]:
+    """Value, metrics, gradients of `shared` and of `tokens`; None where not wanted."""
+
+    def local(shared: PyTree, tokens: Array, aux: PyTree) -> Any:
+        return _loop(
+            fn, chunk_size, overlap, wanted, wanted_of_tokens, shared, tokens, aux
+        )
+
+    if not places.manual:
+        return local(shared, tokens, aux)
+
+    def on_device(shared: PyTree, tokens: Array, aux: PyTree) -> Any:
+        # As a part of its own on each device: the gradient of what is shared would
+        # otherwise be summed over the devices in every chunk.
+        shared = jax.tree.map(
+            lambda x: lax.pcast(x, places.batch, to="varying"), shared
+        )
+        *sums, d_tokens = local(shared, tokens, aux)
+        return *lax.psum(sums, places.batch), d_tokens
+
+    flat, tree = jax.tree.flatten(places.shared, is_leaf=_is_spec)
+    d_shared = [s if w else None for s, w in zip(flat, wanted, strict=True)]
+    return jax.shard_map(
+        on_device,
+        in_specs=(places.shared, places.tokens, places.aux),
+        out_specs=(P(), P(), jax.tree.unflatten(tree, d_shared), places.tokens),
+        axis_names=set(places.manual),
+    )(shared, tokens, aux)
+
+
+def _loop(
+    fn: ChunkLoss,
+    chunk_size: int,
+    overlap: int,
+    wanted: list[bool],
+    wanted_of_tokens: bool,
+    shared: PyTree,
+    tokens: Array,
+    aux: PyTree,
+) -> tuple[Array, PyTree, PyTree, Array | None]:
+    """`_run` on one device: a scan over chunks of its tokens."""
+    leaves, tree = jax.tree.flatten(shared)
+    aux_leaves, aux_tree = jax.tree.flatten(aux)
+    per_token = [_is_per_token(x, tokens) for x in aux_leaves]
+    count = math.prod(tokens.shape[:-1])
+    chunks = max(1, math.ceil(count / (chunk_size - overlap)))
+    # Of equal size, so that little is padded.
+    stride = max(overlap, math.ceil(count / chunks), 1)
+
+    def of_chunk(varied: list[Array], tokens: Array, cut: list[Array]) -> Any:
+        varied, cut = iter(varied), iter(cut)
+        both = [next(varied) if w else x for w, x in zip(wanted, leaves, strict=True)]
+        aux = [
+            next(cut) if p else x for p, x in zip(per_token, aux_leaves, strict=True)
+        ]
+        value, metrics = fn(
+            jax.tree.unflatten(tree, both), tokens, jax.tree.unflatten(aux_tree, aux)
+        )
+        return value.astype(jnp.float32), metrics
+
+    def body(totals: list[Array], chunk: Any) -> Any:
+        tokens, *cut = (jnp.concatenate(pair) for pair in chunk)
+        if not wanted_of_tokens:
+            return totals, (of_chunk([], tokens, cut), ())
+        gradient = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
+        result, (d_varied, d_tokens) = gradient(varied, tokens, cut)
+        totals = [t + d.astype(t.dtype) for t, d in zip(totals, d_varied, strict=True)]
+        return totals, (result, d_tokens)
+
+    varied = [x for w, x in zip(wanted, leaves, strict=True) if w]
+    cut = [x for p, x in zip(per_token, aux_leaves, strict=True) if p]
+    windows = [
+        _windows(x, tokens.ndim - 1, chunks, stride, overlap) for x in (tokens, *cut)
+    ]
+    totals, (sums, d_tokens) = lax.scan(
+        body, [jnp.zeros_like(x, jnp.float32) for x in varied], windows
+    )
+    value, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    if not wanted_of_tokens:
+        return value, metrics, jax.tree.unflatten(tree, [None] * len(leaves)), None
+    totals = iter(totals)
+    d_shared = [
+        next(totals).astype(x.dtype) if w else None
+        for w, x in zip(wanted, leaves, strict=True)
+    ]
+    d_tokens = _add_up(d_tokens, stride, overlap)[:count].reshape(tokens.shape)
+    return value, metrics, jax.tree.unflatten(tree, d_shared), d_tokens
+
+
+def _windows(
+    x: Array, leading: int, chunks: int, stride: int, overlap: int
+) -> tuple[Array, Array]:
+    """Each chunk's own tokens, and as many as `overlap` that follow them."""
+    x = x.reshape(-1, *x.shape[leading:])
+    x = jnp.pad(x, [(0, chunks * stride - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    own = x.reshape(chunks, stride, *x.shape[1:])
+    first = own[:, :overlap]
+    return own, jnp.concatenate([first[1:], jnp.zeros_like(first[:1])])
+
+
+def _add_up(windows: Array, stride: int, overlap: int) -> Array:
+    """The transpose of `_windows`: what overlaps is added to where it belongs."""
+    own, following = windows[:, :stride], windows[:-1, stride:]
+    own = own.at[1:, :overlap].add(following)
+    return own.reshape(-1, *own.shape[2:])
+
+
+def _is_per_token(x: Array, tokens: Array) -> bool:
+    leading = tokens.shape[:-1]
+    return x.shape[: len(leading)] == leading
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _spec(x: Array) -> tuple[Any, ...]:
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def _names(parts: Any) -> tuple[str, ...]:
+    """The axis names in parts of a spec."""
+    names = []
+    for part in parts:
+        names += [part] if isinstance(part, str) else list(part or ())
+    return tuple(names)
