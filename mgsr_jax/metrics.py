@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from mgsr_jax.losses import Sum
+from mgsr_jax.objective import START
 
 SHOWN = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
 
@@ -27,8 +28,8 @@ SHOWN = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
 class Means:
     """Adds up (sum, count) pairs, of steps or batches, until their means are asked for.
 
-    Values that were never counted are left out; an `x_variance` comes out as
-    `x_deviation`, its root.
+    Values that were never counted are left out; an `x_variance`, which is around the
+    objective's START of x, comes out as `x_deviation` around the mean of x.
 
     >>> means = Means()
     >>> means.add({"kl": Sum(3.0, 2.0)})
@@ -56,7 +57,9 @@ class Means:
         self._sums = {}
         for name in [name for name in means if name.endswith("_variance")]:
             base = name.removesuffix("_variance")
-            means[f"{base}_deviation"] = math.sqrt(means.pop(name))
+            moved = means[base] - START[base.rpartition("/")[-1]]
+            variance = max(means.pop(name) - moved**2, 0.0)
+            means[f"{base}_deviation"] = math.sqrt(variance)
         return means
 
 

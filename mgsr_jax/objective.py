@@ -11,22 +11,30 @@ Each is a mean over its own count, taken once over the whole step: over all host
 devices and micro-batches. The counts depend on masks alone, so weights come first:
 every position gets lambda_i / N_i, a micro-batch's loss is one weighted sum, and the
 gradients of micro-batches add up to the gradient of the step, however it was split.
+
+So too within a micro-batch: logits exist for one chunk of its tokens at a time.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from mgsr_jax import losses
-from mgsr_jax.losses import Sum, masked_sum
+from mgsr_jax.losses import Sum, TopKTeacher, masked_sum
+from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
-from mgsr_jax.typing import Model, Params
+from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params
 
 Divergence = Literal["dac_kl", "dac_kl_fixed", "forward_kl"]
 DIVERGENCES = get_args(Divergence)
+
+START = {"lower": LOWER_START, "upper": UPPER_START}
+"""Of DAC-KL's limits; their variances are reported around it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +101,26 @@ def position_weights(rows: Rows, objective: Objective) -> Weights:
     )
 
 
+class Chunk(NamedTuple):
+    """Neighbouring tokens of a micro-batch: what their losses read beside `hidden`.
+
+    Attributes:
+      labels, span_ids, where: as in `next_token_view`. [N]
+      labelled: scored, and the label is the data's own. [N]
+      pairs: scored with the next token, in one phrase. [N]
+      weights: of the three losses. [N] each
+      teacher: its hidden states [N, D], its K classes, or None.
+    """
+
+    labels: Leaf
+    span_ids: Leaf
+    where: Leaf
+    labelled: Leaf
+    pairs: Leaf
+    weights: Leaf
+    teacher: Leaf
+
+
 def micro_batch_loss(
     params: Params,
     teacher_params: Params | None,
@@ -103,103 +131,138 @@ def micro_batch_loss(
     teacher: Model | None,
     objective: Objective,
     vocab_size: int | None,
+    cached: TopKTeacher | None = None,
     dtype: Any = jnp.float32,
+    chunk_size: int | None = None,
     score_teacher: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Sum]]:
     """The weighted sum of the three losses over `rows` [B, S], and metrics as sums.
 
     `params` holds "student" and, where limits are learned, "clip_network"; `dtype` is
-    that of the student's computation. `score_teacher` adds the teacher's own
-    cross-entropy on the labels to the metrics.
+    that of the student's computation. `cached` stands for running the teacher: its most
+    probable classes at every position of `next_token_view`. `score_teacher` adds the
+    teacher's own cross-entropy on the labels to the metrics. Logits exist for
+    `chunk_size` tokens at a time on each device; None leaves the number to us.
 
     Raises:
-      ValueError: a part compares with a teacher and there is none.
+      ValueError: a part compares with a teacher and there is none; spans and `cached`.
     """
     view = next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(dtype), params["student"])
-    student_logits = _logits(student, cast, view)
-    total, metrics = jnp.zeros(()), {}
+    hidden, _ = student.forward(cast, view.inputs)
+    said, teacher_head = _teacher_of(teacher, teacher_params, view, objective, cached)
+    shared = {
+        # Not the cast copy: each chunk's gradient is added up in float32.
+        "head": student.head_params(params["student"]),
+        "teacher_head": teacher_head,
+        "clip_network": params.get("clip_network"),
+    }
+    chunk = Chunk(
+        labels=view.labels,
+        span_ids=view.span_ids,
+        where=view.where,
+        labelled=_labelled(rows, view),
+        pairs=losses.span_pairs(view.span_ids, view.where),
+        weights=weights,
+        teacher=said,
+    )
+    overlap = 1 if objective.span else 0
+    fn = functools.partial(
+        chunk_loss,
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        overlap=overlap,
+        score_teacher=score_teacher,
+    )
+    return losses.chunked(
+        fn,
+        shared,
+        hidden,
+        chunk,
+        chunk_size=chunk_size or default_chunk_size(student.config.vocab_size),
+        overlap=overlap,
+        batch_axes=_batch_axes(),
+    )
 
-    labelled = _labelled(rows, view)
+
+def chunk_loss(
+    shared: Params,
+    hidden: Float[Array, "N D"],
+    chunk: Chunk,
+    *,
+    student: Model,
+    teacher: Model | None,
+    objective: Objective,
+    vocab_size: int | None,
+    dtype: Any,
+    overlap: int,
+    score_teacher: bool,
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """The three losses of neighbouring tokens: weighted sum, and metrics.
+
+    The last `overlap` tokens are those that the next chunk begins with: the span loss
+    reads them, and nothing else counts them here.
+    """
+    head = jax.tree.map(lambda p: p.astype(dtype), shared["head"])
+    student_logits = student.unembed(head, hidden)
+    own = jnp.arange(hidden.shape[0]) < hidden.shape[0] - overlap
+    scored, labelled = chunk.where & own, chunk.labelled & own
+    total, metrics = jnp.zeros(()), {}
 
     if objective.sft:
         values = losses.cross_entropy(
-            student_logits, view.labels, where=labelled, vocab_size=vocab_size
+            student_logits, chunk.labels, where=labelled, vocab_size=vocab_size
         )
-        total += jnp.sum(weights.sft * values)
+        total += jnp.sum(chunk.weights.sft * values)
         metrics["sft"] = masked_sum(values, labelled)
-
-    if not objective.needs_teacher:
+    if chunk.teacher is None:
         return total, metrics
-    if teacher is None:
-        raise ValueError(
-            "objective.token and objective.span compare with a teacher, got None; pass "
-            "one, or set both weights to 0 for plain fine-tuning"
-        )
-    teacher_logits = jax.lax.stop_gradient(_logits(teacher, teacher_params, view))
-    if score_teacher:
-        values = losses.cross_entropy(
-            teacher_logits, view.labels, where=labelled, vocab_size=vocab_size
-        )
-        metrics["teacher_sft"] = masked_sum(values, labelled)
 
-    distilled, found = distillation_loss(
-        params.get("clip_network"),
-        student_logits,
-        teacher_logits,
-        view,
-        weights,
-        objective=objective,
-        vocab_size=vocab_size,
-    )
-    return total + distilled, metrics | found
-
-
-def distillation_loss(
-    clip_params: Params | None,
-    student_logits: Float[Array, "B T V"],
-    teacher_logits: Float[Array, "B T W"],
-    view: NextTokenView,
-    weights: Weights,
-    *,
-    objective: Objective,
-    vocab_size: int | None,
-) -> tuple[Float[Array, ""], dict[str, Sum]]:
-    """The two parts that compare with the teacher: weighted sum and metrics."""
-    total, metrics = jnp.zeros(()), {}
+    said = chunk.teacher
+    if teacher is not None and not isinstance(said, TopKTeacher):
+        said = teacher.unembed(shared["teacher_head"], said)
+        if score_teacher:
+            values = losses.cross_entropy(
+                said, chunk.labels, where=labelled, vocab_size=vocab_size
+            )
+            metrics["teacher_sft"] = masked_sum(values, labelled)
     if objective.token:
-        values, metrics = token_loss(
-            clip_params,
+        values, found = token_loss(
+            shared["clip_network"],
             student_logits,
-            teacher_logits,
-            view,
+            said,
+            scored,
             objective=objective,
             vocab_size=vocab_size,
         )
-        total += jnp.sum(weights.token * values)
+        total += jnp.sum(chunk.weights.token * values)
+        metrics |= found
     if objective.span:
         values = losses.span_correlation(
             student_logits,
-            teacher_logits,
-            view.span_ids,
-            where=view.where,
+            said,
+            chunk.span_ids,
+            where=chunk.where,
             vocab_size=vocab_size,
         )
-        total += jnp.sum(weights.span * values)
-        pairs = losses.span_pairs(view.span_ids, view.where)
+        pairs = chunk.pairs & own
+        total += jnp.sum(jnp.where(pairs, chunk.weights.span * values, 0.0))
         metrics["span"] = masked_sum(values, pairs)
     return total, metrics
 
 
 def token_loss(
     clip_params: Params | None,
-    student_logits: Float[Array, "B T V"],
-    teacher_logits: Float[Array, "B T W"],
-    view: NextTokenView,
+    student_logits: Float[Array, "*B V"],
+    teacher: Float[Array, "*B W"] | TopKTeacher,
+    where: Bool[Array, "*B"],
     *,
     objective: Objective,
     vocab_size: int | None,
-) -> tuple[Float[Array, "B T"], dict[str, Sum]]:
+) -> tuple[Float[Array, "*B"], dict[str, Sum]]:
     """The chosen divergence at every scored position, and what DAC-KL kept.
 
     Raises:
@@ -210,38 +273,36 @@ def token_loss(
             f"objective.divergence={objective.divergence!r}; expected one of "
             f"{DIVERGENCES}"
         )
-    logits = (student_logits, teacher_logits)
-    where = view.where
+    settings: dict[str, Any] = dict(where=where, vocab_size=vocab_size)
     if objective.divergence == "forward_kl":
-        values = losses.forward_kl(
-            *logits,
-            where=where,
-            vocab_size=vocab_size,
-            temperature=objective.temperature,
-        )
+        if isinstance(teacher, TopKTeacher):
+            values = losses.forward_kl_top_k(student_logits, teacher, **settings)
+        else:
+            settings["temperature"] = objective.temperature
+            values = losses.forward_kl(student_logits, teacher, **settings)
         return values, {"forward_kl": masked_sum(values, where)}
-    settings = dict(
-        where=where,
-        vocab_size=vocab_size,
-        width=objective.width,
-        normalization=objective.normalization,
-    )
+    settings |= dict(width=objective.width, normalization=objective.normalization)
     if objective.divergence == "dac_kl":
         result = losses.dac_kl(
-            clip_params, *logits, prior_weight=objective.prior_weight, **settings
+            clip_params,
+            student_logits,
+            teacher,
+            prior_weight=objective.prior_weight,
+            **settings,
         )
     else:
         result = losses.dac_kl_fixed(
             (objective.lower, objective.upper),
-            *logits,
+            student_logits,
+            teacher,
             num_candidates=objective.num_candidates,
             **settings,
         )
     reported = {
         "lower": result.lower,
-        "lower_variance": _squared_deviation(result.lower, where),
+        "lower_variance": jnp.square(result.lower - START["lower"]),
         "upper": result.upper,
-        "upper_variance": _squared_deviation(result.upper, where),
+        "upper_variance": jnp.square(result.upper - START["upper"]),
         "at_bound": at_bound(result.lower, result.upper),
         "kept_mass": result.kept_mass,
         "kept_classes": result.kept_classes,
@@ -249,6 +310,16 @@ def token_loss(
     }
     metrics = {name: masked_sum(values, where) for name, values in reported.items()}
     return result.loss, {objective.divergence: masked_sum(result.loss, where)} | metrics
+
+
+def default_chunk_size(columns: int) -> int:
+    """Tokens whose logits fill 8 MiB on a CPU, that is its cache, and 256 MiB elsewhere.
+
+    Few tokens a chunk and the head's gradient is added up often; many and their logits
+    are what fills the memory.
+    """
+    size = (8 if jax.default_backend() == "cpu" else 256) * 2**20
+    return max(32, size // (4 * columns))
 
 
 def at_bound(
@@ -260,15 +331,37 @@ def at_bound(
     return (near_low | near_high).astype(jnp.float32)
 
 
-def _squared_deviation(values: Array, where: Array) -> Array:
-    """From the micro-batch's own mean: E[x^2] - E[x]^2 would lose it in float32."""
-    return (values - losses.masked_mean(values, where)) ** 2
+def _teacher_of(
+    teacher: Model | None,
+    teacher_params: Params | None,
+    view: NextTokenView,
+    objective: Objective,
+    cached: TopKTeacher | None,
+) -> tuple[Any, Any]:
+    """What the teacher says at every position, and its head where that is needed."""
+    if not objective.needs_teacher:
+        return None, None
+    if cached is not None:
+        if objective.span:
+            raise ValueError(
+                "objective.span compares whole distributions and a cached teacher has "
+                "K classes; set it to 0, or pass cached=None to run the teacher"
+            )
+        return cached, None
+    if teacher is None or teacher_params is None:
+        raise ValueError(
+            "objective.token and objective.span compare with a teacher, got None; pass "
+            "one, or set both weights to 0 for plain fine-tuning"
+        )
+    hidden, _ = teacher.forward(teacher_params, view.inputs)
+    return lax.stop_gradient((hidden, teacher.head_params(teacher_params)))
 
 
-def _labelled(rows: Rows, view: NextTokenView) -> Array:
+def _labelled(rows: Rows, view: NextTokenView) -> Bool[Array, "*B T"]:
     return view.where & rows.ground_truth[..., None]
 
 
-def _logits(model: Model, params: Any, view: NextTokenView) -> Array:
-    hidden, _ = model.forward(params, view.inputs)
-    return model.unembed(model.head_params(params), hidden)
+def _batch_axes() -> tuple[str, ...]:
+    """The mesh axes that rows are split over; none where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

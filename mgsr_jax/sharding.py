@@ -9,8 +9,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgsr_jax.typing import BATCH_AXES
+
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(BATCH_AXES)
 
 Rules = Sequence[tuple[str, P]]
 """Ordered rows (regex searched in the '/'-joined path, spec); the first match wins."""

@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mgsr_jax.losses import Sum
-from mgsr_jax.objective import (
-    Objective,
-    Weights,
-    micro_batch_loss,
-    position_weights,
-)
+from mgsr_jax.losses import Sum, TopKTeacher
+from mgsr_jax.objective import Objective, micro_batch_loss, position_weights
 from mgsr_jax.rows import Rows
 from mgsr_jax.typing import Leaf, Model, Params
 
@@ -135,16 +130,19 @@ def make_train_step(
     *,
     vocab_size: int | None = None,
     dtype: Any = jnp.float32,
+    chunk_size: int | None = None,
 ) -> TrainStep:
-    """A jitted `step(state, teacher_params, micro_batches) -> (state, metrics)`.
+    """A jitted `step(state, teacher_params, micro_batches, cached=()) -> (state, ...)`.
 
     `state` is donated. `micro_batches` is a tuple of Rows of one shape; how rows are
-    spread over it does not change the gradient. Metrics are sums and counts.
+    spread over it does not change the gradient. `cached` is empty, or has one
+    `TopKTeacher` a micro-batch that stands for running the teacher, None where it is to
+    be run. The second result is metrics, sums and counts.
     An update with a gradient that is not finite is not made: the state comes back as it
     was, but for `step`, and the metric "finite" says so.
     """
     loss_of = jax.value_and_grad(
-        lambda params, teacher_params, rows, weights: micro_batch_loss(
+        lambda params, teacher_params, rows, weights, cached: micro_batch_loss(
             params,
             teacher_params,
             rows,
@@ -153,31 +151,44 @@ def make_train_step(
             teacher=teacher,
             objective=objective,
             vocab_size=vocab_size,
+            cached=cached,
             dtype=dtype,
+            chunk_size=chunk_size,
         ),
         has_aux=True,
     )
 
-    def gradient(params: Params, teacher_params: Any, rows: Rows) -> Any:
-        """Loss, metrics and gradient summed over the leading axis of `rows`."""
+    def gradient(params: Params, teacher_params: Any, batches: list[Any]) -> Any:
+        """Loss, metrics and gradient, summed over `batches`."""
 
-        def one(carry: Any, batch: tuple[Rows, Weights]) -> Any:
+        def one(carry: Any, batch: Any) -> Any:
             (loss, metrics), grads = loss_of(params, teacher_params, *batch)
             return jax.tree.map(jnp.add, carry, (loss, metrics, grads)), None
 
-        batches = (rows, position_weights(rows, objective))
-        first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(loss_of, params, teacher_params, *first)
+        shapes = jax.eval_shape(loss_of, params, teacher_params, *batches[0])
         (loss, metrics), grads = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), shapes
         )
-        return jax.lax.scan(one, (loss, metrics, grads), batches)[0]
+        return jax.lax.scan(one, (loss, metrics, grads), _stack(batches))[0]
 
     def step(
-        state: TrainState, teacher_params: Any, micro_batches: tuple[Rows, ...]
+        state: TrainState,
+        teacher_params: Any,
+        micro_batches: tuple[Rows, ...],
+        cached: tuple[TopKTeacher | None, ...] = (),
     ) -> tuple[TrainState, Metrics]:
-        rows = jax.tree.map(lambda *parts: jnp.stack(parts), *micro_batches)
-        loss, metrics, grads = gradient(state.params, teacher_params, rows)
+        cached = cached or (None,) * len(micro_batches)
+        weights = position_weights(_stack(micro_batches), objective)
+        batches = [
+            (rows, jax.tree.map(lambda w, i=i: w[i], weights), said)
+            for i, (rows, said) in enumerate(zip(micro_batches, cached, strict=True))
+        ]
+        kinds = (
+            [batch for batch in batches if batch[2] is None],
+            [batch for batch in batches if batch[2] is not None],
+        )
+        parts = [gradient(state.params, teacher_params, kind) for kind in kinds if kind]
+        loss, metrics, grads = jax.tree.map(lambda *x: sum(x), *parts)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         metrics |= {
             name: Sum(value, jnp.ones(()))
@@ -190,6 +201,10 @@ def make_train_step(
         return _update(optimizer, state, grads, finite), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _stack(trees: Any) -> Any:
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
 
 def _update(
@@ -214,6 +229,7 @@ def make_validation_step(
     *,
     vocab_size: int | None = None,
     dtype: Any = jnp.float32,
+    chunk_size: int | None = None,
 ) -> Callable[..., Metrics]:
     """A jitted `metrics(params, teacher_params, rows)`: every part, without a gradient.
 
@@ -235,6 +251,7 @@ def make_validation_step(
             objective=objective,
             vocab_size=vocab_size,
             dtype=dtype,
+            chunk_size=chunk_size,
             score_teacher=True,
         )[1]
 

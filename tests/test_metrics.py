@@ -4,11 +4,13 @@ import io
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 from mgsr_jax.losses import Sum
 from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.objective import START
 
 
 def test_means_weigh_every_position_and_not_every_step():
@@ -28,9 +30,18 @@ def test_what_was_never_counted_is_left_out():
 
 def test_a_variance_comes_out_as_a_deviation():
     means = Means()
-    for total in (30.0, 6.0):
-        means.add({"lower_variance": Sum(total, 2.0), "lower": Sum(1.0, 2.0)})
-    assert means.take() == {"lower": 0.5, "lower_deviation": 3.0}
+    lower = np.array([0.0, 0.2, 0.3, 0.5])
+    for part in (lower[:1], lower[1:]):
+        around = np.sum((part - START["lower"]) ** 2)
+        means.add(
+            {
+                "train/lower": Sum(np.sum(part), len(part)),
+                "train/lower_variance": Sum(around, len(part)),
+            }
+        )
+    assert means.take() == pytest.approx(
+        {"train/lower": np.mean(lower), "train/lower_deviation": np.std(lower)}
+    )
 
 
 def lines(folder):

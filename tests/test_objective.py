@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,11 @@ class Table:
     So a row's logits travel with it, into whatever micro-batch it goes.
     """
 
-    config: str = "table"
+    name: str = "table"
+
+    @property
+    def config(self):
+        return types.SimpleNamespace(vocab_size=COLUMNS)
 
     def forward(self, params, tokens, *, positions=None, cache=None):
         return params["logits"][tokens[:, 0]], None
@@ -464,7 +469,8 @@ def test_sharded_transformers_do_not_change_the_gradient():
     with jax.set_mesh(mesh):
         loss, grads, metrics = gradient_of(on_mesh(mesh, rows, 2), **settings)
     np.testing.assert_allclose(loss, whole[0], rtol=1e-6)
-    assert_close(grads, whole[1])
+    # Two orders of summation through two layers in float32: 16 units of rounding.
+    assert_close(grads, whole[1], rtol=16 * np.finfo(np.float32).eps)
     for name in ("sft", "dac_kl", "span", "kept_mass"):
         assert metrics[name].count == whole[2][name].count
         np.testing.assert_allclose(metrics[name].total, whole[2][name].total, rtol=1e-6)

@@ -48,12 +48,12 @@ def chunked(
 
     Args:
       fn: a pure function. Nothing that is differentiated may be closed over.
-      shared: what every chunk reads whole: the student's head, a clip network. Leaves
-        that are not differentiated cost no gradient.
+      shared: what every chunk reads whole: the heads of student and teacher, a clip
+        network. Gradients are formed for the leaves that are differentiated alone;
+        they are summed in float32.
       tokens: the student's hidden states. [..., D]
-      aux: without gradient. Leaves with the leading axes of `tokens` are cut alike
-        (labels, weights, the teacher's hidden states); others, such as the teacher's
-        head, are given whole.
+      aux: what is cut with the tokens, and has no gradient: labels, weights, masks, the
+        teacher's hidden states. Leaves [..., *], with the leading axes of `tokens`.
       chunk_size: the most tokens that are computed at once, the overlap included.
       overlap: how many tokens a chunk reads of the next one.
       batch_axes: mesh axes that the first axis of `tokens` is split over. The loop then
@@ -65,8 +65,8 @@ def chunked(
       The float32 sum, differentiable in `shared` and `tokens`, and the metrics' sums.
 
     Raises:
-      ValueError: `chunk_size` is not above `overlap`, `overlap` is negative; tokens do
-        not divide over `batch_axes`.
+      ValueError: `chunk_size` is not above `overlap`, `overlap` is negative; a leaf of
+        `aux` has other leading axes; tokens do not divide over `batch_axes`.
       jax.errors.CustomVJPException: `fn` closes over what is differentiated.
 
     >>> def fn(head, hidden, weights):
@@ -82,6 +82,7 @@ def chunked(
             f"chunk_size={chunk_size}, overlap={overlap}; expected an overlap of at "
             "least 0 and a chunk_size above it"
         )
+    _check_aux(tokens, aux)
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     places = _placement(axes, shared, tokens, aux)
     if places.explicit:
@@ -142,15 +143,8 @@ def _placement(
         kept = [tuple(n for n in _names([s]) if n not in batch_axes) for s in _spec(x)]
         return P(*(names or None for names in kept)) if explicit else P()
 
-    def part(x: Array) -> P:
-        own = _is_per_token(x, tokens)
-        return P(batch_axes or None) if own else whole(x)
-
-    specs = (
-        jax.tree.map(whole, shared),
-        P(batch_axes or None),
-        jax.tree.map(part, aux),
-    )
+    rows = P(batch_axes or None)
+    specs = (jax.tree.map(whole, shared), rows, jax.tree.map(lambda _: rows, aux))
     named = _names(
         [part for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for part in spec]
     )
@@ -209,62 +203,62 @@ def _loop(
 ) -> tuple[Array, PyTree, PyTree, Array | None]:
     """`_run` on one device: a scan over chunks of its tokens."""
     leaves, tree = jax.tree.flatten(shared)
-    aux_leaves, aux_tree = jax.tree.flatten(aux)
-    per_token = [_is_per_token(x, tokens) for x in aux_leaves]
     count = math.prod(tokens.shape[:-1])
     chunks = max(1, math.ceil(count / (chunk_size - overlap)))
     # Of equal size, so that little is padded.
     stride = max(overlap, math.ceil(count / chunks), 1)
 
-    def of_chunk(varied: list[Array], tokens: Array, cut: list[Array]) -> Any:
-        varied, cut = iter(varied), iter(cut)
-        both = [next(varied) if w else x for w, x in zip(wanted, leaves, strict=True)]
-        aux = [
-            next(cut) if p else x for p, x in zip(per_token, aux_leaves, strict=True)
-        ]
-        value, metrics = fn(
-            jax.tree.unflatten(tree, both), tokens, jax.tree.unflatten(aux_tree, aux)
-        )
+    def of_chunk(varied: list[Array], tokens: Array, aux: PyTree) -> Any:
+        given = iter(varied)
+        both = [next(given) if w else x for w, x in zip(wanted, leaves, strict=True)]
+        value, metrics = fn(jax.tree.unflatten(tree, both), tokens, aux)
         return value.astype(jnp.float32), metrics
 
-    def body(totals: list[Array], chunk: Any) -> Any:
-        tokens, *cut = (jnp.concatenate(pair) for pair in chunk)
+    def body(totals: list[Array], windows: tuple[PyTree, PyTree]) -> Any:
+        tokens, aux = jax.tree.map(lambda *x: jnp.concatenate(x), *windows)
         if not wanted_of_tokens:
-            return totals, (of_chunk([], tokens, cut), ())
+            return totals, (of_chunk(varied, tokens, aux), ())
         gradient = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
-        result, (d_varied, d_tokens) = gradient(varied, tokens, cut)
+        result, (d_varied, d_tokens) = gradient(varied, tokens, aux)
         totals = [t + d.astype(t.dtype) for t, d in zip(totals, d_varied, strict=True)]
         return totals, (result, d_tokens)
 
     varied = [x for w, x in zip(wanted, leaves, strict=True) if w]
-    cut = [x for p, x in zip(per_token, aux_leaves, strict=True) if p]
-    windows = [
-        _windows(x, tokens.ndim - 1, chunks, stride, overlap) for x in (tokens, *cut)
-    ]
+    windows = _windows((tokens, aux), tokens.ndim - 1, chunks, stride, overlap)
     totals, (sums, d_tokens) = lax.scan(
         body, [jnp.zeros_like(x, jnp.float32) for x in varied], windows
     )
     value, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    found = iter(totals)
+    d_shared = jax.tree.unflatten(
+        tree,
+        [
+            next(found).astype(x.dtype) if w else None
+            for w, x in zip(wanted, leaves, strict=True)
+        ],
+    )
     if not wanted_of_tokens:
-        return value, metrics, jax.tree.unflatten(tree, [None] * len(leaves)), None
-    totals = iter(totals)
-    d_shared = [
-        next(totals).astype(x.dtype) if w else None
-        for w, x in zip(wanted, leaves, strict=True)
-    ]
+        return value, metrics, d_shared, None
     d_tokens = _add_up(d_tokens, stride, overlap)[:count].reshape(tokens.shape)
-    return value, metrics, jax.tree.unflatten(tree, d_shared), d_tokens
+    return value, metrics, d_shared, d_tokens
 
 
 def _windows(
-    x: Array, leading: int, chunks: int, stride: int, overlap: int
-) -> tuple[Array, Array]:
+    tree: PyTree, leading: int, chunks: int, stride: int, overlap: int
+) -> tuple[PyTree, PyTree]:
     """Each chunk's own tokens, and as many as `overlap` that follow them."""
-    x = x.reshape(-1, *x.shape[leading:])
-    x = jnp.pad(x, [(0, chunks * stride - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-    own = x.reshape(chunks, stride, *x.shape[1:])
-    first = own[:, :overlap]
-    return own, jnp.concatenate([first[1:], jnp.zeros_like(first[:1])])
+
+    def cut(x: Array) -> Array:
+        x = x.reshape(-1, *x.shape[leading:])
+        x = jnp.pad(x, [(0, chunks * stride - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, stride, *x.shape[1:])
+
+    def following(own: Array) -> Array:
+        first = own[:, :overlap]
+        return jnp.concatenate([first[1:], jnp.zeros_like(first[:1])])
+
+    own = jax.tree.map(cut, tree)
+    return own, jax.tree.map(following, own)
 
 
 def _add_up(windows: Array, stride: int, overlap: int) -> Array:
@@ -274,9 +268,15 @@ def _add_up(windows: Array, stride: int, overlap: int) -> Array:
     return own.reshape(-1, *own.shape[2:])
 
 
-def _is_per_token(x: Array, tokens: Array) -> bool:
+def _check_aux(tokens: Array, aux: PyTree) -> None:
     leading = tokens.shape[:-1]
-    return x.shape[: len(leading)] == leading
+    for path, leaf in jax.tree.leaves_with_path(aux):
+        if leaf.shape[: len(leading)] != leading:
+            raise ValueError(
+                f"aux{jax.tree_util.keystr(path)} {leaf.shape} for tokens "
+                f"{tokens.shape}; expected the leading axes {leading}: what every "
+                "chunk reads whole, such as the teacher's head, belongs into shared"
+            )
 
 
 def _is_spec(x: Any) -> bool:

@@ -12,6 +12,7 @@ import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 
@@ -22,6 +23,9 @@ def top_k(
 
     Of equals the first wins. Without gradient: stop it before.
     """
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        # A shard_map has placed the rows; the partitioner's hook fails in there.
+        return _top_k(x, k)
 
     @custom_vmap
     def by_row(x: Array) -> Any:
@@ -35,13 +39,17 @@ def top_k(
     return values, indices
 
 
+def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    # The barrier keeps a later slice of the K from being merged with the one in here,
+    # which XLA then takes for a sort of all of V (40 times the time on CPU).
+    values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
+    return values, indices
+
+
 @functools.cache
 def _partitioned(k: int, ndim: int) -> Any:
     def whole(x: Array) -> tuple[Array, Array]:
-        # The barrier keeps a later slice of the K from being merged with the one in
-        # here, which XLA then takes for a sort of all of V (40 times the time on CPU).
-        values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
-        return values, indices
+        return _top_k(x, k)
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         result_shardings = tuple(result.sharding for result in results)

@@ -13,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mgsr_jax.models._attention import attention_mask
-from mgsr_jax.typing import Cache, Params, PRNGKey
+from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
 
 LAYERS = "layers"
-BATCH_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
