@@ -313,7 +313,7 @@ def token_loss(
 
 
 def default_chunk_size(columns: int) -> int:
-    """Tokens whose logits fill 8 MiB on a CPU, that is its cache, and 256 MiB elsewhere.
+    """Tokens whose logits fill 8 MiB on a CPU, about its cache, 256 MiB elsewhere.
 
     Few tokens a chunk and the head's gradient is added up often; many and their logits
     are what fills the memory.

@@ -158,19 +158,6 @@ def make_train_step(
         has_aux=True,
     )
 
-    def gradient(params: Params, teacher_params: Any, batches: list[Any]) -> Any:
-        """Loss, metrics and gradient, summed over `batches`."""
-
-        def one(carry: Any, batch: Any) -> Any:
-            (loss, metrics), grads = loss_of(params, teacher_params, *batch)
-            return jax.tree.map(jnp.add, carry, (loss, metrics, grads)), None
-
-        shapes = jax.eval_shape(loss_of, params, teacher_params, *batches[0])
-        (loss, metrics), grads = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), shapes
-        )
-        return jax.lax.scan(one, (loss, metrics, grads), _stack(batches))[0]
-
     def step(
         state: TrainState,
         teacher_params: Any,
@@ -187,7 +174,8 @@ def make_train_step(
             [batch for batch in batches if batch[2] is None],
             [batch for batch in batches if batch[2] is not None],
         )
-        parts = [gradient(state.params, teacher_params, kind) for kind in kinds if kind]
+        models = (state.params, teacher_params)
+        parts = [_summed(loss_of, *models, kind) for kind in kinds if kind]
         loss, metrics, grads = jax.tree.map(lambda *x: sum(x), *parts)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         metrics |= {
@@ -201,6 +189,20 @@ def make_train_step(
         return _update(optimizer, state, grads, finite), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _summed(
+    loss_of: Callable[..., Any], params: Params, teacher_params: Any, batches: list[Any]
+) -> Any:
+    """Loss, metrics and gradient, summed over `batches` of one form."""
+
+    def one(carry: Any, batch: Any) -> Any:
+        (loss, metrics), grads = loss_of(params, teacher_params, *batch)
+        return jax.tree.map(jnp.add, carry, (loss, metrics, grads)), None
+
+    shapes = jax.eval_shape(loss_of, params, teacher_params, *batches[0])
+    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(one, (loss, metrics, grads), _stack(batches))[0]
 
 
 def _stack(trees: Any) -> Any:
