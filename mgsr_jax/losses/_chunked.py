@@ -67,7 +67,8 @@ def chunked(
     Raises:
       ValueError: `chunk_size` is not above `overlap`, `overlap` is negative; a leaf of
         `aux` has other leading axes; tokens do not divide over `batch_axes`.
-      jax.errors.CustomVJPException: `fn` closes over what is differentiated.
+      TypeError: `fn` closes over what is differentiated (jax tells of a tracer); pass
+        it in `shared`.
 
     >>> def fn(head, hidden, weights):
     ...     return jnp.sum(weights * jnp.square(hidden @ head)), jnp.sum(weights)

@@ -1,0 +1,291 @@
+"""The chunked pass against the dense one, and what it must not hold or compute."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsr_jax import losses
+from mgsr_jax.losses import chunked
+
+# V is the size of nothing else, so that a pattern in the program's text is conclusive.
+B, T, D, WIDER, V, K = 3, 7, 5, 6, 83, 4
+TOKENS = B * T
+
+
+def unembed(head, hidden):
+    """What a head may have beside its matrix: scale, bias, soft cap."""
+    logits = 0.7 * jnp.einsum("...d,vd->...v", hidden, head["kernel"])
+    bias = jnp.broadcast_to(head["bias"], logits.shape)
+    return 3.0 * jnp.tanh((logits + bias) / 3.0)
+
+
+def problem(seed=0, tokens=TOKENS, dtype=jnp.float32):
+    """(differentiated: head, clip network), hidden states, (teacher's head), aux."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(rng.normal(0, scale, shape), dtype)
+
+    clip = losses.init_clip_network(jax.random.key(1), num_candidates=K, hidden=4)
+    clip["output"]["kernel"] = jnp.full((4, 2), 0.3)
+    trained = {
+        "head": {"kernel": normal(V, D), "bias": jnp.linspace(-1, 1, V)},
+        "clip": clip,
+    }
+    aux = {
+        "teacher": normal(tokens, WIDER),
+        "labels": jnp.asarray(rng.integers(0, V, tokens), jnp.int32),
+        "where": jnp.asarray(rng.random(tokens) < 0.7),
+        # Pairs everywhere: no border between chunks falls between phrases alone.
+        "span_ids": jnp.asarray(np.arange(tokens) // 5, jnp.int32),
+        "weights": jnp.asarray(rng.uniform(0.1, 1, (tokens, 3)), jnp.float32),
+    }
+    return trained, normal(tokens, D), normal(V, WIDER), aux
+
+
+def all_losses(shared, hidden, aux, *, overlap=1):
+    """Cross-entropy, DAC-KL and span correlation: weighted sum and metrics."""
+    n = hidden.shape[0]
+    where = aux["where"] & (jnp.arange(n) < n - overlap)
+    student = unembed(shared["head"], hidden)
+    teacher = jnp.einsum("nd,vd->nv", aux["teacher"], shared["teacher_head"])
+    sft = losses.cross_entropy(student, aux["labels"], where=where)
+    dac = losses.dac_kl(shared["clip"], student, teacher, where=where)
+    span = losses.span_correlation(
+        student, teacher, aux["span_ids"], where=aux["where"]
+    )
+    values = jnp.stack([sft, dac.loss, span], axis=-1)
+    metrics = {
+        "sft": losses.masked_sum(sft, where),
+        "kept_mass": losses.masked_sum(dac.kept_mass, where),
+    }
+    return jnp.sum(aux["weights"] * values), metrics
+
+
+def dense(trained, hidden, teacher_head, aux):
+    shared = trained | {"teacher_head": teacher_head}
+    return all_losses(shared, hidden, aux, overlap=0)
+
+
+def in_chunks(trained, hidden, teacher_head, aux, *, chunk_size):
+    shared = trained | {"teacher_head": teacher_head}
+    return chunked(all_losses, shared, hidden, aux, chunk_size=chunk_size)
+
+
+def differentiate(function, *arguments):
+    return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))(*arguments)
+
+
+def assert_close(got, want, rtol=2e-6):
+    """Leaf by leaf, relative to the leaf's norm."""
+
+    def close(path, a, b):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        off = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert off <= rtol, (jax.tree_util.keystr(path), off)
+
+    jax.tree_util.tree_map_with_path(close, got, want)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4, 8, 11, TOKENS + 1, 500])
+def test_value_metrics_and_gradients_are_the_dense_ones(chunk_size):
+    """Also with one new token a chunk, with a rest, and with more room than tokens."""
+    arguments = problem()
+    want = differentiate(dense, *arguments)
+    got = differentiate(functools.partial(in_chunks, chunk_size=chunk_size), *arguments)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(want))
+    assert_close(got, want)
+
+
+def test_rows_are_read_one_after_the_other():
+    trained, hidden, teacher_head, aux = problem()
+    rows = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), (hidden, aux))
+    run = functools.partial(in_chunks, chunk_size=6)
+    want = differentiate(run, trained, hidden, teacher_head, aux)
+    (value, metrics), (d_trained, d_hidden) = differentiate(
+        run, trained, rows[0], teacher_head, rows[1]
+    )
+    assert d_hidden.shape == (B, T, D)
+    got = (value, metrics), (d_trained, d_hidden.reshape(TOKENS, D))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_no_pair_across_a_border_is_lost():
+    """One new token a chunk: every pair of neighbours lies across a border."""
+    trained, hidden, teacher_head, aux = problem(1)
+    aux |= {
+        "where": jnp.ones(TOKENS, bool),
+        "weights": jnp.tile(jnp.eye(3)[2], (21, 1)),
+    }
+    count = np.sum(losses.span_pairs(aux["span_ids"]))
+    assert count == TOKENS - 1 - 4
+    want = differentiate(dense, trained, hidden, teacher_head, aux)
+    run = functools.partial(in_chunks, chunk_size=2)
+    (value, metrics), gradients = differentiate(run, trained, hidden, teacher_head, aux)
+    np.testing.assert_allclose(value, want[0][0], rtol=1e-6)
+    np.testing.assert_allclose(gradients[1], want[1][1], rtol=1e-4, atol=1e-7)
+    assert metrics["sft"].count == TOKENS
+
+
+def test_without_an_overlap():
+    trained, hidden, teacher_head, aux = problem(2)
+
+    def loss(head, hidden, aux):
+        logits = unembed(head, hidden)
+        values = losses.cross_entropy(logits, aux["labels"], where=aux["where"])
+        return jnp.sum(aux["weights"][:, 0] * values), ()
+
+    run = functools.partial(chunked, loss, chunk_size=4, overlap=0)
+    got = differentiate(run, trained["head"], hidden, aux)
+    assert_close(got, differentiate(loss, trained["head"], hidden, aux))
+
+
+def test_gradients_are_scaled_by_what_becomes_of_the_sum():
+    arguments = problem(3)
+    run = functools.partial(in_chunks, chunk_size=6)
+
+    def of_loss(function):
+        def scaled(*arguments):
+            value, metrics = function(*arguments)
+            return jnp.sin(value / 9), metrics
+
+        return differentiate(scaled, *arguments)
+
+    assert_close(of_loss(run), of_loss(dense), rtol=1e-5)
+
+
+def test_metrics_have_no_gradient():
+    def metric(*arguments):
+        return in_chunks(*arguments, chunk_size=6)[1]["sft"].total
+
+    gradients = jax.jit(jax.grad(metric, (0, 1)))(*problem())
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_nothing_differentiated_the_value_is_the_same():
+    arguments = problem(4)
+    run = jax.jit(functools.partial(in_chunks, chunk_size=6))
+    assert_close(run(*arguments), jax.jit(dense)(*arguments))
+
+
+def test_remat_and_scan_agree():
+    trained, hidden, teacher_head, aux = problem(5)
+    run = functools.partial(in_chunks, chunk_size=6)
+    want = differentiate(run, trained, hidden, teacher_head, aux)
+    remat = jax.checkpoint(run)
+    assert_close(differentiate(remat, trained, hidden, teacher_head, aux), want)
+
+    def two_micro_batches(trained, hidden):
+        def one(total, _):
+            value, _ = run(trained, hidden, teacher_head, aux)
+            return total + value, None
+
+        return jax.lax.scan(one, jnp.zeros(()), length=2)[0], ()
+
+    (value, _), gradients = differentiate(two_micro_batches, trained, hidden)
+    double = jax.tree.map(lambda x: 2 * x, (want[0][0], want[1]))
+    assert_close((value, gradients), double)
+
+
+def test_half_precision_is_added_up_in_float32():
+    """512 ones: in bfloat16 a sum of ones ends at 256."""
+
+    def loss(head, hidden, aux):
+        return jnp.sum(hidden @ head), ()
+
+    ones = jnp.ones((512, 1), jnp.bfloat16)
+    run = functools.partial(chunked, loss, chunk_size=1, overlap=0)
+    (value, _), (gradient, of_hidden) = differentiate(
+        run, jnp.ones(1, jnp.bfloat16), ones, ()
+    )
+    assert value == 512 and value.dtype == jnp.float32
+    assert gradient == 512 and gradient.dtype == of_hidden.dtype == jnp.bfloat16
+
+
+def test_a_batch_without_a_scored_token_is_zero():
+    trained, hidden, teacher_head, aux = problem(6)
+    aux["where"] = jnp.zeros(TOKENS, bool)
+    run = functools.partial(in_chunks, chunk_size=6)
+    (value, _), gradients = differentiate(run, trained, hidden, teacher_head, aux)
+    assert value == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_what_is_closed_over_cannot_be_differentiated():
+    _, hidden, _, _ = problem()
+
+    def loss(head):
+        def fn(shared, tokens, aux):
+            return jnp.sum(tokens @ head), ()
+
+        return chunked(fn, (), hidden, (), chunk_size=4)[0]
+
+    with pytest.raises(TypeError, match="[Tt]racer"):
+        jax.grad(loss)(jnp.ones((D, V)))
+
+
+@pytest.mark.parametrize(("chunk_size", "overlap"), [(1, 1), (4, 4), (4, -1), (0, 0)])
+def test_a_chunk_has_room_for_more_than_its_overlap(chunk_size, overlap):
+    with pytest.raises(ValueError, match=f"chunk_size={chunk_size}, overlap={overlap}"):
+        chunked(
+            all_losses, (), jnp.ones((4, 2)), (), chunk_size=chunk_size, overlap=overlap
+        )
+
+
+def test_aux_is_cut_and_nothing_else_stands_there():
+    hidden, head = jnp.ones((4, 2)), jnp.ones((9, 2))
+    with pytest.raises(
+        ValueError, match=r"aux\['head'\] \(9, 2\).*belongs into shared"
+    ):
+        chunked(all_losses, (), hidden, {"head": head}, chunk_size=2)
+
+
+@functools.cache
+def compiled(tokens, chunk_size):
+    run = functools.partial(in_chunks, chunk_size=chunk_size)
+    gradient = jax.value_and_grad(run, (0, 1), has_aux=True)
+    return jax.jit(gradient).lower(*problem(tokens=tokens)).compile()
+
+
+def sizes(text):
+    """Every shape that stands in a compiled program."""
+    found = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
+    return {tuple(map(int, dims.split(","))) for dims in found}
+
+
+def rows_of_logits(text):
+    """How many logits of all V columns the largest array has."""
+    return max(int(np.prod(dims)) // V for dims in sizes(text) if V in dims[1:])
+
+
+def test_no_array_has_the_logits_of_all_tokens():
+    tokens, chunk_size = 64, 9
+    assert rows_of_logits(compiled(tokens, chunk_size).as_text()) <= 3 * chunk_size
+    text = jax.jit(jax.grad(lambda *x: dense(*x)[0])).lower(*problem(tokens=tokens))
+    assert rows_of_logits(text.compile().as_text()) >= tokens
+
+
+def test_no_matmul_with_the_head_is_done_twice():
+    """Student and teacher forward, the head's gradient, the hidden states'."""
+    text = compiled(64, 9).as_text()
+    results = re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", text)
+    counted = collections.Counter(tuple(map(int, dims)) for dims in results)
+    assert counted[9, V] == 2 and counted[V, D] == counted[9, D] == 1
+    assert not any(V in dims for dims in counted.keys() - {(9, V), (V, D)})
+
+
+def test_memory_grows_by_the_hidden_states_alone():
+    few, many = (
+        compiled(tokens, 9).memory_analysis().temp_size_in_bytes
+        for tokens in (64, 64 * 17)
+    )
+    # Hidden states of both models, labels, mask, span ids, weights, cut into chunks.
+    a_token = 4 * (2 * D + WIDER + 5) + 4
+    assert many - few <= 2 * 1024 * a_token
+    assert 1024 * V * 4 > 2 * 1024 * a_token  # logits would not have fitted in there
