@@ -6,10 +6,24 @@ index t are scored at index t. Masked positions are exactly 0, with exactly zero
 gradient. Reduce with `masked_sum`, add the sums, divide once.
 """
 
+from mgsr_jax.losses._adaptive_kl import adaptive_kl
+from mgsr_jax.losses._alpha_beta import alpha_beta_divergence
 from mgsr_jax.losses._chunked import chunked
 from mgsr_jax.losses._cross_entropy import cross_entropy
 from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_network
-from mgsr_jax.losses._divergences import forward_kl
+from mgsr_jax.losses._divergences import (
+    forward_kl,
+    reverse_kl,
+    symmetric_kl,
+    total_variation,
+)
+from mgsr_jax.losses._mixtures import (
+    jensen_shannon,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    taid,
+)
+from mgsr_jax.losses._projection import Projection, project
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
 from mgsr_jax.losses._span import span_correlation, span_pairs
 from mgsr_jax.losses._teacher import (
@@ -21,8 +35,11 @@ from mgsr_jax.losses._teacher import (
 
 __all__ = [
     "DacKl",
+    "Projection",
     "Sum",
     "TopKTeacher",
+    "adaptive_kl",
+    "alpha_beta_divergence",
     "chunked",
     "cross_entropy",
     "dac_kl",
@@ -31,9 +48,17 @@ __all__ = [
     "forward_kl_top_k",
     "held_mass",
     "init_clip_network",
+    "jensen_shannon",
     "masked_mean",
     "masked_sum",
+    "project",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
     "span_correlation",
     "span_pairs",
+    "symmetric_kl",
+    "taid",
     "top_k_teacher",
+    "total_variation",
 ]

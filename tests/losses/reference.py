@@ -37,13 +37,101 @@ def kl(log_p, log_q):
     )
 
 
-def forward_kl(student, teacher, temperature=1.0, vocab_size=None):
-    def at(s, t):
-        log_q = log_softmax(np.asarray(s, np.float64) / temperature, vocab_size)
-        log_p = log_softmax(np.asarray(t, np.float64) / temperature, vocab_size)
-        return kl(log_p, log_q)
+def divergence(
+    equation, student, teacher, *numbers, held=None, temperature=1.0, vocab_size=None
+):
+    """`equation(log_p, log_q, *numbers)` at every position; p is the teacher's.
 
-    return np.reshape(positions(at, student, teacher), np.shape(student)[:-1])
+    `held` is the student as a stopped gradient sees it, for equations that have one:
+    it stays where it is while `student` is moved to differentiate.
+    """
+
+    def at(*logits):
+        log_q, log_p, *rest = (
+            log_softmax(np.asarray(x, np.float64) / temperature, vocab_size)
+            for x in logits
+        )
+        return equation(log_p, log_q, *numbers, *rest)
+
+    arrays = [x for x in (student, teacher, held) if x is not None]
+    return np.reshape(positions(at, *arrays), np.shape(student)[:-1])
+
+
+def forward_kl(student, teacher, temperature=1.0, vocab_size=None):
+    return divergence(
+        kl, student, teacher, temperature=temperature, vocab_size=vocab_size
+    )
+
+
+def reverse_kl(log_p, log_q):
+    return kl(log_q, log_p)
+
+
+def symmetric_kl(log_p, log_q):
+    return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+
+
+def total_variation(log_p, log_q):
+    return np.sum(np.abs(np.exp(log_p) - np.exp(log_q))) / 2
+
+
+def log_mixture(weight, log_a, log_b):
+    """log(weight a + (1 - weight) b), class by class."""
+
+    def of_class(a, b):
+        parts = [(weight, a), (1 - weight, b)]
+        logs = [math.log(w) + x for w, x in parts if w > 0 and x > -np.inf]
+        if not logs:
+            return -np.inf
+        return max(logs) + math.log(sum(math.exp(x - max(logs)) for x in logs))
+
+    return np.array([of_class(a, b) for a, b in zip(log_a, log_b, strict=True)])
+
+
+def jensen_shannon(log_p, log_q, beta):
+    log_m = log_mixture(beta, log_p, log_q)
+    parts = [(beta, log_p), (1 - beta, log_q)]
+    return sum(weight * kl(x, log_m) for weight, x in parts if weight > 0)
+
+
+def skewed_forward_kl(log_p, log_q, alpha):
+    return kl(log_p, log_mixture(alpha, log_p, log_q))
+
+
+def skewed_reverse_kl(log_p, log_q, alpha):
+    return kl(log_q, log_mixture(1 - alpha, log_p, log_q))
+
+
+def head(log_p, head_mass):
+    """By a sort; what is as probable as the last class that is needed is in it too."""
+    p = np.exp(log_p)
+    mass, least = 0.0, np.inf
+    for x in np.sort(p)[::-1]:
+        if mass >= head_mass:
+            break
+        mass, least = mass + x, x
+    return p >= least
+
+
+def adaptive_kl(log_p, log_q, head_mass, log_held=None):
+    gap = np.abs(np.exp(log_p) - np.exp(log_q if log_held is None else log_held))
+    in_head = head(log_p, head_mass)
+    g_head, g_tail = sum(gap[in_head]), sum(gap[~in_head])
+    if g_head + g_tail == 0:
+        return symmetric_kl(log_p, log_q)
+    parts = [(g_head, kl(log_p, log_q)), (g_tail, kl(log_q, log_p))]
+    return sum(g * value for g, value in parts if g > 0) / (g_head + g_tail)
+
+
+def alpha_beta(log_p, log_q, a, b):
+    p, q, s = np.exp(log_p), np.exp(log_q), a + b
+    terms = p**a * q**b - a / s * p**s - b / s * q**s
+    return -np.sum(terms) / (a * b)
+
+
+def taid(log_p, log_q, mix, log_held=None):
+    parts = [(1 - mix, log_q if log_held is None else log_held), (mix, log_p)]
+    return kl(log_softmax(sum(w * x for w, x in parts if w > 0)), log_q)
 
 
 def sigmoid(x):

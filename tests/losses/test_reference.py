@@ -111,6 +111,54 @@ def test_forward_kl(logits):
     check(forward_kl_soft, expected, student, teacher)
 
 
+def jensen_shannon(student, teacher):
+    return losses.jensen_shannon(student, teacher, beta=0.1)
+
+
+def skewed_reverse_kl(student, teacher):
+    return losses.skewed_reverse_kl(student, teacher, alpha=0.3)
+
+
+def adaptive_kl(student, teacher):
+    return losses.adaptive_kl(student, teacher, head_mass=0.7)
+
+
+def taid(student, teacher):
+    return losses.taid(student, teacher, mix=0.4, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "function, equation, numbers",
+    [
+        (losses.reverse_kl, reference.reverse_kl, ()),
+        (losses.symmetric_kl, reference.symmetric_kl, ()),
+        (losses.total_variation, reference.total_variation, ()),
+        (jensen_shannon, reference.jensen_shannon, (0.1,)),
+        (losses.skewed_forward_kl, reference.skewed_forward_kl, (0.1,)),
+        (skewed_reverse_kl, reference.skewed_reverse_kl, (0.3,)),
+        (losses.alpha_beta_divergence, reference.alpha_beta, (0.2, 0.7)),
+        (adaptive_kl, reference.adaptive_kl, (0.7,)),
+        (taid, reference.taid, (0.4,)),
+    ],
+)
+def test_divergences(logits, function, equation, numbers):
+    student, teacher = logits
+    held = student if function in (adaptive_kl, taid) else None
+    temperature = 2.0 if function is taid else 1.0
+
+    def expected(s):
+        return reference.divergence(
+            equation, s, teacher, *numbers, held=held, temperature=temperature
+        )
+
+    at_a_corner = np.array_equal(student, teacher)
+    if function is losses.total_variation and at_a_corner:  # 0 there by our choice
+        values, gradient = weighted(function, *map(jnp.asarray, logits))
+        assert not values.any() and not gradient.any()
+    else:
+        check(function, expected, student, teacher)
+
+
 def span_correlation(student, teacher):
     return losses.span_correlation(student, teacher, jnp.asarray(SPAN_IDS))
 
@@ -242,6 +290,36 @@ def test_forward_kl_is_never_negative_and_agrees(pair):
     np.testing.assert_allclose(
         got, reference.forward_kl(student, teacher), rtol=1e-4, atol=1e-5
     )
+
+
+exponents = st.floats(0.05, 2.0)
+
+
+@few
+@hypothesis.given(pairs, st.floats(0.0, 1.0), exponents, exponents)
+def test_divergences_are_never_negative_and_agree(pair, weight, alpha, beta):
+    student, teacher = map(jnp.asarray, pair)
+    cases = [
+        (losses.reverse_kl, {}, reference.reverse_kl),
+        (losses.symmetric_kl, {}, reference.symmetric_kl),
+        (losses.total_variation, {}, reference.total_variation),
+        (losses.jensen_shannon, {"beta": weight}, reference.jensen_shannon),
+        (losses.skewed_forward_kl, {"alpha": weight}, reference.skewed_forward_kl),
+        (losses.skewed_reverse_kl, {"alpha": weight}, reference.skewed_reverse_kl),
+        (losses.taid, {"mix": weight}, reference.taid),
+        (
+            losses.alpha_beta_divergence,
+            {"alpha": alpha, "beta": beta},
+            reference.alpha_beta,
+        ),
+    ]
+    for loss, numbers, equation in cases:
+        got = np.asarray(loss(student, teacher, **numbers))
+        expected = reference.divergence(equation, *pair, *numbers.values())
+        assert (got >= -1e-6).all(), loss
+        np.testing.assert_allclose(
+            got, expected, rtol=1e-4, atol=1e-5, err_msg=loss.__name__
+        )
 
 
 @few
