@@ -6,6 +6,7 @@ can be resumed; 65 diverged. MGSR_TRACEBACK=1 shows where an error arose.
 
 import argparse
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,30 @@ def train(config: TrainConfig) -> int:
     from mgsr_jax.trainer import train
 
     return DONE if train(config).finished else STOPPED
+
+
+def cache_teacher(
+    config: TrainConfig,
+    *,
+    top_k: int = 512,
+    logits_dtype: Literal["float16", "float32"] = "float16",
+) -> int:
+    """Runs the teacher over the training data once and keeps what it says on disk.
+
+    Takes the YAML file and the settings of train; of these it reads student (for the
+    tokenizer), teacher, teacher_dtype, data, mesh, batch_size and micro_batches. Then
+    train reads the folder by --teacher_cache. A stopped command goes on where it was.
+    objective.span must be 0: it compares whole distributions.
+
+    Args:
+      top_k: K, most probable classes kept of each token; K * 4 + 4 bytes with
+        float16 and a vocabulary of at most 65,536.
+      logits_dtype: of the K logits on disk.
+    """
+    from mgsr_jax.caching import cache_teacher
+
+    cache_teacher(config, top_k=top_k, logits_dtype=logits_dtype)
+    return DONE
 
 
 def generate(
@@ -251,8 +276,11 @@ def report(run: str) -> int:
     return DONE
 
 
-COMMANDS: tuple[Callable[..., int], ...] = (generate, evaluate, export, convert, report)
-"""All but `train`, whose settings are one dataclass."""
+COMMANDS: dict[str, Callable[..., int]] = {
+    command.__name__.replace("_", "-"): command
+    for command in (train, cache_teacher, generate, evaluate, export, convert, report)
+}
+_OF_A_RUN = ("train", "cache-teacher")  # the settings of a run, and perhaps more
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -263,29 +291,26 @@ def _parser() -> jsonargparse.ArgumentParser:
         version=__version__,
     )
     commands = parser.add_subcommands(title="commands", metavar="COMMAND")
-    found = {"train": _subparser(train)}
-    found["train"].add_argument("--config", action="config", help="YAML file")
-    found["train"].add_class_arguments(TrainConfig)
-    for command in COMMANDS:
-        found[command.__name__] = sub = _subparser(command)
+    for name, command in COMMANDS.items():
+        text = inspect.getdoc(command) or ""
+        sub = jsonargparse.ArgumentParser(
+            description=text.partition("\n\nArgs:")[0], exit_on_error=False
+        )
         sub.add_argument("--config", action="config", help="YAML file")
-        sub.add_function_arguments(command)
-    for name, sub in found.items():
-        commands.add_subcommand(name, sub, help=sub.description)
+        if name in _OF_A_RUN:
+            sub.add_class_arguments(TrainConfig)
+        sub.add_function_arguments(command, skip={"config"})
+        commands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
-
-
-def _subparser(command: Callable[..., int]) -> jsonargparse.ArgumentParser:
-    description = (command.__doc__ or "").splitlines()[0]
-    return jsonargparse.ArgumentParser(description=description, exit_on_error=False)
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:
     values = dict(vars(settings))
     values.pop("config", None)
-    if name == "train":
-        return train(TrainConfig(**values))
-    return next(c for c in COMMANDS if c.__name__ == name)(**values)
+    if name in _OF_A_RUN:
+        fields = [field.name for field in dataclasses.fields(TrainConfig)]
+        values["config"] = TrainConfig(**{field: values.pop(field) for field in fields})
+    return COMMANDS[name](**values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,9 +80,12 @@ class TrainConfig:
 
     Attributes:
       student: folder of the student's Hugging Face checkpoint.
-      output: run folder; must be new, or hold the same run (see `resume`).
+      output: run folder; must be new, or hold the same run (see `resume`). For
+        cache-teacher: the cache's folder; must be new, or hold a part of the same one.
       data: instruction data.
       teacher: folder of the teacher's checkpoint; none: plain fine-tuning (SFT).
+      teacher_cache: folder that `mgsr cache-teacher` wrote for this teacher and this
+        training data; read for ground-truth rows in place of running the teacher.
       steps: optimizer steps; give either `steps` or `epochs`.
       epochs: passes over the training data.
       batch_size: examples a step, over all hosts and micro-batches.
@@ -106,6 +109,7 @@ class TrainConfig:
     output: str
     data: DataConfig
     teacher: str | None = None
+    teacher_cache: str | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 32
@@ -158,6 +162,8 @@ def check(config: TrainConfig) -> None:
         )
     _check_validation(config)
     _check_objective(config)
+    if config.teacher_cache is not None:
+        _check_teacher_cache(config)
 
 
 def _check_validation(config: TrainConfig) -> None:
@@ -261,4 +267,34 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(
             "a teacher is set, but objective.token and objective.span are 0 and never "
             "ask it; leave teacher out, or give one of them a weight"
+        )
+
+
+_FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
+"""Divergences that the teacher's most probable classes are enough for."""
+
+
+def _check_teacher_cache(config: TrainConfig) -> None:
+    objective = config.objective
+    if config.teacher is None:
+        raise ValueError(
+            f"teacher_cache={config.teacher_cache!r} and no teacher that it was made "
+            "from; set teacher to its folder"
+        )
+    if objective.span:
+        raise ValueError(
+            f"objective.span={objective.span} compares whole distributions, and "
+            "teacher_cache holds the most probable classes alone; set objective.span "
+            "to 0, or leave teacher_cache out"
+        )
+    if objective.divergence not in _FROM_CACHE:
+        raise ValueError(
+            f"objective.divergence={objective.divergence!r} needs the teacher's whole "
+            f"distribution; with teacher_cache it is one of {_FROM_CACHE}"
+        )
+    if objective.temperature != 1:
+        raise ValueError(
+            f"objective.temperature={objective.temperature}; teacher_cache holds the "
+            "distribution at temperature 1 and no other can be had from it: set it to "
+            "1, or leave teacher_cache out"
         )

@@ -1,13 +1,15 @@
-"""What a run needs to know before a model's weights are read.
+"""What a run needs to know before a model's weights are loaded.
 
 Most mistakes end here, with one line, and nothing has been written yet.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from mgsr_jax import data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.spans import Chunker
+from mgsr_jax.teacher_cache import Origin, TeacherCache
 
 CONFIG_FILE = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is known before weights are read; making one finds most mistakes.
+    """What is known before weights are loaded; making one finds most mistakes.
 
     Attributes:
       config: the run's.
@@ -37,10 +40,12 @@ class Setup:
       eos_ids: tokens that end a response.
       mesh: device mesh.
       train: tokenised training data.
+      train_fingerprint: digest of its rows, in their order.
       valid: tokenised validation data, or None.
       chunker: finds the phrases of a text.
       rejected: a line for every record that is not used as it stands.
       steps: of the whole run.
+      teacher_cache: what the teacher says of the training data; None to run it.
     """
 
     config: TrainConfig
@@ -51,16 +56,33 @@ class Setup:
     eos_ids: tuple[int, ...]
     mesh: Mesh
     train: datasets.Dataset
+    train_fingerprint: str
     valid: datasets.Dataset | None
     chunker: Chunker
     rejected: tuple[str, ...]
     steps: int
+    teacher_cache: TeacherCache | None = None
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether any step asks the teacher itself: then its weights are loaded."""
+        return self.teacher is not None and (
+            self.teacher_cache is None or self.config.rollout.policy != "off"
+        )
 
 
 def prepare(config: TrainConfig, *, console: Console) -> Setup:
-    """Everything that can fail cheaply, before weights are read or files written."""
+    """Everything that can fail before weights are loaded or files written."""
     check(config)
     _check_output(config)
+    setup = read_inputs(config, console=console)
+    if config.teacher_cache is None:
+        return setup
+    return dataclasses.replace(setup, teacher_cache=_open_cache(setup, console))
+
+
+def read_inputs(config: TrainConfig, *, console: Console) -> Setup:
+    """Models' shapes, the tokenizer and the data of a checked `config`."""
     student = models.from_config(config.student)
     teacher = models.from_config(config.teacher) if config.teacher else None
     tokenizer = hf.load_tokenizer(config.student)
@@ -94,11 +116,76 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
         eos_ids=eos_ids(tokenizer, student),
         mesh=mesh,
         train=train_data,
+        train_fingerprint=data.fingerprint(train_data),
         valid=valid,
         chunker=resolve_chunker(spec.chunker),
         rejected=tuple(rejected),
         steps=steps,
     )
+
+
+def origin_of(setup: Setup) -> Origin:
+    """What a teacher cache for this run is made from; reads all of the weights' bytes.
+
+    Raises:
+      ValueError: the run has no teacher.
+      FileNotFoundError: the teacher's folder has no weights.
+    """
+    if setup.config.teacher is None:
+        raise ValueError("there is no teacher to cache; set teacher to its folder")
+    return Origin(
+        teacher=_checkpoint_digest(Path(setup.config.teacher)),
+        teacher_dtype=setup.config.teacher_dtype,
+        tokenizer=hf.tokenizer_fingerprint(setup.tokenizer),
+        data=setup.train_fingerprint,
+    )
+
+
+def check_candidates(config: TrainConfig, top_k: int, vocab_size: int) -> None:
+    """DAC-KL finds all its candidates among the classes of a teacher cache.
+
+    Raises:
+      ValueError: it does not.
+    """
+    wanted = min(config.objective.num_candidates, vocab_size)
+    if config.objective.divergence != "forward_kl" and top_k < wanted:
+        raise ValueError(
+            f"objective.num_candidates={wanted} and a teacher cache of {top_k} classes "
+            f"a token; set objective.num_candidates to {top_k}, or make the cache with "
+            f"--top_k {wanted}"
+        )
+
+
+def _open_cache(setup: Setup, console: Console) -> TeacherCache:
+    folder = setup.config.teacher_cache
+    assert folder is not None
+    cache = TeacherCache.open(folder, origin_of(setup))
+    top_k, held = cache.manifest.recipe.top_k, cache.manifest.held_mass
+    check_candidates(setup.config, top_k, setup.vocab_size)
+    console.print(
+        f"{folder}: the teacher's {top_k} most probable classes of every training "
+        f"token, {held:.4f} of its probability",
+        markup=False,
+    )
+    return cache
+
+
+def _checkpoint_digest(folder: Path) -> str:
+    """Of a checkpoint's config.json and every byte of its weights."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"no .safetensors weights in teacher {folder}")
+
+    def digest(file: Path) -> bytes:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, hashlib.blake2b).digest()
+
+    files = [folder / "config.json", *weights]
+    whole = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor() as pool:
+        for file, own in zip(files, pool.map(digest, files), strict=True):
+            whole.update(file.name.encode() + own)
+    return whole.hexdigest()
 
 
 def eos_ids(tokenizer: Any, model: models.LanguageModel) -> tuple[int, ...]:

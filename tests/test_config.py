@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from mgsr_jax.config import DataConfig, TrainConfig, check
+from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.setup import prepare, resolve_chunker
 
@@ -46,6 +47,13 @@ def test_the_defaults_are_valid():
         dict(teacher=None, objective__token=0.0, objective__span=0.0),
         dict(batch_size=12, micro_batches=3),
         dict(save_every=0, validate_every=0, optimizer__weight_decay=0.0),
+        dict(teacher_cache="cache", objective__span=0.0),
+        dict(
+            teacher_cache="cache",
+            objective__span=0.0,
+            objective__divergence="forward_kl",
+            rollout__policy="on",
+        ),
     ],
     ids=str,
 )
@@ -105,6 +113,28 @@ def test_what_works_is_let_through(changes):
         (dict(rollout__teacher_token="max"), "rollout.teacher_token='max'; .*'argmax'"),
         (dict(objective__divergence="jsd"), "objective.divergence='jsd'; .*'dac_kl'"),
         (dict(objective__normalization="all"), "objective.normalization='all'"),
+        (
+            dict(
+                teacher=None,
+                teacher_cache="cache",
+                objective__token=0.0,
+                objective__span=0.0,
+            ),
+            "teacher_cache='cache' and no teacher that it was made from; set teacher",
+        ),
+        (
+            dict(teacher_cache="cache"),
+            "objective.span=1.0 compares whole distributions.*leave teacher_cache out",
+        ),
+        (
+            dict(
+                teacher_cache="cache",
+                objective__span=0.0,
+                objective__divergence="forward_kl",
+                objective__temperature=2.0,
+            ),
+            "objective.temperature=2.0; teacher_cache holds .* temperature 1",
+        ),
     ],
     ids=str,
 )
@@ -238,3 +268,15 @@ def test_a_chunker_of_ones_own_is_imported():
     for name in ("nowhere:phrases", "builtins:phrases"):
         with pytest.raises(ValueError, match="cannot be imported"):
             resolve_chunker(name)
+
+
+def test_a_cache_is_enough_for_the_divergences_that_read_its_classes_alone():
+    """One that is added needs the whole distribution until somebody shows otherwise."""
+    settings = dict(teacher_cache="cache", objective__span=0.0)
+    for divergence in DIVERGENCES:
+        config = make(**settings, objective__divergence=divergence)
+        if divergence in ("dac_kl", "dac_kl_fixed", "forward_kl"):
+            check(config)
+            continue
+        with pytest.raises(ValueError, match="needs the teacher's whole distribution"):
+            check(config)
