@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import (
     AdaptiveRatio,
     ReplayBuffer,
@@ -25,6 +26,7 @@ from mgsr_jax.sharding import put_batch
 from mgsr_jax.typing import Params, PRNGKey
 
 Rollout = Callable[[Params, Any, Rows, PRNGKey], tuple[Rows, ScrgInfo]]
+Lookup = Callable[[Rows], TopKTeacher]
 
 
 class StepRows(NamedTuple):
@@ -33,11 +35,13 @@ class StepRows(NamedTuple):
     Attributes:
       micro_batches: device rows of one shape, to be summed over.
       source: where they came from.
+      cached: what the teacher says of each micro-batch; None where it is to be run.
       corrections: of SCRG, one record a generated micro-batch.
     """
 
     micro_batches: tuple[Rows, ...]
     source: Source
+    cached: tuple[TopKTeacher | None, ...]
     corrections: tuple[ScrgInfo, ...] = ()
 
 
@@ -49,6 +53,7 @@ class RowSource:
       config: the policy.
       rollout: from `rollout.make_rollout`; None where the policy is "off".
       add_spans: marks the phrases of generated host rows.
+      lookup: `TeacherCache.lookup`, for the data's own rows; None runs the teacher.
       micro_batches: parts that a batch is split into.
       steps: of the whole run.
       keep_ground_truth: whether a generated step also carries its prompts' data rows.
@@ -70,6 +75,7 @@ class RowSource:
         micro_batches: int,
         steps: int,
         keep_ground_truth: bool,
+        lookup: Lookup | None = None,
     ):
         if rollout is None and config.policy != "off":
             raise ValueError(
@@ -79,7 +85,7 @@ class RowSource:
         self._batches, self._config, self._rollout = batches, config, rollout
         self._add_spans, self._mesh = add_spans, mesh
         self._size, self._parts, self._steps = batch_size, micro_batches, steps
-        self._keep_ground_truth = keep_ground_truth
+        self._keep_ground_truth, self._lookup = keep_ground_truth, lookup
         replays = config.policy == "replay"
         self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, width)
         self._ratio = AdaptiveRatio(config.initial_ratio)
@@ -98,22 +104,27 @@ class RowSource:
             buffer_full=self._buffer.full,
         )
         if source == "replay":
-            rows = self._buffer.sample(replay_key, self._size)
-            return StepRows(self._put(rows), source)
-        ground_truth = self._put(next(self._batches))
+            rows = self._split(self._buffer.sample(replay_key, self._size))
+            return StepRows(self._put(rows), source, self._not_cached)
+        host = self._split(next(self._batches))
+        ground_truth = self._put(host)
         if source == "data" or self._rollout is None:  # the second: policy "off"
-            return StepRows(ground_truth, source)
-        # All parts are started before the first is fetched: the chunker works on one
+            return StepRows(ground_truth, source, self._look_up(host))
+        # All parts are started before the first is fetched: the host works on one
         # while the device works on the next.
         launched = [
             self._rollout(params, teacher_params, rows, rollout_key)
             for rows in ground_truth
         ]
-        generated = tuple(self._finish(rows) for rows, _ in launched)
-        corrections = tuple(info for _, info in launched)
+        rows, cached = (), ()
         if self._keep_ground_truth:
-            generated = ground_truth + generated
-        return StepRows(generated, source, corrections)
+            rows, cached = ground_truth, self._look_up(host)
+        return StepRows(
+            micro_batches=rows + tuple(self._finish(rows) for rows, _ in launched),
+            source=source,
+            cached=cached + self._not_cached,
+            corrections=tuple(info for _, info in launched),
+        )
 
     def validated(self, loss: float) -> None:
         """Tells the replay policy how validation went."""
@@ -144,13 +155,25 @@ class RowSource:
         rows = Rows(**{name: np.array(leaf) for name, leaf in replay.items()})
         self._buffer = ReplayBuffer(rows, host["pushed"])
 
-    def _put(self, rows: Rows) -> tuple[Rows, ...]:
-        """A host batch as device micro-batches."""
-        parts = [
+    def _split(self, rows: Rows) -> list[Rows]:
+        """A host batch as micro-batches."""
+        return [
             jax.tree.map(lambda leaf, i=i: np.split(leaf, self._parts)[i], rows)
             for i in range(self._parts)
         ]
+
+    def _put(self, parts: list[Rows]) -> tuple[Rows, ...]:
         return tuple(put_batch(self._mesh, part) for part in parts)
+
+    def _look_up(self, parts: list[Rows]) -> tuple[TopKTeacher | None, ...]:
+        """What the teacher cache, where there is one, says of the data's own rows."""
+        if self._lookup is None:
+            return self._not_cached
+        return tuple(put_batch(self._mesh, self._lookup(part)) for part in parts)
+
+    @property
+    def _not_cached(self) -> tuple[None, ...]:
+        return (None,) * self._parts
 
     def _finish(self, rows: Rows) -> Rows:
         host = self._add_spans(jax.device_get(rows))

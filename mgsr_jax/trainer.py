@@ -84,7 +84,6 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.console = setup, config, console
         self.output = Path(config.output)
-        self.fingerprint = data.fingerprint(setup.train)
         dtype = jnp.dtype(config.dtype)
         shared: dict[str, Any] = dict(vocab_size=setup.vocab_size, dtype=dtype)
         pair = (setup.student, setup.teacher)
@@ -92,7 +91,14 @@ class _Run:
         self.train_step = make_train_step(
             *pair, self.optimizer, config.objective, **shared
         )
-        self.validation_step = make_validation_step(*pair, config.objective, **shared)
+        watched = config.objective
+        if setup.teacher is not None and not setup.runs_teacher:
+            watched = dataclasses.replace(watched, token=0.0, span=0.0)
+            console.print(
+                "the teacher is not loaded: every step reads the teacher cache, and "
+                "validation measures the student's cross-entropy alone"
+            )
+        self.validation_step = make_validation_step(*pair, watched, **shared)
         self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
         rollout = None
         if setup.teacher is not None and config.rollout.policy != "off":
@@ -115,6 +121,7 @@ class _Run:
             micro_batches=config.micro_batches,
             steps=setup.steps,
             keep_ground_truth=config.objective.sft > 0,
+            lookup=setup.teacher_cache.lookup if setup.teacher_cache else None,
         )
 
     def to_the_end(self) -> TrainResult:
@@ -162,7 +169,7 @@ class _Run:
                     self.teacher_params,
                 )
                 self.state, metrics = self.train_step(
-                    self.state, self.teacher_params, rows.micro_batches
+                    self.state, self.teacher_params, rows.micro_batches, rows.cached
                 )
                 done = step + 1
                 # A step's metrics are fetched when the next one is on its way, so that
@@ -190,7 +197,7 @@ class _Run:
         return validation
 
     def _load(self) -> tuple[TrainState, Params | None]:
-        """The state at step 0 and the teacher, on the mesh."""
+        """The state at step 0 and the teacher where it is run, on the mesh."""
         config, setup = self.config, self.setup
         params = {
             STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
@@ -206,7 +213,7 @@ class _Run:
             out_shardings=state_shardings(setup, params, self.optimizer),
             donate_argnums=0,
         )(params)
-        if setup.teacher is None or config.teacher is None:
+        if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
             return state, None
         dtype = jnp.dtype(config.teacher_dtype)
         return state, hf.load_params(
@@ -228,7 +235,7 @@ class _Run:
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
         )
-        if host.get("data_fingerprint") != self.fingerprint:
+        if host.get("data_fingerprint") != self.setup.train_fingerprint:
             raise ValueError(
                 f"resume: the rows of {self.config.data.train} are not those that "
                 f"checkpoint {step} of {self.output} was made from; a resumed run must "
@@ -243,7 +250,8 @@ class _Run:
             self.manager,
             int(self.state.step),
             state=self.state,
-            host=self.source.host_state() | {"data_fingerprint": self.fingerprint},
+            host=self.source.host_state()
+            | {"data_fingerprint": self.setup.train_fingerprint},
             replay=self.source.replay_rows,
         )
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import yaml
 
-from mgsr_jax.cli import DIVERGED, DONE, MISTAKE, main
+from mgsr_jax.cli import COMMANDS, DIVERGED, DONE, MISTAKE, main
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,26 @@ def test_train_evaluate_generate_export_and_report(
     assert (run / "report.md").is_file() and (run / "curves.png").is_file()
 
 
+def test_a_teacher_s_cache_is_made_and_trained_on(project, recipe, capsys):
+    """And read by name: one of other data is refused."""
+    cache, run = project / "teacher_cache", project / "cached"
+    distil = ["--config", recipe, "--teacher", str(project / "teacher")]
+    distil += ["--objective.token", "1", "--objective.num_candidates", "16"]
+    command = ["cache-teacher", *distil, "--output", str(cache)]
+    assert main([*command, "--top_k", "16", "--logits_dtype", "float32"]) == DONE
+    assert "16 classes hold" in capsys.readouterr().err
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["recipe"]["top_k"] == 16
+    assert manifest["recipe"]["logits_dtype"] == "float32"
+
+    train = ["train", *distil, "--teacher_cache", str(cache), "--output"]
+    other = str(project / "valid.jsonl")
+    line = fails(capsys, *train, str(project / "x"), "--data.train", other)
+    assert "was made from another data" in line and not (project / "x").exists()
+    assert main([*train, str(run)]) == DONE
+    assert yaml.safe_load((run / "config.yaml").read_text())["teacher_cache"]
+
+
 def test_an_output_that_exists_is_left_alone(project, recipe, capsys):
     taken = project / "taken"
     taken.mkdir()
@@ -104,6 +124,7 @@ def test_an_output_that_exists_is_left_alone(project, recipe, capsys):
         (["train", "--learning_rate", "1"], "--learning_rate"),
         (["train", "--objective.divergence", "js"], "divergence.*js"),
         (["train", "--steps", "many"], "steps.*many"),
+        (["cache-teacher", "--logits_dtype", "int8"], "logits_dtype.*int8"),
         (["evaluate", "--model", "nowhere", "--data", "x.jsonl"], "nowhere"),
         (["export", "--run", "nowhere", "--output", "x"], "nowhere"),
         (["report", "--run", "nowhere"], "nowhere"),
@@ -188,13 +209,16 @@ def test_without_the_extra_the_program_says_so():
 
 
 def test_help_explains_every_setting(capsys):
-    for command in ("train", "generate", "evaluate", "export", "convert", "report"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         out = capsys.readouterr().out
         options = re.findall(r"^  (--[\w.]+)[^\n]*\n?([^\n]*)", out, re.MULTILINE)
         assert options
     assert "--objective.prior_weight" in _help("train", capsys)
+    text = " ".join(_help("cache-teacher", capsys).split())
+    assert "Then train reads the folder by --teacher_cache" in text
+    assert "objective.span must be 0" in text and "K * 4 + 4 bytes" in text
 
 
 def _help(command, capsys):
