@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -24,6 +24,14 @@ evidence: $(VENV)/installed-train  ## the same with three seeds and all ablation
 
 test: $(VENV)/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-trl:  ## the divergences against TRL's, in an environment of its own
+	$(MAKE) VENV=.venv-trl .venv-trl/installed-test-trl
+	.venv-trl/bin/python -m pytest tests/peers/test_trl.py
+
+test-tunix:  ## the adapters inside google-tunix, in an environment of its own
+	$(MAKE) VENV=.venv-tunix .venv-tunix/installed-test-tunix
+	.venv-tunix/bin/python -m pytest tests/integrations
 
 structure: $(VENV)/installed-test  ## who imports whom
 	$(BIN)/python -m pytest tests/test_structure.py
