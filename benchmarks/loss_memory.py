@@ -25,7 +25,7 @@ import numpy as np
 from mgsr_jax import losses
 
 STUDENT_WIDTH, TEACHER_WIDTH = 384, 768
-CHUNK = {50_257: 48, 151_936: 64}  # tokens at once
+CHUNK = {50_257: 64, 151_936: 64}  # tokens at once
 MEMORY_BOUND, TIME_BOUND = 0.05, 1.0
 FITS = 0.8  # of the machine's free memory, for the dense form to be run
 
@@ -50,8 +50,8 @@ LOSSES = {"forward KL": forward_kl, "CE + DAC-KL + span": mgsr}
 
 def _logits(shared: Any, hidden: Any, aux: Any) -> Any:
     return (
-        jnp.einsum("nd,vd->nv", hidden, shared["head"]),
-        jnp.einsum("nd,vd->nv", aux["teacher_hidden"], shared["teacher_head"]),
+        losses.project(hidden, shared["head"]),
+        losses.project(aux["teacher_hidden"], shared["teacher_head"]),
     )
 
 
@@ -70,7 +70,8 @@ def chunked(
         own = jnp.arange(hidden.shape[0]) < hidden.shape[0] - 1
         return loss(shared, hidden, aux, own), ()
 
-    shared = trained | {"teacher_head": teacher_head}
+    head = losses.Projection(trained["head"])
+    shared = trained | {"head": head, "teacher_head": teacher_head}
     return losses.chunked(fn, shared, hidden, aux, chunk_size=chunk + 1)[0]
 
 

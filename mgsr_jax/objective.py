@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from mgsr_jax import losses
-from mgsr_jax.losses import Sum, TopKTeacher, masked_sum
+from mgsr_jax.losses import Projection, Sum, TopKTeacher, masked_sum
 from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
 from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params
@@ -153,7 +153,7 @@ def micro_batch_loss(
     said, teacher_head = _teacher_of(teacher, teacher_params, view, objective, cached)
     shared = {
         # Not the cast copy: each chunk's gradient is added up in float32.
-        "head": student.head_params(params["student"]),
+        "head": jax.tree.map(Projection, student.head_params(params["student"])),
         "teacher_head": teacher_head,
         "clip_network": params.get("clip_network"),
     }

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, PyTree
 
+from mgsr_jax.losses._projection import Projection, add_product
+
 ChunkLoss = Callable[[Any, Array, Any], tuple[Array, Any]]
 
 
@@ -203,45 +205,66 @@ def _loop(
     aux: PyTree,
 ) -> tuple[Array, PyTree, PyTree, Array | None]:
     """`_run` on one device: a scan over chunks of its tokens."""
-    leaves, tree = jax.tree.flatten(shared)
+    leaves, tree = jax.tree.flatten(shared, is_leaf=_is_projection)
+    whole = jax.tree.structure(shared)
     count = math.prod(tokens.shape[:-1])
     chunks = max(1, math.ceil(count / (chunk_size - overlap)))
     # Of equal size, so that little is padded.
     stride = max(overlap, math.ceil(count / chunks), 1)
 
-    def of_chunk(varied: list[Array], tokens: Array, aux: PyTree) -> Any:
+    kinds = list(zip(leaves, wanted, strict=True))
+    chosen = [x for x, w in kinds if w]
+
+    def of_chunk(varied: list[Any], tokens: Array, aux: PyTree) -> Any:
         given = iter(varied)
-        both = [next(given) if w else x for w, x in zip(wanted, leaves, strict=True)]
+        both = [_put(x, next(given)) if w else x for x, w in kinds]
         value, metrics = fn(jax.tree.unflatten(tree, both), tokens, aux)
         return value.astype(jnp.float32), metrics
 
     def body(totals: list[Array], windows: tuple[PyTree, PyTree]) -> Any:
         tokens, aux = jax.tree.map(lambda *x: jnp.concatenate(x), *windows)
         if not wanted_of_tokens:
-            return totals, (of_chunk(varied, tokens, aux), ())
+            value, metrics = fn(shared, tokens, aux)
+            return totals, ((value.astype(jnp.float32), metrics), ())
         gradient = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
+        varied = [_varied(x, tokens) for x in chosen]
         result, (d_varied, d_tokens) = gradient(varied, tokens, aux)
-        totals = [t + d.astype(t.dtype) for t, d in zip(totals, d_varied, strict=True)]
+        totals = [_add(t, d) for t, d in zip(totals, d_varied, strict=True)]
         return totals, (result, d_tokens)
 
-    varied = [x for w, x in zip(wanted, leaves, strict=True) if w]
+    sums_of = [jnp.zeros_like(_matrix(x), jnp.float32) for x in chosen]
     windows = _windows((tokens, aux), tokens.ndim - 1, chunks, stride, overlap)
-    totals, (sums, d_tokens) = lax.scan(
-        body, [jnp.zeros_like(x, jnp.float32) for x in varied], windows
-    )
+    totals, (sums, d_tokens) = lax.scan(body, sums_of, windows)
     value, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    found = iter(totals)
-    d_shared = jax.tree.unflatten(
-        tree,
-        [
-            next(found).astype(x.dtype) if w else None
-            for w, x in zip(wanted, leaves, strict=True)
-        ],
-    )
     if not wanted_of_tokens:
-        return value, metrics, d_shared, None
+        return value, metrics, whole.unflatten([None] * len(leaves)), None
     d_tokens = _add_up(d_tokens, stride, overlap)[:count].reshape(tokens.shape)
-    return value, metrics, d_shared, d_tokens
+    found = iter(totals)
+    d_shared = [next(found).astype(_matrix(x).dtype) if w else None for x, w in kinds]
+    return value, metrics, whole.unflatten(d_shared), d_tokens
+
+
+def _is_projection(x: Any) -> bool:
+    return isinstance(x, Projection)
+
+
+def _matrix(leaf: Any) -> Array:
+    return leaf.kernel if _is_projection(leaf) else leaf
+
+
+def _varied(leaf: Any, tokens: Array) -> Any:
+    """What a chunk is differentiated in: of a projection its tape, not its kernel."""
+    return leaf.new_tape(tokens) if _is_projection(leaf) else leaf
+
+
+def _put(leaf: Any, varied: Any) -> Any:
+    return leaf.with_tape(varied) if _is_projection(leaf) else varied
+
+
+def _add(total: Array, gradient: Any) -> Array:
+    if isinstance(gradient, tuple):
+        return add_product(total, *gradient)
+    return total + gradient.astype(total.dtype)
 
 
 def _windows(

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from mgsr_jax.losses import project
 from mgsr_jax.models._attention import attention_mask
 from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
 
@@ -179,12 +180,7 @@ class LanguageModel:
         Rounded to bfloat16 they would tie near the top, and a divergence of two close
         models would be half rounding.
         """
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            head["embedding"],
-            preferred_element_type=jnp.float32,
-        )
+        return project(hidden, head["embedding"])
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """An empty cache: for every layer keys and values, each [B, S, K, H].

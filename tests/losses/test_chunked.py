@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mgsr_jax import losses
-from mgsr_jax.losses import chunked
+from mgsr_jax.losses import Projection, chunked, project
 
 # V is the size of nothing else, so that a pattern in the program's text is conclusive.
 B, T, D, WIDER, V, K = 3, 7, 5, 6, 83, 4
@@ -19,7 +19,7 @@ TOKENS = B * T
 
 def unembed(head, hidden):
     """What a head may have beside its matrix: scale, bias, soft cap."""
-    logits = 0.7 * jnp.einsum("...d,vd->...v", hidden, head["kernel"])
+    logits = 0.7 * project(2.0 * hidden, head["kernel"])
     bias = jnp.broadcast_to(head["bias"], logits.shape)
     return 3.0 * jnp.tanh((logits + bias) / 3.0)
 
@@ -72,8 +72,9 @@ def dense(trained, hidden, teacher_head, aux):
     return all_losses(shared, hidden, aux, overlap=0)
 
 
-def in_chunks(trained, hidden, teacher_head, aux, *, chunk_size):
-    shared = trained | {"teacher_head": teacher_head}
+def in_chunks(trained, hidden, teacher_head, aux, *, chunk_size, kernel=Projection):
+    head = trained["head"] | {"kernel": kernel(trained["head"]["kernel"])}
+    shared = trained | {"head": head, "teacher_head": teacher_head}
     return chunked(all_losses, shared, hidden, aux, chunk_size=chunk_size)
 
 
@@ -206,6 +207,49 @@ def test_half_precision_is_added_up_in_float32():
     )
     assert value == 512 and value.dtype == jnp.float32
     assert gradient == 512 and gradient.dtype == of_hidden.dtype == jnp.bfloat16
+
+
+def test_a_projection_is_added_up_block_by_block(monkeypatch):
+    """Blocks of 16 rows: the last begins earlier, and counts no row twice."""
+    monkeypatch.setattr(losses._projection, "_BLOCK", 4 * D * 16)
+    arguments = problem(7)
+    got = differentiate(functools.partial(in_chunks, chunk_size=6), *arguments)
+    assert_close(got, differentiate(dense, *arguments))
+
+
+def test_a_projection_is_multiplied_once_and_with_every_token():
+    kernel, hidden = jnp.ones((V, D)), jnp.ones((6, D))
+
+    def twice(shared, hidden, aux):
+        return jnp.sum(project(hidden, shared) - project(hidden, shared)), ()
+
+    def of_some(shared, hidden, aux):
+        return jnp.sum(project(hidden[:2], shared)), ()
+
+    for fn, message in ((twice, "again"), (of_some, r"\(2, 5\), first")):
+        with pytest.raises(ValueError, match=message):
+            jax.grad(
+                lambda kernel, fn=fn: chunked(
+                    fn, Projection(kernel), hidden, (), chunk_size=3, overlap=0
+                )[0]
+            )(kernel)
+
+
+def test_a_projection_in_half_precision_is_multiplied_in_it():
+    """bfloat16 factors, float32 sums; the gradient has the parameter's dtype."""
+    trained, hidden, teacher_head, aux = problem(8)
+
+    def cast(function):
+        def run(head, hidden):
+            half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), head)
+            return function(trained | {"head": half}, hidden, teacher_head, aux)
+
+        half = hidden.astype(jnp.bfloat16)
+        (value, _), gradients = differentiate(run, trained["head"], half)
+        return value, gradients
+
+    got = cast(functools.partial(in_chunks, chunk_size=6))
+    assert_close(got, cast(dense), rtol=1e-2)
 
 
 def test_a_batch_without_a_scored_token_is_zero():

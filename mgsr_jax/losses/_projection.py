@@ -1,0 +1,167 @@
+"""A head's matrix whose gradient is added up in place.
+
+Autodiff forms the gradient of a head for one chunk of tokens whole, and adds it to the
+sum after that: one more array of the head's size, which on a CPU is most of what a
+chunked loss needs. A `Projection` shows the two factors of that product instead of the
+product, and `add_product` multiplies them block by block into the sum.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jaxtyping import Array, Float
+
+from mgsr_jax.typing import Leaf
+
+_BLOCK = 2**22  # bytes of the sum at once: what a CPU's cache holds
+
+
+class _Once:
+    """Guards a tape: a second product would be written over the first."""
+
+    def __init__(self) -> None:
+        self.used = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A matrix that `project` multiplies hidden states with, once in a function.
+
+    Attributes:
+      kernel: [V, D]
+      tape: set by `chunked`: zeros, the gradients of which are the factors of the
+        kernel's; logits' [N, V] and hidden states' [N, D].
+    """
+
+    kernel: Leaf
+    tape: tuple[Leaf, Leaf] | None = None
+    once: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    def new_tape(self, tokens: Float[Array, "N D"]) -> tuple[Array, Array]:
+        """Zeros in place of the factors, in the precision of the hidden states."""
+        (columns, width), count = self.kernel.shape, tokens.shape[0]
+        d_logits = jnp.zeros((count, columns), tokens.dtype)
+        hidden = _varying(jnp.zeros((count, width), tokens.dtype), tokens)
+        return _varying(d_logits, tokens, self.kernel), hidden
+
+    def with_tape(self, tape: tuple[Array, Array]) -> "Projection":
+        """The same matrix; its gradient goes to the tape, and none to the kernel."""
+        return Projection(self.kernel, tape, _Once())
+
+
+def project(
+    hidden: Float[Array, "*B D"], kernel: Float[Array, "V D"] | Projection
+) -> Float[Array, "*B V"]:
+    """Logits of hidden states, float32 whatever the arguments are.
+
+    logits_v = sum_d hidden_d kernel_vd
+
+    With a `Projection` in the `shared` of `chunked` the gradient of the kernel needs no
+    second array of its size; everywhere else it is the same as its kernel.
+
+    Args:
+      hidden: [..., D]
+      kernel: [V, D], or a `Projection` of it.
+
+    Raises:
+      ValueError: a `Projection` is multiplied twice in one chunk, or with other hidden
+        states than one for each of its tokens.
+
+    >>> print(project(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])))
+    [[3. 7.]]
+    """
+    if not isinstance(kernel, Projection):
+        return _product(hidden, kernel)
+    if kernel.tape is None:
+        return _product(hidden, kernel.kernel)
+    if kernel.once.used or hidden.shape != kernel.tape[1].shape:
+        raise ValueError(
+            f"a Projection is multiplied with {hidden.shape}, "
+            f"{'again' if kernel.once.used else 'first'}; expected once a chunk, with "
+            f"{kernel.tape[1].shape}: pass the kernel itself for other uses"
+        )
+    kernel.once.used = True
+    return _taped_product(_varying(hidden, kernel.kernel), kernel.kernel, *kernel.tape)
+
+
+def _varying(x: Array, *others: Array) -> Array:
+    """`x`, typed in a shard_map as different on each device wherever the others are."""
+    for other in others:
+        one = lax.stop_gradient(other[(0,) * other.ndim]).astype(x.dtype)
+        x = jnp.where(False, one, x)
+    return x
+
+
+def _product(hidden: Array, kernel: Array) -> Array:
+    return jnp.einsum(
+        "...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _taped_product(hidden: Array, kernel: Array, d_logits: Array, out: Array) -> Array:
+    return _product(hidden, kernel)
+
+
+def _forward(hidden: Array, kernel: Array, d_logits: Array, out: Array) -> Any:
+    like = (jnp.zeros((), d_logits.dtype), jnp.zeros((), out.dtype))
+    return _product(hidden, kernel), (hidden, kernel, like)
+
+
+def _backward(kept: Any, d_logits: Array) -> Any:
+    hidden, kernel, (of_logits, of_hidden) = kept
+    d_hidden = jnp.einsum(
+        "nv,vd->nd",
+        d_logits.astype(kernel.dtype),
+        kernel,
+        preferred_element_type=jnp.float32,
+    )
+    factors = d_logits.astype(of_logits.dtype), hidden.astype(of_hidden.dtype)
+    return d_hidden.astype(hidden.dtype), None, *factors
+
+
+_taped_product.defvjp(_forward, _backward)
+
+
+def add_product(
+    total: Float[Array, "V D"],
+    d_logits: Float[Array, "N V"],
+    hidden: Float[Array, "N D"],
+) -> Float[Array, "V D"]:
+    """total + d_logits^T hidden, where XLA does not fuse them: a block after the other.
+
+    On a CPU the product would be written whole before it is added.
+    """
+
+    def product(d_logits: Array) -> Array:
+        return jnp.einsum(
+            "nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32
+        )
+
+    rows, width = total.shape
+    block = min(rows, max(1, _BLOCK // (4 * width)))
+    if block == rows or jax.default_backend() != "cpu" or _placed_by_xla():
+        return total + product(d_logits)
+
+    def add(i: Any, total: Array) -> Array:
+        start = jnp.minimum(i * block, rows - block)
+        part = lax.dynamic_slice_in_dim(d_logits, start, block, axis=1)
+        # The last block begins earlier, to be whole: what it has twice counts once.
+        new = jnp.arange(block)[None] >= i * block - start
+        part = product(jnp.where(new, part, 0))
+        old = lax.dynamic_slice_in_dim(total, start, block)
+        return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=0)
+
+    return lax.fori_loop(0, -(-rows // block), add, total)
+
+
+def _placed_by_xla() -> bool:
+    """Whether rows may be split over devices: a block would have to be gathered."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != AxisType.Manual and size > 1 for kind, size in sizes)
