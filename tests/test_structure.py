@@ -15,8 +15,8 @@ losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
 losses._cross_entropy losses._divergences losses._mixtures losses._adaptive_kl
 losses._alpha_beta losses._dac_kl losses._span losses._projection losses._chunked losses
 models.* rows sharding checkpoint.* decode scrg spans records encoding data
-teacher_cache rollout row_source objective train_step metrics evaluate report config setup
-caching trainer cli integrations.* __main__
+teacher_cache rollout row_source objective train_step metrics evaluate report config
+setup caching trainer cli integrations.* __main__
 """.split()
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
@@ -83,10 +83,12 @@ def test_a_file_imports_only_what_stands_above_it(source):
         )
 
 
-def test_flax_is_known_to_models_alone(source):
+def test_flax_is_known_to_models_and_adapters_alone(source):
+    # Other trainers' models are nnx modules: that is what an adapter adapts to.
     module, _, tree = source
     roots = {name.split(".")[0] for name in imports(tree)}
-    assert module.startswith("models") or "flax" not in roots
+    may = module.startswith("models") or module == "integrations._clip_network"
+    assert may or "flax" not in roots
 
 
 def test_losses_need_nothing_but_jax(source):

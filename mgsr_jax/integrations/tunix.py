@@ -1,0 +1,203 @@
+"""MGSR in Tunix (google-tunix 0.1.7): a distillation strategy and a PEFT loss.
+
+Distillation, the teacher run by the trainer:
+
+    strategy = MgsrStrategy(student_forward, teacher_forward, key=jax.random.key(0))
+    trainer = MgsrDistillationTrainer(
+        student, teacher, strategy, clip_network_optimizer(optax.adamw(1e-5)), config
+    )
+    trainer.train(batches)  # of TrainingInput
+
+A forward function is called as `forward(model, **inputs)` with what `model_inputs`
+(or the trainer's `with_gen_model_input_fn`) makes of a batch, and returns logits
+[B, S, V] of all positions, not shifted. Fine-tuning of all weights and LoRA both
+train the clip network.
+
+What 0.1.7 does, and what follows from it:
+- It hands over unshifted tokens; `input_mask` marks the tokens to learn. The one shift
+  is `next_token_labels`; your own `labels_fn` returns `Labels` aligned with logits.
+- Its DistillationTrainer drops what a batch holds beside tokens and mask, and drops a
+  strategy's metrics. `MgsrDistillationTrainer` keeps both.
+- It averages the gradients of micro-batches whatever they hold; it has no weighted
+  losses. `count_accumulated` makes the average exact.
+- Evaluation runs no teacher: it reports the cross-entropy on the labels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgsr_jax.integrations._clip_network import (
+    attach_clip_network,
+    clip_network_optimizer,
+    detach_clip_network,
+    with_clip_network,
+)
+from mgsr_jax.integrations._peer import peer
+from mgsr_jax.integrations._terms import (
+    DEFAULTS,
+    Labels,
+    Terms,
+    cross_entropy_loss,
+    mgsr_loss,
+    next_token_labels,
+)
+from mgsr_jax.integrations._tunix_batch import (
+    INSTALL,
+    TrainingInput,
+    count_accumulated,
+    model_inputs,
+)
+from mgsr_jax.losses import Sum
+from mgsr_jax.typing import PRNGKey
+
+__all__ = [
+    "MgsrDistillationTrainer",
+    "MgsrPeftTrainer",
+    "MgsrStrategy",
+    "TrainingInput",
+    "attach_clip_network",
+    "clip_network_optimizer",
+    "count_accumulated",
+    "detach_clip_network",
+    "model_inputs",
+    "peft_loss",
+]
+
+_distillation = peer("tunix.distillation", install=INSTALL)
+_strategies = peer("tunix.distillation.strategies", install=INSTALL)
+_peft = peer("tunix.sft.peft_trainer", install=INSTALL)
+
+
+class MgsrStrategy(_strategies.BaseStrategy):
+    """DAC-KL, cross-entropy and span correlation: what `mgsr_loss` minimises.
+
+    The trainer's constructor puts the clip network into the student; its `close`, at
+    the end of `train`, takes it out again and leaves it in `clip_params`.
+
+    Args:
+      student_forward_fn: (model, **inputs) -> logits [B, S, Vs], gradients flow.
+      teacher_forward_fn: (model, **inputs) -> logits [B, S, Vt], or a TopKTeacher.
+      key: of the clip network's start.
+      terms: weights of the three means, and vocab_size.
+      num_candidates: K, how many of the teacher's classes DAC-KL looks at.
+      labels_fn: (**inputs) -> `Labels`, aligned with the logits.
+
+    Raises:
+      ValueError: in the first step, what `mgsr_loss` raises.
+    """
+
+    def __init__(
+        self,
+        student_forward_fn: Callable[..., Any],
+        teacher_forward_fn: Callable[..., Any],
+        *,
+        key: PRNGKey,
+        terms: Terms = DEFAULTS,
+        num_candidates: int = 512,
+        labels_fn: Callable[..., Labels] = next_token_labels,
+    ):
+        # Tunix shows a loss the student's output alone, so the network goes with it.
+        student_forward_fn = with_clip_network(student_forward_fn)
+        super().__init__(student_forward_fn, teacher_forward_fn, labels_fn)
+        self.terms, self.clip_params = terms, None
+        self._key, self._num_candidates = key, num_candidates
+
+    def pre_process_models(self, student_model: Any, teacher_model: Any) -> Any:
+        attach_clip_network(
+            student_model, self._key, num_candidates=self._num_candidates
+        )
+        self.clip_params = None
+        return student_model, teacher_model
+
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, labels: Labels
+    ) -> tuple[jax.Array, dict[str, Sum]]:
+        logits, clip_params = student_output
+        return mgsr_loss(clip_params, logits, teacher_output, labels, self.terms)
+
+    def compute_eval_loss(
+        self, student_output: Any, labels: Labels
+    ) -> tuple[jax.Array, dict[str, Sum]]:
+        logits, _ = student_output
+        return cross_entropy_loss(logits, labels, self.terms)
+
+    def post_process_models(self, student_model: Any, teacher_model: Any) -> Any:
+        if self.clip_params is None:  # a second close changes nothing
+            self.clip_params = detach_clip_network(student_model)
+        return student_model, teacher_model
+
+
+def peft_loss(
+    student_forward_fn: Callable[..., Any],
+    *,
+    terms: Terms = DEFAULTS,
+    labels_fn: Callable[..., Labels] = next_token_labels,
+) -> Callable[..., Any]:
+    """The same loss for a PeftTrainer, whose batches bring the teacher's output.
+
+        attach_clip_network(student, key)  # before the trainer
+        trainer = MgsrPeftTrainer(student, optimizer, config)
+        trainer.with_gen_model_input_fn(
+            lambda batch: {
+                "inputs": model_inputs(batch), "teacher_output": batch.teacher_output
+            }
+        ).with_loss_fn(peft_loss(student_forward), has_aux=True)
+
+    Evaluation has the same loss; its batches bring the teacher's output too.
+    """
+    forward = with_clip_network(student_forward_fn)
+
+    def loss_fn(model: Any, inputs: dict[str, Any], teacher_output: Any) -> Any:
+        logits, clip_params = forward(model, **inputs)
+        labels = labels_fn(**inputs)
+        return mgsr_loss(clip_params, logits, teacher_output, labels, terms)
+
+    return loss_fn
+
+
+class _LogsMetrics:
+    """Tunix drops what a loss returns beside its scalar; this puts it in the log."""
+
+    _buffered_train_metrics: Any
+    _buffered_eval_metrics: Any
+
+    def _post_process_train_step(self, aux: dict[str, Sum]) -> None:
+        _buffer(self._buffered_train_metrics, aux)
+
+    def _post_process_eval_step(self, aux: dict[str, Sum]) -> None:
+        _buffer(self._buffered_eval_metrics, aux)
+
+
+def _buffer(buffer: Any, sums: dict[str, Sum]) -> None:
+    for name, value in sums.items():
+        values, _ = buffer.additional_metrics.setdefault(name, ([], _mean))
+        values.append(value)
+
+
+def _mean(sums: list[Sum]) -> np.float32:
+    """One division for all micro-batches of a step."""
+    total, count = np.sum(np.asarray(sums, np.float32), axis=0)
+    return total / max(count, np.float32(1))
+
+
+class MgsrDistillationTrainer(_LogsMetrics, _distillation.DistillationTrainer):
+    """Tunix's DistillationTrainer; metrics are logged, batches keep all their fields.
+
+    Takes what Tunix's own takes. Its batches are of `TrainingInput`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.with_gen_model_input_fn(model_inputs)
+
+    def _prepare_inputs(self, input_data: TrainingInput) -> TrainingInput:
+        teacher_output = super()._prepare_inputs(input_data).teacher_output
+        return dataclasses.replace(input_data, teacher_output=teacher_output)
+
+
+class MgsrPeftTrainer(_LogsMetrics, _peft.PeftTrainer):
+    """Tunix's PeftTrainer; the metrics of `peft_loss` are logged."""
