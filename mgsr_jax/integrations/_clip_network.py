@@ -15,8 +15,8 @@ try:
     from flax import nnx
 except ImportError as error:
     raise ImportError(
-        f"the adapters need flax and optax ({error}); both come with the trainers: "
-        "pip install 'mgsr_jax[tunix]', or pip install maxtext"
+        f"the adapters need flax and optax ({error}): both come with the trainer, as "
+        "in pip install 'mgsr_jax[tunix]'"
     ) from error
 
 from mgsr_jax.losses import init_clip_network

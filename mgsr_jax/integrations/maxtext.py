@@ -59,7 +59,7 @@ __all__ = [
 
 _maxtext = peer(
     "maxtext.trainers.post_train.distillation.distillation_utils",
-    install="pip install maxtext (Python 3.12 or newer)",
+    install="maxtext needs Python 3.12 or newer: pip install maxtext",
 )
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -138,9 +138,11 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         loss, sums = mgsr_loss(
             clip_params, student.logits, teacher, labels, self.terms, scale=scale
         )
+        others = {}
         if student.moe_lb_loss is not None:
             loss += student.moe_lb_loss
-        return loss, _named("distill", sums, total_loss=loss)
+            others["moe_lb_loss"] = student.moe_lb_loss
+        return loss, _named("distill", sums, total_loss=loss, **others)
 
     def compute_eval_loss(
         self, student_output: Any, labels: Labels
