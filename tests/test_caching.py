@@ -26,6 +26,14 @@ from mgsr_jax.teacher_cache import TeacherCache
 TOP_K, WIDTH = 16, 128
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    two = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding.jax, "devices", lambda: two)
+        yield
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The data has responses of 14 to 38 tokens, so that rows are ragged."""
@@ -52,7 +60,7 @@ def config(project, name="cache", **changes):
             cache_dir=str(project / "cache_dir"),
         ),
         objective=Objective(span=0.0, num_candidates=TOP_K),
-        mesh=MeshConfig(data=4, fsdp=2),
+        mesh=MeshConfig(data=1, fsdp=2),
     )
     return TrainConfig(**settings | changes)
 
@@ -69,6 +77,12 @@ def make(settings, console=None, **options):
 def opened(settings):
     setup = read_inputs(settings, console=quiet())
     return TeacherCache.open(settings.output, origin_of(setup)), setup
+
+
+@pytest.fixture
+def one_width(monkeypatch):
+    """One program to compile in place of two."""
+    monkeypatch.setattr(caching, "_NARROWEST", WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +157,7 @@ def test_short_examples_are_read_in_short_rows(made):
 def test_unscored_positions_are_neither_projected_nor_kept(monkeypatch):
     """One chunk of tokens for every `_CHUNK` of the longest response, and no more."""
     monkeypatch.setattr(caching, "_CHUNK", 8)
-    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
+    mesh = sharding.make_mesh(1, 2)
     model, params = tiny.llama(num_hidden_layers=1)
     rows = tiny.complete(((2, 5), (8, 3), (3, 1), (4, 6)))
     projected = []
@@ -305,7 +319,7 @@ def test_the_teacher_is_needed_where_the_student_writes(project, made):
         assert prepare(without, console=quiet()).runs_teacher
 
 
-def test_what_is_held_is_told_and_little_is_warned_of(project, made):
+def test_what_is_held_is_told_and_little_is_warned_of(project, made, one_width):
     settings, manifest = made
     console = quiet()
     make(settings, console)
@@ -323,7 +337,7 @@ def test_what_is_held_is_told_and_little_is_warned_of(project, made):
     assert "raise --top_k" not in console.file.getvalue()
 
 
-def test_logits_that_are_not_finite_are_named(project, monkeypatch):
+def test_logits_that_are_not_finite_are_named(project, one_width, monkeypatch):
     load = hf.load_params
     monkeypatch.setattr(
         hf,
