@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from mgsr_jax import sharding
+from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.row_source import RowSource
 from mgsr_jax.rows import NO_SPAN
@@ -63,7 +64,17 @@ def add_spans(rows):
     return dataclasses.replace(rows, span_ids=np.full_like(rows.span_ids, MARK))
 
 
-def make(policy="on", *, parts=2, mesh=None, **settings):
+def lookup(rows):
+    """Says of every position which example it is of."""
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(rows))
+    assert rows.ground_truth.all()
+    shape = (len(rows.example), WIDTH - 1, 3)
+    example = np.broadcast_to(rows.example[:, None, None], shape)
+    logits, indices = example.astype(np.float16), example.astype(np.uint16)
+    return TopKTeacher(logits, indices, logits[..., 0].astype(np.float32))
+
+
+def make(policy="on", *, parts=2, mesh=None, lookup=None, **settings):
     keep = settings.pop("keep_ground_truth", True)
     return RowSource(
         Batches(),
@@ -76,6 +87,7 @@ def make(policy="on", *, parts=2, mesh=None, **settings):
         micro_batches=parts,
         steps=STEPS,
         keep_ground_truth=keep,
+        lookup=lookup,
     )
 
 
@@ -128,6 +140,52 @@ def test_a_generated_step_without_labels_carries_the_samples_alone():
     rows = step(make(keep_ground_truth=False), 0)
     assert len(rows.micro_batches) == 2 == len(rows.corrections)
     assert not any(part.ground_truth.any() for part in rows.micro_batches)
+
+
+def assert_cached(rows):
+    """What the cache says is of the row beside it, in its dtype, split as it is."""
+    assert len(rows.cached) == len(rows.micro_batches)
+    for part, found in zip(rows.micro_batches, rows.cached, strict=True):
+        if found is None:
+            assert not part.ground_truth.any()
+            continue
+        assert part.ground_truth.all()
+        assert [leaf.dtype for leaf in found] == ["float16", "uint16", "float32"]
+        for leaf in found:
+            assert leaf.sharding.spec == part.tokens.sharding.spec == sharding.BATCH
+            np.testing.assert_array_equal(
+                leaf[:, 0].ravel()[:: leaf[0, 0].size], part.example
+            )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_data_s_rows_come_with_what_the_cache_says(parts):
+    source = make("off", parts=parts, lookup=lookup)
+    for number in range(2):
+        rows = step(source, number)
+        assert None not in rows.cached
+        assert_cached(rows)
+
+
+def test_the_student_s_rows_are_not_in_the_cache():
+    rows = step(make(lookup=lookup), 0)
+    assert [found is None for found in rows.cached] == [False, False, True, True]
+    assert_cached(rows)
+    source = make("replay", initial_ratio=1.0, capacity=16, lookup=lookup)
+    for number in range(STEPS):
+        rows = step(source, number)
+        assert_cached(rows)
+    assert rows.source == "replay"
+
+
+def test_what_is_not_trained_on_is_not_looked_up():
+    rows = step(make(keep_ground_truth=False, lookup=pytest.fail), 0)
+    assert rows.cached == (None, None)
+
+
+def test_without_a_cache_the_teacher_is_run_on_every_row():
+    for policy, count in (("off", 2), ("on", 4)):
+        assert step(make(policy), 0).cached == (None,) * count
 
 
 def test_what_is_drawn_depends_on_the_step_s_key_alone():
