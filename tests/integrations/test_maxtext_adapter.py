@@ -74,7 +74,7 @@ def adapter():
         patch.setitem(sys.modules, PATH, module)
         patch.delitem(sys.modules, "mgsr_jax.integrations.maxtext", raising=False)
         yield importlib.import_module("mgsr_jax.integrations.maxtext")
-    sys.modules.pop("mgsr_jax.integrations.maxtext")
+    sys.modules.pop("mgsr_jax.integrations.maxtext", None)
 
 
 class Tiny(nnx.Module):
@@ -341,32 +341,100 @@ def test_span_ids_are_not_handed_over(adapter):
         run(adapter, terms=Terms(span=1.0))
 
 
-@pytest.mark.skipif(real is None, reason="maxtext is not installed (Python 3.12)")
-def test_the_stand_in_is_as_maxtext_is(monkeypatch):
+needs_maxtext = pytest.mark.skipif(
+    real is None, reason="maxtext is not installed (it wants Python 3.12)"
+)
+
+
+@pytest.fixture
+def real_adapter(monkeypatch):
+    monkeypatch.setitem(sys.modules, PATH, real)
+    monkeypatch.delitem(sys.modules, "mgsr_jax.integrations.maxtext", raising=False)
+    adapter = importlib.import_module("mgsr_jax.integrations.maxtext")
+    assert issubclass(adapter.MgsrStrategy, real.DistillationStrategy)
+    yield adapter
+    sys.modules.pop("mgsr_jax.integrations.maxtext")
+
+
+def real_forward(model, input_tokens, **kwargs):
+    return real.DistillationForwardOutput(logits=model(input_tokens))
+
+
+@needs_maxtext
+def test_the_stand_in_is_as_maxtext_is():
     def arguments(function):
         return [
-            (p.name, p.kind) for p in inspect.signature(function).parameters.values()
+            (x.name, x.kind) for x in inspect.signature(function).parameters.values()
         ]
 
     for name in ("__init__", "create_labels", "compute_loss", "compute_eval_loss"):
         ours, theirs = (
-            getattr(module, name)
-            for module in (DistillationStrategy, real.DistillationStrategy)
+            arguments(getattr(strategy, name))
+            for strategy in (DistillationStrategy, real.DistillationStrategy)
         )
-        assert arguments(ours) == arguments(theirs), name
+        assert ours == theirs, name
     ours, theirs = (
         [field.name for field in dataclasses.fields(record)]
         for record in (DistillationForwardOutput, real.DistillationForwardOutput)
     )
     assert ours == theirs
-    monkeypatch.delitem(sys.modules, "mgsr_jax.integrations.maxtext", raising=False)
-    adapter = importlib.import_module("mgsr_jax.integrations.maxtext")
-    assert issubclass(adapter.MgsrStrategy, real.DistillationStrategy)
 
-    def real_forward(model, input_tokens, **kwargs):
-        return real.DistillationForwardOutput(logits=model(input_tokens))
 
-    loss, metrics = run(adapter, student_forward=real_forward)
-    check((loss, metrics), expected())
-    # MaxText's own division of what compute_loss returns.
-    assert real.weighted_mean([metrics["distill/total_loss"]]) == pytest.approx(loss)
+def real_batches(offline):
+    """Two equal batches as MaxText's input pipeline and its iterator make them."""
+    batch = batch_of()
+    inputs, positions = batch.pop("input_tokens"), batch.pop("positions")
+    batch |= dict(inputs=inputs, inputs_position=positions)
+    if offline:
+        top = jax.lax.top_k(Tiny(1)(inputs)[..., :TOKENS], TOKENS)
+        batch |= zip(("top_k_logits", "top_k_indices"), top, strict=True)
+    return real.MaxTextToTunixIterator(iter([batch, batch]))
+
+
+def real_inputs(batch):
+    """What MaxText's train_distill hands to its trainer."""
+    names = ("input_tokens", "positions", "targets", "targets_segmentation")
+    inputs = {name: getattr(batch, name) for name in names}
+    if batch.top_k_logits is not None:
+        inputs["teacher_output"] = real.DistillationForwardOutput(
+            logits=batch.top_k_logits, top_k_indices=batch.top_k_indices
+        )
+    return inputs
+
+
+@needs_maxtext
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MaxText's and Tunix's own
+@pytest.mark.parametrize("offline", [False, True])
+def test_maxtexts_own_trainer_trains_and_logs(real_adapter, monkeypatch, offline):
+    train_distill = importlib.import_module(f"{PATH.rpartition('.')[0]}.train_distill")
+    # Counted from a configuration of MaxText's models, which Tiny has none of.
+    tflops = "calculate_distillation_tflops_per_device"
+    monkeypatch.setattr(real, tflops, lambda *_, **__: (1, 1, 1))
+    student = student_of(real_adapter)
+    trainer = train_distill.MaxTextDistillationTrainer(
+        model=train_distill.ModelBundle(None if offline else Tiny(1), student),
+        strategy=real_adapter.MgsrStrategy(real_forward, real_forward, TOKENS),
+        optimizer=real_adapter.clip_network_optimizer(optax.sgd(0.1)),
+        training_config=train_distill.peft_trainer.TrainingConfig(eval_every_n_steps=9),
+        student_config=None,
+        teacher_config=None,
+        is_offline=offline,
+    )
+    trainer._has_aux = trainer.is_managed_externally = True
+    trainer.checkpoint_manager = real.tunix_checkpoint_manager.CheckpointManager(None)
+    trainer.with_gen_model_input_fn(real_inputs)
+    trainer.train(real_batches(offline))
+    trainer._write_train_metrics()
+
+    def log(name):
+        return trainer.metrics_logger.get_metric_history("", name, "train")
+
+    want = expected()
+    for name, logged in (("dac_kl", "dac_kl"), ("cross_entropy", "hard_loss")):
+        np.testing.assert_allclose(log(f"distill/{logged}")[0], want[name], rtol=1e-5)
+    first, second = log("loss")
+    assert second < first
+    start = init_clip_network(jax.random.key(3), num_candidates=K)
+    clip_params = real_adapter.detach_clip_network(student)
+    for before, after in zip(*map(jax.tree.leaves, (start, clip_params)), strict=True):
+        assert np.any(before != after)
