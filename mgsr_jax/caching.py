@@ -229,8 +229,8 @@ def _widths(longest: int) -> list[int]:
 
 
 def _tell(folder: Path, manifest: Manifest, console: Console) -> None:
-    size = sum(manifest.shard_bytes)
     recipe = manifest.recipe
+    size = sum((folder / name).stat().st_size for name in recipe.shards)
     console.print(
         f"teacher cache: {folder}: {recipe.examples} examples, {manifest.positions} "
         f"tokens, {size / 1e6:.1f} MB ({size / max(manifest.positions, 1):.0f} bytes a "

@@ -7,9 +7,10 @@ the example's index and checked against the example's tokens: a cache and the da
 cannot drift apart unnoticed.
 
 A file holds, for P scored positions of N examples: `logits` [P, K] relative to the
-largest, `indices` [P, K], `logsumexp` [P]; and as its index `offsets` [N + 1] into P
-and two digests an example, `tokens` of what the teacher read and `contents` of what it
-said. The manifest has a digest of each file's index: no byte that is read is unchecked.
+largest, `indices` [P, K], `logsumexp` [P]; and as its index `offsets` [N + 1] into P,
+and of each example `tokens`, a digest of what the teacher read, and `contents`, a
+checksum of what it said. The manifest has a digest of each file's index: no byte that
+is read is unchecked.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +37,6 @@ PathLike = str | os.PathLike[str]
 
 _HEADER = "teacher_cache"  # one key: safetensors writes several in any order
 _DIGEST = 16  # bytes
-_POSITIONS = ("logits", "indices", "logsumexp")
 _INDEX = ("offsets", "tokens", "contents")
 _AGAIN = "mgsr cache-teacher --config CONFIG --output"
 
@@ -112,7 +113,6 @@ class Manifest:
 
     Attributes:
       recipe: what it was made from and how.
-      shard_bytes: the size of each file.
       shard_digests: of each file's index.
       positions: scored positions in all.
       held_mass: the share of the teacher's probability that the K classes hold, a mean
@@ -120,7 +120,6 @@ class Manifest:
     """
 
     recipe: Recipe
-    shard_bytes: tuple[int, ...]
     shard_digests: tuple[str, ...]
     positions: int
     held_mass: float
@@ -168,19 +167,23 @@ def write_shard(
     folder: PathLike, recipe: Recipe, number: int, examples: Sequence[CachedExample]
 ) -> None:
     """Writes one file whole or not at all: it gets its name when it is complete."""
-    parts = [_stored(example.teacher, recipe) for example in examples]
-    arrays = {name: np.concatenate([p[name] for p in parts]) for name in _POSITIONS}
-    log_p = arrays["logits"].astype(np.float64) - arrays["logsumexp"][:, None]
-    counts = [len(part["logsumexp"]) for part in parts]
+    found = [_stored(example.teacher, recipe) for example in examples]
+    parts = [teacher for teacher, _ in found]
+    counts = [len(teacher.logsumexp) for teacher in parts]
+    tokens = [_tokens_digest(e.tokens, e.prompt_length) for e in examples]
+    arrays = {
+        name: np.concatenate([getattr(teacher, name) for teacher in parts])
+        for name in TopKTeacher._fields
+    }
     index = {
         "offsets": np.cumsum([0, *counts], dtype=np.int64),
-        "tokens": _stack(_tokens_digest(e.tokens, e.prompt_length) for e in examples),
-        "contents": _stack(_digest(*(p[n] for n in _POSITIONS)) for p in parts),
+        "tokens": np.frombuffer(b"".join(tokens), np.uint8).reshape(-1, _DIGEST),
+        "contents": np.array([_checksum(teacher) for teacher in parts], np.uint32),
     }
     header = {
         "recipe": _flat(recipe),
         "positions": sum(counts),
-        "held_mass": float(np.exp(log_p).sum()),
+        "held_mass": math.fsum(held for _, held in found),
         "index": _digest(*index.values()).hex(),
     }
     file = Path(folder) / recipe.shards[number]
@@ -201,7 +204,6 @@ def finish(folder: PathLike, recipe: Recipe) -> Manifest:
     held = math.fsum(header["held_mass"] for header in headers)
     manifest = Manifest(
         recipe=recipe,
-        shard_bytes=tuple((folder / name).stat().st_size for name in recipe.shards),
         shard_digests=tuple(header["index"] for header in headers),
         positions=positions,
         held_mass=held / max(positions, 1),
@@ -223,7 +225,8 @@ class TeacherCache:
 
     def __init__(self, folder: PathLike, manifest: Manifest):
         self.folder, self.manifest = Path(folder), manifest
-        self._shards: dict[int, _Shard] = {}
+        files = zip(manifest.recipe.shards, manifest.shard_digests, strict=True)
+        self._shards = [_Shard.open(self.folder / name, own) for name, own in files]
 
     @classmethod
     def open(cls, folder: PathLike, origin: Origin) -> "TeacherCache":
@@ -231,19 +234,13 @@ class TeacherCache:
 
         Raises:
           FileNotFoundError: there is no finished cache.
-          ValueError: it was made from something else (what, is named), or a file has
-            another size than the manifest says.
+          ValueError: it was made from something else (what, is named), or a file is
+            missing or damaged.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
         made_from = dataclasses.asdict(manifest.recipe.origin)
         _check_equal(folder, made_from, dataclasses.asdict(origin))
-        names = manifest.recipe.shards
-        for name, size in zip(names, manifest.shard_bytes, strict=True):
-            file = folder / name
-            found = file.stat().st_size if file.is_file() else 0
-            if found != size:
-                raise ValueError(_damaged(file, f"{found} bytes, expected {size}"))
         return cls(folder, manifest)
 
     def lookup(self, rows: Rows) -> TopKTeacher:
@@ -295,7 +292,7 @@ class TeacherCache:
                 f"cache {self.folder}; rebuild it: {_AGAIN} NEW_FOLDER"
             )
         number, row = divmod(example, recipe.examples_per_shard)
-        shard = self._shard(number)
+        shard = self._shards[number]
         if bytes(shard.tokens[row]) != _tokens_digest(tokens, prompt_length):
             raise ValueError(
                 f"example {example} is not the text that the teacher cache "
@@ -303,14 +300,6 @@ class TeacherCache:
                 f"the cache: {_AGAIN} NEW_FOLDER"
             )
         return shard.read(row)
-
-    def _shard(self, number: int) -> "_Shard":
-        if number not in self._shards:
-            path = self.folder / self.manifest.recipe.shards[number]
-            self._shards[number] = _Shard.open(
-                path, self.manifest.shard_digests[number]
-            )
-        return self._shards[number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,16 +326,18 @@ class _Shard:
     def read(self, row: int) -> TopKTeacher:
         where = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         try:
-            found = [self.file.get_slice(name)[where] for name in _POSITIONS]
+            found = TopKTeacher(
+                *(self.file.get_slice(name)[where] for name in TopKTeacher._fields)
+            )
         except SafetensorError as error:
             raise ValueError(_damaged(self.path, str(error))) from error
-        if bytes(self.contents[row]) != _digest(*found):
+        if int(self.contents[row]) != _checksum(found):
             raise ValueError(_damaged(self.path, "its contents changed"))
-        return TopKTeacher(*found)
+        return found
 
 
-def _stored(teacher: TopKTeacher, recipe: Recipe) -> dict[str, np.ndarray]:
-    """As it is on disk.
+def _stored(teacher: TopKTeacher, recipe: Recipe) -> tuple[TopKTeacher, float]:
+    """As it is on disk, and the mass held of each position, summed.
 
     Rounded logits get the logsumexp that leaves the mass outside them what it was: the
     rounding of a large class is more than all of a small tail.
@@ -359,11 +350,20 @@ def _stored(teacher: TopKTeacher, recipe: Recipe) -> dict[str, np.ndarray]:
     logits = np.maximum(exact, np.finfo(dtype).min).astype(dtype)
     held, rounded = (np.exp(z.astype(np.float64)).sum(-1) for z in (exact, logits))
     tail = np.maximum(np.exp(logsumexp) - held, 0.0)
-    return {
-        "logits": logits,
-        "indices": np.asarray(teacher.indices).astype(recipe.indices_dtype),
-        "logsumexp": np.log(rounded + tail).astype(np.float32),
-    }
+    stored = TopKTeacher(
+        logits=logits,
+        indices=np.asarray(teacher.indices).astype(recipe.indices_dtype),
+        logsumexp=np.log(rounded + tail).astype(np.float32),
+    )
+    return stored, float((rounded / (rounded + tail)).sum())
+
+
+def _checksum(teacher: TopKTeacher) -> int:
+    """Of the bytes on disk: against damage, and at every reading, so a quick one."""
+    checksum = 0
+    for part in teacher:
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+    return checksum
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
@@ -377,10 +377,6 @@ def _tokens_digest(tokens: np.ndarray, prompt_length: int) -> bytes:
     """Of what the teacher read and from where on it is scored."""
     lengths = np.asarray([prompt_length, len(tokens)], "<i8")
     return _digest(lengths, np.asarray(tokens, "<i4"))
-
-
-def _stack(digests: Iterable[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, _DIGEST)
 
 
 def _open(path: Path) -> Any:
@@ -417,10 +413,10 @@ def _read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"its format is not {FORMAT}")
         recipe = found.pop("recipe")
         recipe = Recipe(**recipe | {"origin": Origin(**recipe["origin"])})
-        sizes, digests = (found.pop(f"shard_{name}") for name in ("bytes", "digests"))
-        if not len(sizes) == len(digests) == len(recipe.shards):
+        digests = tuple(found.pop("shard_digests"))
+        if len(digests) != len(recipe.shards):
             raise ValueError(f"it is not about {len(recipe.shards)} files")
-        return Manifest(recipe, tuple(sizes), tuple(digests), **found)
+        return Manifest(recipe, digests, **found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}); delete this file and have it written "

@@ -332,7 +332,7 @@ def test_every_flipped_byte_is_found_and_the_file_is_named(tmp_path):
     [
         lambda text: text[:-20],
         lambda text: json.dumps(json.loads(text) | {"format": 0}),
-        lambda text: json.dumps(json.loads(text) | {"shard_bytes": [1]}),
+        lambda text: json.dumps(json.loads(text) | {"shard_digests": ["00"]}),
         lambda text: json.dumps({"format": 1}),
         lambda text: "[]",
     ],
