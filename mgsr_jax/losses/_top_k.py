@@ -23,9 +23,6 @@ def top_k(
 
     Of equals the first wins. Without gradient: stop it before.
     """
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        # A shard_map has placed the rows; the partitioner's hook fails in there.
-        return _top_k(x, k)
 
     @custom_vmap
     def by_row(x: Array) -> Any:
@@ -42,8 +39,9 @@ def top_k(
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     # The barrier keeps a later slice of the K from being merged with the one in here,
     # which XLA then takes for a sort of all of V (40 times the time on CPU).
-    values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
-    return values, indices
+    # One barrier each: XLA (jax 0.10) aborts on one around both before an all-gather.
+    values, indices = lax.top_k(x, k)
+    return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 
 @functools.cache
