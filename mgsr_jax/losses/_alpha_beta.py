@@ -89,11 +89,10 @@ def _alpha_beta(
     p_is_smaller = log_p < log_q
     of_smaller = jnp.where(p_is_smaller, alpha, beta)
     of_larger = jnp.where(p_is_smaller, beta, alpha)
-    larger = jnp.maximum(log_p, log_q)
-    # A class that neither has, and one on which they agree, add 0.
-    differ = (larger > -jnp.inf) & (log_p != log_q)
-    larger = jnp.where(differ, larger, 0.0)
-    x = jnp.where(differ, jnp.minimum(log_p, log_q), 0.0) - larger
+    # A class on which they agree, as on one that neither has, adds 0.
+    equal = log_p == log_q
+    larger = jnp.where(equal, 0.0, jnp.maximum(log_p, log_q))
+    x = jnp.where(equal, 0.0, jnp.minimum(log_p, log_q)) - larger
     # Above 0 with a negative exponent alone.
     power = jnp.maximum(total * x, of_smaller * x)
     infinite = jnp.maximum(total * larger, 0.0) + jnp.maximum(power, 0.0) > LARGE

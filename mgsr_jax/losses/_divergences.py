@@ -277,16 +277,16 @@ def gap(
     the direction of a gradient of full size.
     """
     larger = jnp.maximum(log_p, log_q)
-    apart = jnp.abs(log_p - log_q) > ROUNDING * (1 + jnp.abs(larger))
-    return jnp.where(apart, jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), 0.0)
+    equal = jnp.abs(log_p - log_q) <= ROUNDING * (1 + jnp.abs(larger))
+    return jnp.where(equal, 0.0, jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
 
 
 def weighted(
     weight: Float[Array, "..."], divergence: Float[Array, "*B"]
 ) -> Float[Array, "*B"]:
     """weight * divergence; 0 where the weight is 0 and the divergence infinite."""
-    counts = (weight > 0) | (divergence < jnp.inf)
-    return weight * jnp.where(counts, divergence, 0.0)
+    nothing = (weight == 0) & (divergence == jnp.inf)
+    return weight * jnp.where(nothing, 0.0, divergence)
 
 
 def check_fraction(name: str, number: ScalarLike) -> None:

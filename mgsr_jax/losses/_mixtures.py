@@ -251,9 +251,9 @@ def _taid(
     """From log-probabilities: a constant is all that tells them from the logits."""
 
     def share(weight: Array, logits: Array) -> Array:
-        some = logits > -jnp.inf
-        none = jnp.where(weight > 0, -jnp.inf, 0.0)  # and not nan, as 0 * -inf
-        return jnp.where(some, weight * jnp.where(some, logits, 0.0), none)
+        none = logits == -jnp.inf
+        product = jnp.where(weight > 0, -jnp.inf, 0.0)  # and not nan, as 0 * -inf
+        return jnp.where(none, product, weight * jnp.where(none, 0.0, logits))
 
     mixed = share(1 - mix, lax.stop_gradient(log_q)) + share(mix, log_p)
     return kl(vocabulary, vocabulary.log_softmax(mixed), log_q)
@@ -274,5 +274,5 @@ def _log_mixture(
     # What has no weight may be far above the largest of what has.
     a, b = (jnp.exp(jnp.minimum(x - largest, LARGE)) for x in (log_a, log_b))
     total = weight * a + (1 - weight) * b
-    some = total > 0
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + largest, -jnp.inf)
+    none = total == 0
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1.0, total)) + largest)

@@ -60,6 +60,15 @@ def test_zero_at_equality_and_positive_elsewhere(loss):
 
 
 @every
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_is_not_hidden(loss, side):
+    """A run that has gone wrong must be seen in its loss."""
+    pair = [normal(), normal(seed=1)]
+    pair[side] = pair[side].at[2, 3].set(jnp.nan)
+    assert jnp.isnan(loss(*pair)).tolist() == [False, False, True, False, False]
+
+
+@every
 def test_temperature_divides_both_logits(loss):
     student, teacher = normal(), normal(seed=1)
     got = loss(student, teacher, temperature=2.5)
@@ -232,6 +241,8 @@ def test_taid_at_the_ends_with_classes_that_one_side_excludes(mix):
     values, gradient = value_and_gradient(losses.taid, student, cut, mix=mix)
     expect(values, reference.taid, student, cut, mix)
     assert jnp.all(jnp.isfinite(gradient))
+    slope = jax.grad(lambda x: losses.taid(student, cut, mix=x).sum())(mix)
+    assert jnp.isfinite(slope)
 
 
 # (alpha, beta, equation, tolerance): limits are taken near, not at, their point.
@@ -299,7 +310,9 @@ HEADS = {
     "two": ([0.3, 0.1, 0.4, 0.2], 0.5, [0, 2]),
     "ties at the threshold": ([0.2, 0.35, 0.2, 0.2, 0.05], 0.5, [0, 1, 2, 3]),
     "flat": ([0.25] * 4, 0.5, [0, 1, 2, 3]),
+    "nearly ties": ([0.5 + 3e-7, 0.5 - 3e-7], 0.4, [0]),
     "nothing": ([0.9, 0.1], 0.0, []),
+    "nothing, of a certain teacher": ([1.0, 1e-80], 0.0, []),
     # The last one is 0 in float32; its logit is not -inf.
     "everything that can occur": ([0.7, 0.3 - 1e-12, 1e-12, 1e-80], 1.0, [0, 1, 2]),
 }
