@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgsr_jax.encoding import Encoding
-from mgsr_jax.objective import Objective
+from mgsr_jax.objective import SETTINGS, Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.train_step import OptimizerConfig
 
@@ -251,6 +251,20 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(
             "objective needs 0 <= lower < upper <= 1, got "
             f"lower={objective.lower}, upper={objective.upper}"
+        )
+    read = SETTINGS.get(objective.divergence, ())
+    for name in ("alpha", "beta"):
+        value = getattr(objective, name)
+        if value is not None and name not in read:
+            raise ValueError(
+                f"objective.{name}={value} is not read by "
+                f"objective.divergence={objective.divergence!r}; leave it out, or "
+                f"choose one of {[d for d, own in SETTINGS.items() if name in own]}"
+            )
+    if objective.divergence.startswith("dac_kl") and objective.temperature != 1:
+        raise ValueError(
+            f"objective.temperature={objective.temperature} is not read by DAC-KL, "
+            "which has none; leave it out"
         )
     if config.teacher is None:
         if objective.needs_teacher:

@@ -20,9 +20,9 @@ from rich.progress import (
 )
 
 from mgsr_jax.losses import Sum
-from mgsr_jax.objective import START
+from mgsr_jax.objective import DIVERGENCES, START
 
-SHOWN = ("loss", "sft", "dac_kl", "dac_kl_fixed", "forward_kl", "span")
+SHOWN = ("loss", "sft", *DIVERGENCES, "span")
 
 
 class Means:

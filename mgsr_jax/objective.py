@@ -30,8 +30,31 @@ from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
 from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params
 
-Divergence = Literal["dac_kl", "dac_kl_fixed", "forward_kl"]
+Divergence = Literal[
+    "dac_kl",
+    "dac_kl_fixed",
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "total_variation",
+    "jensen_shannon",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "alpha_beta_divergence",
+    "taid",
+]
 DIVERGENCES = get_args(Divergence)
+
+# What the others than these read beside the temperature.
+SETTINGS = {
+    "jensen_shannon": ("beta",),
+    "skewed_forward_kl": ("alpha",),
+    "skewed_reverse_kl": ("alpha",),
+    "adaptive_kl": ("head_mass",),
+    "alpha_beta_divergence": ("alpha", "beta"),
+    "taid": ("mix",),
+}
 
 START = {"lower": LOWER_START, "upper": UPPER_START}
 """Of DAC-KL's limits; their variances are reported around it."""
@@ -46,14 +69,18 @@ class Objective:
       token: weight of the token-level divergence.
       span: weight of the span correlation.
       divergence: "dac_kl" (limits from the clip network), "dac_kl_fixed" (limits
-        `lower` and `upper`) or "forward_kl" (the whole distribution).
+        `lower` and `upper`), or one of the whole distribution, by its function's name.
       num_candidates: most probable teacher classes that DAC-KL chooses from.
       width: softness of DAC-KL's mask, in quantiles.
       normalization: "teacher" renormalises what is kept of the teacher; "none".
       prior_weight: pulls the learned limits to (0.1, 0.98); 0 is the paper.
       lower: lower quantile limit of "dac_kl_fixed".
       upper: upper quantile limit of "dac_kl_fixed".
-      temperature: of "forward_kl".
+      temperature: of all but DAC-KL, which has none.
+      alpha: of the skewed KLs and "alpha_beta_divergence"; none: the function's own.
+      beta: of "jensen_shannon" and "alpha_beta_divergence"; none: the function's own.
+      head_mass: of "adaptive_kl".
+      mix: of "taid", the teacher's share; it stays what it is over the run.
     """
 
     sft: float = 1.0
@@ -67,6 +94,10 @@ class Objective:
     lower: float = 0.1
     upper: float = 0.98
     temperature: float = 1.0
+    alpha: float | None = None
+    beta: float | None = None
+    head_mass: float = 0.5
+    mix: float = 0.5
 
     @property
     def needs_teacher(self) -> bool:
@@ -274,13 +305,9 @@ def token_loss(
             f"{DIVERGENCES}"
         )
     settings: dict[str, Any] = dict(where=where, vocab_size=vocab_size)
-    if objective.divergence == "forward_kl":
-        if isinstance(teacher, TopKTeacher):
-            values = losses.forward_kl_top_k(student_logits, teacher, **settings)
-        else:
-            settings["temperature"] = objective.temperature
-            values = losses.forward_kl(student_logits, teacher, **settings)
-        return values, {"forward_kl": masked_sum(values, where)}
+    if not objective.divergence.startswith("dac_kl"):
+        values = _whole_divergence(student_logits, teacher, objective, settings)
+        return values, {objective.divergence: masked_sum(values, where)}
     settings |= dict(width=objective.width, normalization=objective.normalization)
     if objective.divergence == "dac_kl":
         result = losses.dac_kl(
@@ -310,6 +337,28 @@ def token_loss(
     }
     metrics = {name: masked_sum(values, where) for name, values in reported.items()}
     return result.loss, {objective.divergence: masked_sum(result.loss, where)} | metrics
+
+
+def _whole_divergence(
+    student_logits: Float[Array, "*B V"],
+    teacher: Float[Array, "*B W"] | TopKTeacher,
+    objective: Objective,
+    settings: dict[str, Any],
+) -> Float[Array, "*B"]:
+    """One of those that look at every class; of a cached teacher, at K and a tail."""
+    name = objective.divergence
+    if isinstance(teacher, TopKTeacher):
+        if name != "forward_kl":
+            raise ValueError(
+                f"objective.divergence={name!r} needs the teacher's whole distribution "
+                "and a cached teacher has K classes; use forward_kl or a DAC-KL"
+            )
+        return losses.forward_kl_top_k(student_logits, teacher, **settings)
+    chosen = {field: getattr(objective, field) for field in SETTINGS.get(name, ())}
+    settings |= {field: x for field, x in chosen.items() if x is not None}
+    return getattr(losses, name)(
+        student_logits, teacher, temperature=objective.temperature, **settings
+    )
 
 
 def default_chunk_size(columns: int) -> int:

@@ -22,6 +22,7 @@ from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
 from mgsr_jax.losses import Sum, init_clip_network, masked_sum
 from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import make_rollout, with_spans
 from mgsr_jax.row_source import RowSource, StepRows
 from mgsr_jax.rows import Rows
@@ -360,7 +361,7 @@ class _Run:
             self.console.print(f"records not used as they stand: {path}")
 
 
-_SCORED = ("sft", "dac_kl", "dac_kl_fixed", "forward_kl")
+_SCORED = ("sft", *DIVERGENCES)
 
 
 def state_shardings(

@@ -135,6 +135,23 @@ def test_what_works_is_let_through(changes):
             ),
             "objective.temperature=2.0; teacher_cache holds .* temperature 1",
         ),
+        (
+            dict(
+                teacher_cache="cache",
+                objective__span=0.0,
+                objective__divergence="reverse_kl",
+            ),
+            "divergence='reverse_kl' needs the teacher's whole distribution",
+        ),
+        (
+            dict(objective__temperature=2.0),
+            "objective.temperature=2.0 is not read by DAC-KL",
+        ),
+        (
+            dict(objective__divergence="taid", objective__beta=0.1),
+            "objective.beta=0.1 is not read by objective.divergence='taid'.*"
+            "'jensen_shannon', 'alpha_beta_divergence'",
+        ),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import types
 
 import jax
@@ -13,7 +14,14 @@ import tiny
 from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
-from mgsr_jax.objective import Objective, at_bound, micro_batch_loss, position_weights
+from mgsr_jax.objective import (
+    DIVERGENCES,
+    SETTINGS,
+    Objective,
+    at_bound,
+    micro_batch_loss,
+    position_weights,
+)
 from mgsr_jax.rows import from_lists, next_token_view
 from mgsr_jax.train_step import init_state, make_train_step
 
@@ -249,6 +257,102 @@ def test_every_divergence_is_averaged_over_all_responses(changes, token):
     np.testing.assert_allclose(loss, token(), rtol=2e-6)
     assert {"sft", "span"}.isdisjoint(metrics)
     assert metrics[objective.divergence].count == len(scored())
+
+
+@pytest.mark.parametrize(
+    ("divergence", "settings"),
+    [
+        ("reverse_kl", {}),
+        ("symmetric_kl", {"temperature": 2.0}),
+        ("total_variation", {}),
+        ("jensen_shannon", {"beta": 0.1}),
+        ("skewed_forward_kl", {"alpha": 0.3}),
+        ("skewed_reverse_kl", {"alpha": 0.3, "temperature": 2.0}),
+        ("adaptive_kl", {"head_mass": 0.7}),
+        ("alpha_beta_divergence", {"alpha": 0.4, "beta": 0.5}),
+        ("taid", {"mix": 0.3}),
+    ],
+)
+def test_any_divergence_may_stand_in_the_token_level(divergence, settings):
+    objective = Objective(sft=0.0, span=0.0, divergence=divergence, **settings)
+    tables = STUDENT["logits"], TEACHER["logits"]
+    per_token = getattr(losses, divergence)(*tables, vocab_size=VOCAB, **settings)
+    want = np.mean([np.asarray(per_token)[b, t] for b, t in scored()])
+    loss, metrics = evaluate(objective)
+    np.testing.assert_allclose(loss, want, rtol=2e-6)
+    assert metrics[divergence].count == len(scored())
+
+
+def test_every_divergence_of_the_library_can_be_chosen():
+    own = {"dac_kl", "dac_kl_fixed"}
+    assert set(SETTINGS) < set(DIVERGENCES) - own
+    for name in DIVERGENCES:
+        read = set(inspect.signature(getattr(losses, name)).parameters)
+        shared = {"student_logits", "teacher_logits", "where", "vocab_size"}
+        given = {*SETTINGS.get(name, ()), "temperature"}
+        assert name in own or read == shared | given | {"vocab_axis"}
+
+
+def cached_loss(objective, k):
+    """Loss and gradient where the teacher's K classes stand for the teacher."""
+    said = losses.top_k_teacher(TEACHER["logits"], k, vocab_size=VOCAB)
+
+    def loss(params):
+        return micro_batch_loss(
+            params,
+            None,
+            ROWS,
+            position_weights(ROWS, objective),
+            student=Table(),
+            teacher=NeverAsked(),
+            objective=objective,
+            vocab_size=VOCAB,
+            cached=said,
+            chunk_size=9,
+        )
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "dac_kl", "dac_kl_fixed"])
+def test_a_cached_teacher_of_all_classes_is_the_teacher(divergence):
+    objective = Objective(span=0.0, divergence=divergence, num_candidates=K)
+    (loss, metrics), grads = cached_loss(objective, VOCAB)
+    want, want_metrics, want_grads, _ = differentiate(objective)
+    np.testing.assert_allclose(loss, want, rtol=2e-6)
+    assert metrics.keys() == want_metrics.keys()
+    assert_close(grads["student"], want_grads["student"], rtol=3e-6)
+
+
+def test_of_a_cached_teacher_only_what_it_can_tell_is_asked():
+    with pytest.raises(ValueError, match="objective.span compares whole"):
+        cached_loss(MGSR, K)
+    with pytest.raises(ValueError, match="'reverse_kl' needs the teacher's whole"):
+        cached_loss(Objective(span=0.0, divergence="reverse_kl"), K)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 7, 72])
+def test_the_chunks_do_not_change_the_loss(chunk_size):
+    """Pairs across the border of chunks count, those across rows do not."""
+
+    def loss(params):
+        weights = position_weights(ROWS, MGSR)
+        models = dict(student=Table(), teacher=Table("teacher"), objective=MGSR)
+        return micro_batch_loss(
+            params,
+            TEACHER,
+            ROWS,
+            weights,
+            vocab_size=VOCAB,
+            chunk_size=chunk_size,
+            **models,
+        )
+
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
+    want, want_metrics, want_grads, _ = differentiate()
+    np.testing.assert_allclose(loss, want, rtol=2e-6)
+    assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
+    assert_close(jax.device_get(metrics), jax.device_get(want_metrics), rtol=2e-6)
 
 
 def test_an_unknown_divergence_is_refused():
