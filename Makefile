@@ -41,8 +41,8 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-clean:  ## remove the environment, the caches and the quickstart's run
-	rm -rf $(VENV) $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environments, the caches and the quickstart's run
+	rm -rf $(VENV) .venv-trl .venv-tunix $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
