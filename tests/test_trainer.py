@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from mgsr_jax import models, sharding
+from mgsr_jax.caching import cache_teacher
 from mgsr_jax.checkpoint import hf, state
 from mgsr_jax.config import DataConfig, MeshConfig, TrainConfig
 from mgsr_jax.metrics import StepProgress
@@ -242,6 +243,99 @@ def test_sft_needs_no_teacher(project):
     lines = [line for line in metrics(project, "sft") if "train/loss" in line]
     assert lines[-1]["train/sft"] < lines[0]["train/sft"]
     assert "train/dac_kl" not in lines[-1]
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """Programs for two compile sooner than for eight."""
+    two = jax.devices()[:2]
+    monkeypatch.setattr(sharding.jax, "devices", lambda: two)
+
+
+@pytest.fixture(scope="module")
+def cached(project):
+    """All classes of every token, as float32: nothing of the teacher is left out.
+
+    Settings of runs on two devices; the cache is made on eight.
+    """
+    settings = config(
+        project,
+        "teacher_cache",
+        objective=Objective(span=0.0, num_candidates=16),
+        rollout=RolloutConfig("off"),
+    )
+    size = len(hf.load_tokenizer(settings.student))
+    cache_teacher(
+        settings,
+        top_k=size,
+        logits_dtype="float32",
+        examples_per_shard=20,
+        console=Console(file=io.StringIO()),
+    )
+    return dataclasses.replace(
+        settings, teacher_cache=settings.output, mesh=MeshConfig(data=1, fsdp=2)
+    )
+
+
+def test_a_run_from_the_cache_is_the_run_with_the_teacher(project, cached, two_devices):
+    """Over more than an epoch, some steps of the student's own text among them."""
+    rollout = RolloutConfig("on", probability=0.5, rounds=0)
+    settings = dataclasses.replace(cached, steps=7, rollout=rollout)
+    settings = changed(
+        settings, data={"valid": None}, objective={"divergence": "forward_kl"}
+    )
+    trained = []
+    for name, cache in (("from_cache", cached.teacher_cache), ("from_teacher", None)):
+        output = str(project / name)
+        run(dataclasses.replace(settings, output=output, teacher_cache=cache))
+        trained.append(checkpoint(project / name)["state"]["params"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *trained)
+    lines = [
+        [line for line in metrics(project, name) if "train/loss" in line]
+        for name in ("from_cache", "from_teacher")
+    ]
+    assert {line["rollout/student_share"] for line in lines[0]} == {0.0, 1.0}
+    for one, other in zip(*lines, strict=True):
+        for name in ("train/loss", "train/forward_kl", "train/sft"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+def test_without_rollouts_the_cache_stands_for_the_teacher(
+    project, cached, two_devices
+):
+    """Its weights are never loaded, and a resumed run is the straight one."""
+    load, loaded = hf.load_params, []
+
+    def remember(path, *args, **settings):
+        loaded.append(path)
+        return load(path, *args, **settings)
+
+    straight = dataclasses.replace(cached, output=str(project / "offline"), steps=4)
+    halves = dataclasses.replace(straight, output=str(project / "offline_halves"))
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "load_params", remember)
+        result = train(straight, console=console)
+        stop_after(2, halves)
+        run(dataclasses.replace(halves, resume=True))
+    assert set(loaded) == {cached.student}
+    told = console.file.getvalue()
+    assert "the teacher is not loaded" in told and "1.0000 of its probability" in told
+    assert_same(checkpoint(project / "offline_halves"), checkpoint(project / "offline"))
+    lines = [line for line in metrics(project, "offline") if "train/loss" in line]
+    assert all(line["train/dac_kl"] > 0 for line in lines)
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    assert result.validation.keys() == {"loss", "sft"}
+
+
+def test_the_cache_of_other_data_is_refused_and_writes_nothing(
+    project, cached, two_devices
+):
+    other = changed(cached, data={"train": cached.data.valid, "valid": None})
+    other = dataclasses.replace(other, output=str(project / "refused"))
+    with pytest.raises(ValueError, match="was made from another data"):
+        run(other)
+    assert not (project / "refused").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(project):
