@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -32,6 +32,11 @@ test-trl:  ## the divergences against TRL's, in an environment of its own
 test-tunix:  ## the adapters inside google-tunix, in an environment of its own
 	$(MAKE) VENV=.venv-tunix .venv-tunix/installed-test-tunix
 	.venv-tunix/bin/python -m pytest tests/integrations
+
+bench-losses: $(VENV)/installed-train  ## what chunked saves and costs, each loss's cost, the import
+	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/loss_cost.py
+	$(BIN)/python benchmarks/import_time.py
 
 structure: $(VENV)/installed-test  ## who imports whom
 	$(BIN)/python -m pytest tests/test_structure.py

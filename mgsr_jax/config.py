@@ -90,6 +90,8 @@ class TrainConfig:
       epochs: passes over the training data.
       batch_size: examples a step, over all hosts and micro-batches.
       micro_batches: parts that a step's batch is computed in, one after the other.
+      chunk_size: tokens whose logits are in a device's memory at once; none: as many as
+        fill 8 MiB on a CPU and 256 MiB elsewhere.
       seed: of data order, rollouts and the clip network.
       dtype: of computation; parameters, optimizer and losses are float32.
       teacher_dtype: of the teacher's parameters.
@@ -114,6 +116,7 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 32
     micro_batches: int = 1
+    chunk_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -211,6 +214,7 @@ def _check_signs(config: TrainConfig) -> None:
         "steps": config.steps,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
+        "chunk_size": config.chunk_size,
         "micro_batches": config.micro_batches,
         "log_every": config.log_every,
         "keep_checkpoints": config.keep_checkpoints,
@@ -246,6 +250,10 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(
             "objective.sft, .token and .span must be at least 0 and one of them "
             f"above, got {weights}"
+        )
+    if objective.span and config.chunk_size == 1:
+        raise ValueError(
+            "chunk_size=1 leaves the span loss no neighbour to look at; use 2 or more"
         )
     if not 0 <= objective.lower < objective.upper <= 1:
         raise ValueError(

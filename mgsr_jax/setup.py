@@ -309,6 +309,7 @@ _MAY_CHANGE = (
     "output",
     "mesh",
     "micro_batches",
+    "chunk_size",
     "log_every",
     "save_every",
     "keep_checkpoints",

@@ -89,8 +89,9 @@ class _Run:
         shared: dict[str, Any] = dict(vocab_size=setup.vocab_size, dtype=dtype)
         pair = (setup.student, setup.teacher)
         self.optimizer = make_optimizer(config.optimizer, setup.steps)
+        chunked = shared | dict(chunk_size=config.chunk_size)
         self.train_step = make_train_step(
-            *pair, self.optimizer, config.objective, **shared
+            *pair, self.optimizer, config.objective, **chunked
         )
         watched = config.objective
         if setup.teacher is not None and not setup.runs_teacher:
@@ -99,7 +100,7 @@ class _Run:
                 "the teacher is not loaded: every step reads the teacher cache, and "
                 "validation measures the student's cross-entropy alone"
             )
-        self.validation_step = make_validation_step(*pair, watched, **shared)
+        self.validation_step = make_validation_step(*pair, watched, **chunked)
         self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
         rollout = None
         if setup.teacher is not None and config.rollout.policy != "off":

@@ -143,6 +143,7 @@ def test_what_works_is_let_through(changes):
             ),
             "divergence='reverse_kl' needs the teacher's whole distribution",
         ),
+        (dict(chunk_size=1), "chunk_size=1 leaves the span loss no neighbour"),
         (
             dict(objective__temperature=2.0),
             "objective.temperature=2.0 is not read by DAC-KL",
@@ -167,6 +168,7 @@ def test_what_cannot_work_is_named(changes, message):
         "steps",
         "batch_size",
         "micro_batches",
+        "chunk_size",
         "log_every",
         "keep_checkpoints",
         "rollout.capacity",

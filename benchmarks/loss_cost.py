@@ -1,0 +1,95 @@
+"""What each loss costs beside forward KL: value and gradient, on dense logits.
+
+Every loss is timed in turn with `forward_kl` on the same logits; the median of the
+ratios is printed. The models and heads that make the logits are not in it.
+
+    python benchmarks/loss_cost.py      # a few minutes on two CPU cores
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mgsr_jax import losses
+
+CLIP = losses.init_clip_network(jax.random.key(0))
+
+
+def top_k(student: Any, teacher: Any) -> Any:
+    """A teacher of 256 classes, made on the way: what reading a cache leaves out."""
+    return losses.forward_kl_top_k(student, losses.top_k_teacher(teacher, 256))
+
+
+def spans(student: Any, teacher: Any) -> Any:
+    """Phrases of three tokens."""
+    return losses.span_correlation(student, teacher, jnp.arange(len(student)) // 3)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "cross_entropy": lambda s, t: losses.cross_entropy(s, jnp.argmax(t, -1)),
+    "forward_kl": losses.forward_kl,
+    "reverse_kl": losses.reverse_kl,
+    "symmetric_kl": losses.symmetric_kl,
+    "total_variation": losses.total_variation,
+    "jensen_shannon": losses.jensen_shannon,
+    "skewed_forward_kl": losses.skewed_forward_kl,
+    "skewed_reverse_kl": losses.skewed_reverse_kl,
+    "adaptive_kl": losses.adaptive_kl,
+    "alpha_beta_divergence": losses.alpha_beta_divergence,
+    "taid": lambda s, t: losses.taid(s, t, mix=0.5),
+    "forward_kl_top_k": top_k,
+    "dac_kl": lambda s, t: losses.dac_kl(CLIP, s, t).loss,
+    "span_correlation": spans,
+}
+
+
+def gradient_of(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled value and gradient of the sum."""
+    return jax.jit(jax.value_and_grad(lambda s, t: jnp.sum(loss(s, t))))
+
+
+def seconds(run: Callable[..., Any], *arguments: Any) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints a line a loss."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=50_257)
+    parser.add_argument("--pairs", type=int, default=7)
+    args = parser.parse_args()
+    shape = (2, args.tokens, args.vocabulary)
+    student, teacher = 2 * jax.random.normal(jax.random.key(1), shape)
+    plain = gradient_of(losses.forward_kl)
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens, "
+        f"V = {args.vocabulary}: time of forward_kl, median (min-max)"
+    )
+    for name, loss in LOSSES.items():
+        run = gradient_of(loss)
+        for function in (plain, run):
+            seconds(function, student, teacher)
+        ratios = []
+        for _ in range(args.pairs):
+            of_plain = seconds(plain, student, teacher)
+            ratios.append(seconds(run, student, teacher) / of_plain)
+        print(
+            f"{name:24}{statistics.median(ratios):6.2f}"
+            f"  ({min(ratios):.2f}-{max(ratios):.2f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

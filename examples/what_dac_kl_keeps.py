@@ -1,0 +1,149 @@
+"""What DAC-KL keeps of a real teacher's distributions: the figure of docs/losses.md.
+
+    python examples/what_dac_kl_keeps.py --teacher models/teacher \
+        --data dolly/valid.jsonl --output docs/what_dac_kl_keeps.png
+
+Every scored position of the first answers is looked at with the limits that the clip
+network starts from, (0.1, 0.98). About a minute on two CPU cores for a 135M teacher.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from mgsr_jax import data, losses, models
+from mgsr_jax.checkpoint import hf
+from mgsr_jax.encoding import Encoding
+from mgsr_jax.rows import next_token_view
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LOWER, UPPER, WIDTH, CANDIDATES = 0.1, 0.98, 0.01, 512
+SHOWN = (0.3, 0.6, 0.9)  # quantiles of the entropy: a sure, a usual, an open position
+KEPT, CLIPPED = "#1f6f8b", "#c8cdd0"
+
+
+def distributions(args, tokenizer):
+    """Log-probabilities [N, V] of N scored positions, and the text before each."""
+    model = models.from_config(args.teacher)
+    params = hf.load_params(args.teacher, model)
+    width = args.max_length
+    encoding = Encoding(max_prompt_length=width // 2, max_length=width)
+    rows, _ = data.load(args.data, tokenizer, encoding, chunker=None)
+    size = len(tokenizer)
+
+    @jax.jit
+    def log_probs(params, tokens, first):
+        hidden, _ = model.forward(params, tokens)
+        # From the last token of the prompt on: a fixed number of positions a row.
+        at = jnp.minimum(first[:, None] + jnp.arange(args.positions)[None], width - 2)
+        chosen = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        logits = model.unembed(model.head_params(params), chosen)
+        return jax.nn.log_softmax(logits[..., :size]), at
+
+    found, before = [], []
+    chosen = rows.select(range(min(args.examples, len(rows))))
+    for batch in data.eval_batches(chosen, 4, width=width):
+        view = next_token_view(batch)
+        log_p, at = jax.device_get(
+            log_probs(params, view.inputs, batch.prompt_lengths - 1)
+        )
+        for b, t in zip(
+            *np.nonzero(np.take_along_axis(view.where, at, 1)), strict=True
+        ):
+            found.append(log_p[b, t])
+            before.append(tokenizer.decode(batch.tokens[b, : at[b, t] + 1][-7:]))
+    return np.stack(found), before
+
+
+def kept_weights(p):
+    """DAC-KL's mask over candidates `p` [K], descending, as docs/method.md has it."""
+    rest = 1 - p[0]
+    level = 1 - (np.cumsum(p[1:]) - p[1:] / 2) / rest
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+
+    above, below = (level - LOWER) / WIDTH, (UPPER - level) / WIDTH
+    return np.concatenate([[1.0], sigmoid(above) * sigmoid(below)])
+
+
+def draw_position(axis, log_p, before, tokenizer):
+    """Probability by rank; what is kept is dark."""
+    order = np.argsort(-log_p)[:CANDIDATES]
+    p = np.exp(log_p[order].astype(np.float64))
+    weight, rank = kept_weights(p), np.arange(1, len(p) + 1)
+    axis.vlines(rank, 1e-7, p, color=CLIPPED, linewidth=1.5)
+    axis.vlines(rank, 1e-7, np.maximum(weight * p, 1e-7), color=KEPT, linewidth=1.5)
+    axis.set(xscale="log", yscale="log", xlim=(0.8, CANDIDATES), ylim=(1e-6, 1.5))
+    axis.set_title(f"… {before.strip()[-38:]!s} …".replace("\n", "⏎"), fontsize=9)
+    top = ", ".join(repr(tokenizer.decode([k]).strip()) for k in order[:3])
+    axis.text(
+        0.97,
+        0.95,
+        f"next: {top}\nkept: {weight.sum():.0f} classes, {np.sum(weight * p):.3f}",
+        transform=axis.transAxes,
+        ha="right",
+        va="top",
+        fontsize=8,
+    )
+    axis.set_xlabel("rank of the class")
+
+
+def draw_all(axes, log_p, kept):
+    """Over all positions: how many classes, and how much mass, by entropy."""
+    entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+    axes[0].hist(
+        np.asarray(kept.kept_classes), bins=np.geomspace(1, CANDIDATES, 30), color=KEPT
+    )
+    axes[0].set(xscale="log", xlabel="classes kept", ylabel="positions")
+    for values, label, color in (
+        (kept.kept_mass, "kept", KEPT),
+        (kept.candidate_mass, f"in the top {CANDIDATES}", CLIPPED),
+    ):
+        axes[1].plot(entropy, values, ".", markersize=2, color=color, label=label)
+    axes[1].set(xlabel="entropy of the teacher, nats", ylabel="teacher's probability")
+    axes[1].legend(frameon=False, markerscale=4)
+
+
+def main():
+    """Writes the figure and prints its medians."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", required=True, help="Hugging Face folder")
+    parser.add_argument("--data", required=True, help="JSON Lines of instructions")
+    parser.add_argument("--output", type=Path, default=Path("what_dac_kl_keeps.png"))
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--positions", type=int, default=32, help="at most, an answer")
+    parser.add_argument("--max_length", type=int, default=256)
+    args = parser.parse_args()
+    tokenizer = hf.load_tokenizer(args.teacher)
+    log_p, before = distributions(args, tokenizer)
+    kept = losses.dac_kl_fixed(
+        (LOWER, UPPER), log_p, log_p, num_candidates=CANDIDATES, width=WIDTH
+    )
+    entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+    order = np.argsort(entropy)
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.3), layout="constrained")
+    for axis, quantile in zip(axes, SHOWN, strict=False):
+        chosen = order[int(quantile * (len(order) - 1))]
+        draw_position(axis, log_p[chosen], before[chosen], tokenizer)
+    axes[0].set_ylabel("teacher's probability")
+    draw_all(axes[3:], log_p, kept)
+    figure.savefig(args.output, dpi=110)
+    print(
+        f"{args.output}: {len(log_p)} positions; medians: entropy "
+        f"{np.median(entropy):.2f} nats, {np.median(kept.kept_classes):.1f} classes "
+        f"kept with {np.median(kept.kept_mass):.4f} of the probability; the top "
+        f"{CANDIDATES} hold {np.median(kept.candidate_mass):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
