@@ -12,19 +12,24 @@ import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 
 def top_k(
-    x: Float[Array, "*B V"], k: int
+    x: Float[Array, "*B V"], k: int, *, rows_by_xla: bool | None = None
 ) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
     """The `k` largest of the last axis, descending, and where they stand.
 
-    Of equals the first wins. Without gradient: stop it before.
+    Of equals the first wins. Without gradient: stop it before. `rows_by_xla` says that
+    the rows are for XLA to place; None that they are outside of every shard_map alone.
+    Within two the partitioner's hook aborts XLA (jax 0.10).
     """
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        # A shard_map has placed the rows; the partitioner's hook fails in there.
+    if rows_by_xla is None:
+        types = jax.sharding.get_abstract_mesh().axis_types
+        rows_by_xla = AxisType.Manual not in types
+    if not rows_by_xla:
         return _top_k(x, k)
 
     @custom_vmap
@@ -33,7 +38,7 @@ def top_k(
 
     @by_row.def_vmap
     def _(axis_size: int, batched: Any, x: Array) -> Any:
-        return top_k(x, k), (True, True)
+        return top_k(x, k, rows_by_xla=True), (True, True)
 
     values, indices = by_row(x)
     return values, indices
@@ -53,9 +58,8 @@ def _partitioned(k: int, ndim: int) -> Any:
         return _top_k(x, k)
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
-        result_shardings = tuple(result.sharding for result in results)
-        operand_shardings = tuple(operand.sharding for operand in operands)
-        return mesh, whole, result_shardings, operand_shardings
+        of_rows = _whole_last_axis(operands[0])
+        return mesh, whole, (of_rows, of_rows), (of_rows,)
 
     rows = " ".join(f"b{axis}" for axis in range(ndim - 1))
     function = custom_partitioning(whole)
@@ -65,3 +69,15 @@ def _partitioned(k: int, ndim: int) -> Any:
         need_replication_factors=("v", "k"),
     )
     return jax.jit(function)
+
+
+def _whole_last_axis(x: jax.ShapeDtypeStruct) -> Any:
+    """A placement of rows: the sharding rule does not keep XLA from splitting V."""
+    if isinstance(x.sharding, NamedSharding):
+        return NamedSharding(x.sharding.mesh, P(*x.sharding.spec[:-1]))
+    if x.sharding.shard_shape(x.shape)[-1] != x.shape[-1]:
+        raise ValueError(
+            f"logits of {x.shape[-1]} columns are split over an Auto axis inside a "
+            "shard_map over other axes; expected its name: pass vocab_axis"
+        )
+    return x.sharding

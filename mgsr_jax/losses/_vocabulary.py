@@ -30,9 +30,13 @@ class Vocabulary:
 
     Attributes:
       axis: the mesh axis that it is split over, in equal consecutive parts.
+      part: the number of this device's part; None reads it from `axis`.
+      rows_by_xla: as in `top_k`.
     """
 
     axis: Axis = None
+    part: Int[Array, ""] | None = None
+    rows_by_xla: bool | None = None
 
     def width(self, x: Float[Array, "*B V"]) -> int:
         """The number of columns on all devices together."""
@@ -72,13 +76,14 @@ class Vocabulary:
         """The `k` largest, descending, and their columns; of equals the first wins."""
         if self.axis is None:
             return top_k(x, k)
-        values, indices = top_k(x, min(k, x.shape[-1]))
+        largest = functools.partial(top_k, rows_by_xla=self.rows_by_xla)
+        values, indices = largest(x, min(k, x.shape[-1]))
         last = x.ndim - 1
         values, indices = (
             lax.all_gather(part, self.axis, axis=last, tiled=True)
             for part in (values, indices + self._first(x))
         )
-        values, places = top_k(values, k)
+        values, places = largest(values, k)
         indices = jnp.take_along_axis(indices, places, axis=-1)
         # Equal on every device already; pmax is what tells the type system so.
         return lax.pmax(values, self.axis), lax.pmax(indices, self.axis)
@@ -108,7 +113,10 @@ class Vocabulary:
         return drop(x, here)
 
     def _first(self, x: Float[Array, "*B V"]) -> int | Int[Array, ""]:
-        return 0 if self.axis is None else lax.axis_index(self.axis) * x.shape[-1]
+        if self.axis is None:
+            return 0
+        part = lax.axis_index(self.axis) if self.part is None else self.part
+        return part * x.shape[-1]
 
 
 def over_vocabulary(
@@ -142,14 +150,30 @@ def over_vocabulary(
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if all(kinds[axis] == AxisType.Manual for axis in axes):
         return local(Vocabulary(vocab_axis), *logits, *rest)
-    _check_divides(mesh, axes, logits)
+    parts = _parts(mesh, axes, logits)
     split = tuple(P(*[None] * (x.ndim - 1), axes) for x in logits)
-    specs = (*split, *jax.tree.map(lambda _: P(), rest))
+    specs = (P(axes), *split, *jax.tree.map(lambda _: P(), rest))
     place = functools.partial(jax.shard_map, mesh=mesh, axis_names=set(axes))
-    function = functools.partial(local, Vocabulary(vocab_axis))
-    if any(kind == AxisType.Manual for kind in kinds.values()):
-        return _differentiated_inside(function, place, specs)(*logits, *rest)
-    return place(function, in_specs=specs, out_specs=P())(*logits, *rest)
+    nested = AxisType.Manual in mesh.axis_types
+    function = _numbered(local, vocab_axis, rows_by_xla=not nested)
+    if nested:
+        return _differentiated_inside(function, place, specs)(parts, *logits, *rest)
+    return place(function, in_specs=specs, out_specs=P())(parts, *logits, *rest)
+
+
+def _numbered(
+    local: Callable[..., Any], axis: Axis, *, rows_by_xla: bool
+) -> Callable[..., Any]:
+    """`local` on a device that is told its part's number before the logits.
+
+    With `axis_index` some programs do not compile where other axes are Auto (XLA's
+    partitioner in jax 0.10: "PartitionId instruction is not supported").
+    """
+
+    def run(part: Array, *args: Any) -> Any:
+        return local(Vocabulary(axis, part[0], rows_by_xla), *args)
+
+    return run
 
 
 def _differentiated_inside(
@@ -199,23 +223,22 @@ def _over_explicit(
 ) -> Any:
     """Every axis of the type becomes manual: nothing is left for XLA to gather."""
     axes = _axes(spec[-1])
-    if axes:
-        _check_divides(mesh, axes, logits)
+    parts = _parts(mesh, axes, logits)
     positions = P(*spec[:-1])
     shape = logits[0].shape[:-1]
 
     def place(x: Array | float) -> P:
         return positions if jnp.shape(x)[: len(shape)] == shape else P()
 
-    specs = (*(P(*spec) for _ in logits), *jax.tree.map(place, rest))
+    specs = (P(axes or None), *(P(*spec) for _ in logits), *jax.tree.map(place, rest))
     arguments = jax.tree.map(
         lambda spec, part: jax.tree.map(lambda x: reshard(x, spec), part),
         specs,
-        (*logits, *rest),
+        (parts, *logits, *rest),
         is_leaf=lambda x: isinstance(x, P),
     )
     return jax.shard_map(
-        functools.partial(local, Vocabulary(spec[-1])),
+        _numbered(local, spec[-1], rows_by_xla=False),
         mesh=mesh,
         in_specs=specs,
         out_specs=positions,
@@ -236,9 +259,10 @@ def _axes(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
-def _check_divides(
+def _parts(
     mesh: Any, axes: tuple[str, ...], logits: tuple[Float[Array, "..."], ...]
-) -> None:
+) -> Int[Array, " parts"]:
+    """The numbers of the parts that V is split into; checks that it divides."""
     parts = math.prod(mesh.shape[axis] for axis in axes)
     for x in logits:
         if x.shape[-1] % parts:
@@ -247,3 +271,4 @@ def _check_divides(
                 f"devices of vocab_axis={axes}; pad the head to a multiple of {parts} "
                 "and pass vocab_size, the number of tokens"
             )
+    return jnp.arange(parts, dtype=jnp.int32)

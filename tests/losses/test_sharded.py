@@ -1,0 +1,253 @@
+"""Every loss with V split over devices: the unsharded values, and nothing gathered."""
+
+import functools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_contract
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgsr_jax import losses
+
+# 17 columns or 34 a device, and no other size has a factor of 17: what a collective
+# moves of V shows in its sizes, in whatever shape. 100 tokens: one device of four holds
+# tokens and padding, the next padding alone.
+B, T, V, TOKENS, K = 2, 6, 136, 100, 4
+PRIME = 17
+WEIGHTS = jnp.linspace(0.5, 2.0, B * T).reshape(B, T)
+CLIP = test_contract.LEARNED
+# Of each position: what the losses read beside logits.
+POSITIONS = {
+    "where": test_contract.WHERE[:B],
+    "labels": test_contract.LABELS[:B] * 19,
+    "span_ids": test_contract.SPAN_IDS[:B],
+    "upper": jnp.linspace(0.8, 1.0, B * T).reshape(B, T),
+}
+
+
+def cross_entropy(clip, student, teacher, at, **kwargs):
+    return losses.cross_entropy(student, at["labels"], where=at["where"], **kwargs)
+
+
+def dac_kl(clip, student, teacher, at, **kwargs):
+    # All of its fields, so that the gradient is that of all.
+    return sum(losses.dac_kl(clip, student, teacher, where=at["where"], **kwargs))
+
+
+def dac_kl_fixed(clip, student, teacher, at, **kwargs):
+    limits, kwargs = (0.1, at["upper"]), kwargs | {"where": at["where"]}
+    return losses.dac_kl_fixed(
+        limits, student, teacher, num_candidates=K, **kwargs
+    ).loss
+
+
+def span_correlation(clip, student, teacher, at, **kwargs):
+    kwargs |= {"where": at["where"]}
+    return losses.span_correlation(student, teacher, at["span_ids"], **kwargs)
+
+
+def forward_kl_top_k(clip, student, teacher, at, **kwargs):
+    teacher = losses.top_k_teacher(teacher, K + 1, **kwargs)
+    return losses.forward_kl_top_k(student, teacher, where=at["where"], **kwargs)
+
+
+def dac_kl_of_top_k(clip, student, teacher, at, **kwargs):
+    teacher = losses.top_k_teacher(teacher, K + 1, **kwargs)
+    return losses.dac_kl(clip, student, teacher, where=at["where"], **kwargs).loss
+
+
+def of_two_distributions(loss):
+    def values(clip, student, teacher, at, **kwargs):
+        return loss(student, teacher, where=at["where"], **kwargs)
+
+    return values
+
+
+OWN = [
+    cross_entropy,
+    dac_kl,
+    dac_kl_fixed,
+    span_correlation,
+    forward_kl_top_k,
+    dac_kl_of_top_k,
+]
+LOSSES = {
+    loss.__name__: of_two_distributions(loss) for loss in test_contract.PAIRED
+} | {loss.__name__: loss for loss in OWN}
+
+
+def inputs():
+    """Nothing may be read where the mask is False or the columns are padding."""
+    both = np.random.default_rng(0).normal(0, 2, (2, B, T, V)).astype(np.float32)
+    both[:, ~np.asarray(POSITIONS["where"])] = np.nan
+    both[..., TOKENS:] = np.nan
+    return CLIP, *both
+
+
+# As many as a program of a user's has. With all of them, nested in another shard_map,
+# jax 0.10 aborts in XLA's partitioner ("IsManualSubgroup").
+AT_ONCE = 4
+GROUPS = [tuple(LOSSES)[i : i + AT_ONCE] for i in range(0, len(LOSSES), AT_ONCE)]
+
+
+def differentiated(form, names=tuple(LOSSES)):
+    """(clip, student, teacher) -> {loss: (values, gradients of clip and student)}."""
+
+    def run(clip, student, teacher):
+        found = {}
+        for name in names:
+
+            def total(clip, student, loss=LOSSES[name]):
+                values = form(loss)(
+                    clip, student, teacher, POSITIONS, vocab_size=TOKENS
+                )
+                return jnp.sum(WEIGHTS * values), values
+
+            gradient = jax.value_and_grad(total, (0, 1), has_aux=True)
+            (_, values), gradients = gradient(clip, student)
+            found[name] = values, gradients
+        return found
+
+    return run
+
+
+def in_shard_map(loss, axes):
+    """In a shard_map of the caller's over `axes`, V split over "tensor"."""
+
+    def values(clip, student, teacher, at, **kwargs):
+        rows, columns = (name if name in axes else None for name in ("data", "tensor"))
+        logits = P(rows, None, columns)
+        return jax.shard_map(
+            functools.partial(loss, vocab_axis="tensor", **kwargs),
+            in_specs=(P(), logits, logits, P(rows)),
+            out_specs=P(rows),
+            axis_names=set(axes),
+        )(clip, student, teacher, at)
+
+    return values
+
+
+def named(loss, vocab_axis):
+    return functools.partial(loss, vocab_axis=vocab_axis)
+
+
+def plain(loss):
+    return loss
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+AUTO, EXPLICIT, BOTH = AxisType.Auto, AxisType.Explicit, ("data", "tensor")
+ROWS_TOO, V_ALONE = P("data", None, "tensor"), P(None, None, BOTH)
+PLACEMENTS = {
+    "auto": (AUTO, ROWS_TOO, functools.partial(named, vocab_axis="tensor")),
+    "auto, two axes": (AUTO, V_ALONE, functools.partial(named, vocab_axis=BOTH)),
+    "explicit": (EXPLICIT, ROWS_TOO, plain),
+    "explicit, two axes": (EXPLICIT, V_ALONE, plain),
+    "manual": (AUTO, ROWS_TOO, functools.partial(in_shard_map, axes=BOTH)),
+    "rows manual": (AUTO, ROWS_TOO, functools.partial(in_shard_map, axes=("data",))),
+}
+
+
+@functools.cache
+def unsharded():
+    return jax.jit(differentiated(plain))(*inputs())
+
+
+@functools.cache
+def sharded(placement):
+    """The optimised programs' text, and what they compute."""
+    kind, spec, form = PLACEMENTS[placement]
+    mesh = mesh_of(kind)
+    clip, *logits = inputs()
+    with jax.set_mesh(mesh):
+        clip = jax.device_put(clip, NamedSharding(mesh, P()))
+        logits = jax.device_put(logits, NamedSharding(mesh, spec))
+        texts, found = [], {}
+        for names in GROUPS:
+            run = jax.jit(differentiated(form, names))
+            program = run.lower(clip, *logits).compile()
+            texts.append(program.as_text())
+            found |= program(clip, *logits)
+        return "\n".join(texts), found
+
+
+def of_v(text):
+    """The collectives that move columns, and whole rows of V anywhere."""
+    moved = [
+        found.line
+        for found in hlo.collectives(text)
+        if any(n and n % PRIME == 0 for dims in found.sizes for n in dims)
+    ]
+    return moved, [dims for dims in hlo.sizes(text) if V in dims]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_values_and_gradients_are_the_unsharded_ones(placement):
+    _, got = sharded(placement)
+
+    def close(path, a, b):
+        np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=2e-6, err_msg=jax.tree_util.keystr(path)
+        )
+
+    jax.tree_util.tree_map_with_path(close, got, unsharded())
+    for name, (values, (of_clip, of_student)) in unsharded().items():
+        assert np.any(values) and np.any(of_student), name
+        assert name not in ("dac_kl", "dac_kl_of_top_k") or np.any(
+            of_clip["output"]["kernel"]
+        )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_nothing_of_the_size_of_v_is_moved(placement):
+    text, _ = sharded(placement)
+    assert len(hlo.collectives(text)) >= len(LOSSES)
+    moved, whole = of_v(text)
+    assert not moved, moved[0]
+    assert not whole
+
+
+def test_a_loss_that_gathers_is_found_out():
+    mesh = mesh_of(AUTO)
+    clip, *logits = inputs()
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(logits, NamedSharding(mesh, ROWS_TOO))
+        without_axis = jax.jit(lambda s, t: losses.dac_kl(clip, s, t).loss)
+        moved, whole = of_v(without_axis.lower(*logits).compile().as_text())
+    assert moved and whole
+
+
+@pytest.mark.parametrize("placement", ["auto, two axes", "explicit, two axes"])
+@pytest.mark.parametrize("tokens", [16, 11, 3])
+def test_the_first_of_equals_and_more_candidates_than_columns(placement, tokens):
+    """Two columns a device; ties within and across devices; fewer tokens than K."""
+    kind, spec, _ = PLACEMENTS[placement]
+    logits = np.random.default_rng(1).integers(0, 3, (5, 3, 16)).astype(np.float32)
+    vocab_axis = BOTH if kind == AUTO else None
+    want = losses.top_k_teacher(logits, 5, vocab_size=tokens)
+    assert want.indices.shape[-1] == min(5, tokens)
+    stable = np.argsort(-logits[..., :tokens], axis=-1, kind="stable")[..., :5]
+    np.testing.assert_array_equal(want.indices, stable)
+    with jax.set_mesh(mesh_of(kind)):
+        placed = jax.device_put(logits, NamedSharding(mesh_of(kind), spec))
+        got = losses.top_k_teacher(placed, 5, vocab_size=tokens, vocab_axis=vocab_axis)
+    np.testing.assert_array_equal(got.indices, want.indices)
+    np.testing.assert_array_equal(got.logits, want.logits)
+    np.testing.assert_allclose(got.logsumexp, want.logsumexp, rtol=1e-6)
+
+
+def test_the_mesh_and_the_columns_are_checked():
+    with pytest.raises(ValueError, match="vocab_axis='tensor', but the mesh at hand"):
+        losses.forward_kl(jnp.ones((2, 8)), jnp.ones((2, 8)), vocab_axis="tensor")
+    with jax.set_mesh(mesh_of(AUTO)):
+        with pytest.raises(ValueError, match="10 columns do not divide over the 4"):
+            losses.forward_kl(jnp.ones((2, 10)), jnp.ones((2, 10)), vocab_axis="tensor")
+        with pytest.raises(ValueError, match="no_axis"):
+            losses.forward_kl(jnp.ones((2, 8)), jnp.ones((2, 8)), vocab_axis="no_axis")
