@@ -45,9 +45,9 @@ class Projection:
     def new_tape(self, tokens: Float[Array, "N D"]) -> tuple[Array, Array]:
         """Zeros in place of the factors, in the precision of the hidden states."""
         (columns, width), count = self.kernel.shape, tokens.shape[0]
-        d_logits = jnp.zeros((count, columns), tokens.dtype)
-        hidden = _varying(jnp.zeros((count, width), tokens.dtype), tokens)
-        return _varying(d_logits, tokens, self.kernel), hidden
+        factors = (jnp.zeros((count, n), tokens.dtype) for n in (columns, width))
+        d_logits, hidden = (_varying(x, tokens, self.kernel) for x in factors)
+        return d_logits, hidden
 
     def with_tape(self, tape: tuple[Array, Array]) -> "Projection":
         """The same matrix; its gradient goes to the tape, and none to the kernel."""
