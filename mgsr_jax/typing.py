@@ -57,7 +57,11 @@ class Model(Protocol):
     def unembed(
         self, head: Params, hidden: Float[Array, "*B D"]
     ) -> Float[Array, "*B V"]:
-        """Logits of the next token."""
+        """Logits of the next token.
+
+        A matrix in `head` is multiplied by `mgsr_jax.losses.project`, once: in training
+        a `losses.Taped` stands in its place.
+        """
         ...
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:

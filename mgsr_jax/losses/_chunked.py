@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
 from jaxtyping import Array, Float, PyTree
 
-from mgsr_jax.losses._projection import Projection, add_product
+from mgsr_jax.losses._projection import Projection, Taped, add_product, varying_as
 
 ChunkLoss = Callable[[Any, Array, Any], tuple[Array, Any]]
 
@@ -67,8 +67,8 @@ def chunked(
       The float32 sum, differentiable in `shared` and `tokens`, and the metrics' sums.
 
     Raises:
-      ValueError: `chunk_size` is not above `overlap`, `overlap` is negative; a leaf of
-        `aux` has other leading axes; tokens do not divide over `batch_axes`.
+      ValueError: `overlap` is negative, `chunk_size` below twice that; a leaf of `aux`
+        has other leading axes; tokens do not divide over `batch_axes`.
       TypeError: `fn` closes over what is differentiated (jax tells of a tracer); pass
         it in `shared`.
 
@@ -80,10 +80,10 @@ def chunked(
     >>> print(value, count, gradient)
     10.0 2.5 [10. 10.]
     """
-    if not 0 <= overlap < chunk_size:
+    if overlap < 0 or chunk_size < max(1, 2 * overlap):
         raise ValueError(
             f"chunk_size={chunk_size}, overlap={overlap}; expected an overlap of at "
-            "least 0 and a chunk_size above it"
+            "least 0 and a chunk_size of at least 1 and twice the overlap"
         )
     _check_aux(tokens, aux)
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
@@ -92,6 +92,9 @@ def chunked(
         shared, tokens, aux = jax.tree.map(
             reshard, (shared, tokens, aux), (places.shared, places.tokens, places.aux)
         )
+    elif AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        # In the caller's shard_map: what all devices share is summed over them once.
+        shared = jax.tree.map(lambda x: varying_as(x, tokens), shared)
     run = functools.partial(_run, fn, chunk_size, overlap, places)
 
     @jax.custom_vjp
@@ -258,7 +261,7 @@ def _varied(leaf: Any, tokens: Array) -> Any:
 
 
 def _put(leaf: Any, varied: Any) -> Any:
-    return leaf.with_tape(varied) if _is_projection(leaf) else varied
+    return Taped(leaf.kernel, varied) if _is_projection(leaf) else varied
 
 
 def _add(total: Array, gradient: Any) -> Array:

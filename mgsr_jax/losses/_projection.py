@@ -20,42 +20,65 @@ from mgsr_jax.typing import Leaf
 _BLOCK = 2**22  # bytes of the sum at once: what a CPU's cache holds
 
 
-class _Once:
-    """Guards a tape: a second product would be written over the first."""
-
-    def __init__(self) -> None:
-        self.used = False
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """A matrix that `project` multiplies hidden states with, once in a function.
+    """A matrix that `project` multiplies hidden states with.
+
+    In `shared` of `chunked`, where it is differentiated, `fn` finds a `Taped` in its
+    place.
 
     Attributes:
       kernel: [V, D]
-      tape: set by `chunked`: zeros, the gradients of which are the factors of the
-        kernel's; logits' [N, V] and hidden states' [N, D].
     """
 
     kernel: Leaf
-    tape: tuple[Leaf, Leaf] | None = None
-    once: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def new_tape(self, tokens: Float[Array, "N D"]) -> tuple[Array, Array]:
         """Zeros in place of the factors, in the precision of the hidden states."""
         (columns, width), count = self.kernel.shape, tokens.shape[0]
         factors = (jnp.zeros((count, n), tokens.dtype) for n in (columns, width))
-        d_logits, hidden = (_varying(x, tokens, self.kernel) for x in factors)
+        d_logits, hidden = (varying_as(x, tokens, self.kernel) for x in factors)
         return d_logits, hidden
 
-    def with_tape(self, tape: tuple[Array, Array]) -> "Projection":
-        """The same matrix; its gradient goes to the tape, and none to the kernel."""
-        return Projection(self.kernel, tape, _Once())
+
+class Taped:
+    """A projection whose gradient is read from a tape: its two factors.
+
+    Neither an array nor a tree of arrays, so that nothing but `project`, once, and
+    `astype` can be done with it: any other use of the kernel would go unnoticed by the
+    tape.
+
+    Args:
+      kernel: [V, D]
+      tape: zeros, the gradients of which are the factors: logits' [N, V] and hidden
+        states' [N, D].
+    """
+
+    def __init__(self, kernel: Array, tape: tuple[Array, Array]):
+        self._kernel, self._tape, self._uses = kernel, tape, []
+
+    def astype(self, dtype: Any) -> "Taped":
+        """The same in another precision; `project` is still for once."""
+        cast = Taped(self._kernel.astype(dtype), self._tape)
+        cast._uses = self._uses
+        return cast
+
+    def multiply(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """What `project` computes."""
+        if self._uses or hidden.shape != self._tape[1].shape:
+            raise ValueError(
+                f"a Projection is multiplied with {hidden.shape}, "
+                f"{'again' if self._uses else 'first'}; expected once a chunk, with "
+                f"{self._tape[1].shape}: pass the kernel itself for other uses"
+            )
+        self._uses.append(hidden.shape)
+        hidden = varying_as(hidden, self._kernel)
+        return _taped_product(hidden, self._kernel, *self._tape)
 
 
 def project(
-    hidden: Float[Array, "*B D"], kernel: Float[Array, "V D"] | Projection
+    hidden: Float[Array, "*B D"], kernel: Float[Array, "V D"] | Projection | Taped
 ) -> Float[Array, "*B V"]:
     """Logits of hidden states, float32 whatever the arguments are.
 
@@ -66,7 +89,7 @@ def project(
 
     Args:
       hidden: [..., D]
-      kernel: [V, D], or a `Projection` of it.
+      kernel: [V, D], or what stands for a `Projection` of it.
 
     Raises:
       ValueError: a `Projection` is multiplied twice in one chunk, or with other hidden
@@ -75,21 +98,12 @@ def project(
     >>> print(project(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])))
     [[3. 7.]]
     """
-    if not isinstance(kernel, Projection):
-        return _product(hidden, kernel)
-    if kernel.tape is None:
-        return _product(hidden, kernel.kernel)
-    if kernel.once.used or hidden.shape != kernel.tape[1].shape:
-        raise ValueError(
-            f"a Projection is multiplied with {hidden.shape}, "
-            f"{'again' if kernel.once.used else 'first'}; expected once a chunk, with "
-            f"{kernel.tape[1].shape}: pass the kernel itself for other uses"
-        )
-    kernel.once.used = True
-    return _taped_product(_varying(hidden, kernel.kernel), kernel.kernel, *kernel.tape)
+    if isinstance(kernel, Taped):
+        return kernel.multiply(hidden)
+    return _product(hidden, kernel.kernel if isinstance(kernel, Projection) else kernel)
 
 
-def _varying(x: Array, *others: Array) -> Array:
+def varying_as(x: Array, *others: Array) -> Array:
     """`x`, typed in a shard_map as different on each device wherever the others are."""
     for other in others:
         one = lax.stop_gradient(other[(0,) * other.ndim]).astype(x.dtype)

@@ -235,6 +235,52 @@ def test_a_projection_is_multiplied_once_and_with_every_token():
             )(kernel)
 
 
+def test_a_projection_is_cast_and_nothing_else():
+    """What is done to the kernel besides, its tape would not see."""
+    kernel, hidden = jnp.ones((V, D)), jnp.ones((6, D))
+
+    def gradient(change):
+        def fn(shared, hidden, aux):
+            head = jax.tree.map(change, shared)
+            return jnp.sum(jnp.square(project(hidden, head["kernel"]))), ()
+
+        def loss(kernel):
+            shared = {"kernel": Projection(kernel)}
+            return chunked(fn, shared, hidden, (), chunk_size=3, overlap=0)[0]
+
+        return jax.grad(loss)(kernel)
+
+    cast = gradient(lambda p: p.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(cast, gradient(lambda p: p))
+    for change in (lambda p: 2 * p, lambda p: p + jnp.sum(p), lambda p: p.kernel):
+        with pytest.raises((TypeError, AttributeError), match="Taped"):
+            gradient(change)
+
+
+def test_in_the_callers_own_shard_map():
+    """Its loss is a device's own; what is shared gets the sum of all gradients."""
+    trained, hidden, teacher_head, aux = problem(9, tokens=24)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    # Six tokens a device: no pair lies across two of them.
+    aux["span_ids"] = jnp.arange(24, dtype=jnp.int32) // 3
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P(), P("data")),
+        out_specs=(P(), P()),
+    )
+    def run(*arguments):
+        value = in_chunks(*arguments, chunk_size=4)
+        return jax.lax.psum(value, "data")
+
+    assert_close(
+        differentiate(run, trained, hidden, teacher_head, aux),
+        differentiate(dense, trained, hidden, teacher_head, aux),
+    )
+
+
 def test_a_projection_in_half_precision_is_multiplied_in_it():
     """bfloat16 factors, float32 sums; the gradient has the parameter's dtype."""
     trained, hidden, teacher_head, aux = problem(8)
@@ -274,7 +320,7 @@ def test_what_is_closed_over_cannot_be_differentiated():
         jax.grad(loss)(jnp.ones((D, V)))
 
 
-@pytest.mark.parametrize(("chunk_size", "overlap"), [(1, 1), (4, 4), (4, -1), (0, 0)])
+@pytest.mark.parametrize(("chunk_size", "overlap"), [(1, 1), (4, 3), (4, -1), (0, 0)])
 def test_a_chunk_has_room_for_more_than_its_overlap(chunk_size, overlap):
     with pytest.raises(ValueError, match=f"chunk_size={chunk_size}, overlap={overlap}"):
         chunked(
