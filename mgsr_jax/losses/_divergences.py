@@ -2,8 +2,8 @@
 
 `per_token` is that walk, for every divergence in this folder that needs nothing but the
 two distributions: log-probabilities of both over the same columns, then one function of
-them at each position. It is jitted; what is public stands outside, where a number is
-still a number and can be checked.
+them at each position. What it computes is jitted; what is public stands outside, where
+a number is still a number and can be checked.
 """
 
 from collections.abc import Callable
@@ -201,7 +201,6 @@ def total_variation(
     )
 
 
-@jax.jit(static_argnames=("divergence", "vocab_size", "vocab_axis"))
 def per_token(
     divergence: Divergence,
     student_logits: Float[Array, "*B Vs"],
@@ -212,7 +211,37 @@ def per_token(
     vocab_axis: Axis,
     *numbers: ScalarLike,
 ) -> Float[Array, "*B"]:
-    """`divergence(vocabulary, log_p, log_q, *numbers)` at every scored position."""
+    """`divergence(vocabulary, log_p, log_q, *numbers)` at every scored position.
+
+    Raises:
+      ValueError: a temperature that is a number and not above 0.
+    """
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature={temperature}; expected a number above 0")
+    return jitted_per_token(
+        divergence,
+        student_logits,
+        teacher_logits,
+        where,
+        temperature,
+        vocab_size,
+        vocab_axis,
+        *numbers,
+    )
+
+
+@jax.jit(static_argnames=("divergence", "vocab_size", "vocab_axis"))
+def jitted_per_token(
+    divergence: Divergence,
+    student_logits: Float[Array, "*B Vs"],
+    teacher_logits: Float[Array, "*B Vt"],
+    where: Bool[Array, "*B"] | None,
+    temperature: ScalarLike,
+    vocab_size: int | None,
+    vocab_axis: Axis,
+    *numbers: ScalarLike,
+) -> Float[Array, "*B"]:
+    """What `per_token` compiles."""
 
     def local(
         vocabulary: Vocabulary,

@@ -81,6 +81,7 @@ def span_correlation(
     >>> [f"{x:.4f}" for x in span_correlation(student, teacher, span_ids)]
     ['0.7903', '0.0000', '0.0000']
     """
+    _check_whole(student_logits)
     pairs = span_pairs(span_ids, where)
     second = jnp.roll(pairs, 1, axis=-1)  # the last position never opens a pair
 
@@ -102,6 +103,15 @@ def span_correlation(
     # return the direction of their rounding errors, and at 0 itself nan.
     apart = pairs & (squared > ROUNDING**2 * scale)
     return zero_where_masked(jnp.sqrt(jnp.where(apart, squared, 1.0)), apart)
+
+
+def _check_whole(logits: Float[Array, "..."]) -> None:
+    spec = tuple(jax.typeof(logits).sharding.spec)
+    if len(spec) >= logits.ndim - 1 and spec[logits.ndim - 2] is not None:
+        raise ValueError(
+            f"logits {logits.shape} are split as {spec}, over positions too; expected "
+            "rows whole on a device, since pairs of neighbours would be cut: reshard"
+        )
 
 
 def _append(x: Array, value: float | bool) -> Array:

@@ -91,13 +91,14 @@ class Vocabulary:
     def take(
         self, x: Float[Array, "*B V"], indices: Int[Array, "*B K"]
     ) -> Float[Array, "*B K"]:
-        """Some columns, by number; those out of range come from the nearest one."""
-        if self.axis is None:
-            return jnp.take_along_axis(x, indices, axis=-1, mode="clip")
-        indices = jnp.clip(indices, 0, self.width(x) - 1) - self._first(x)
-        held = (indices >= 0) & (indices < x.shape[-1])
+        """Some columns, by number; -inf for those that do not exist."""
+        exists = (indices >= 0) & (indices < self.width(x))
+        indices = indices - self._first(x)
         here = jnp.take_along_axis(x, indices, axis=-1, mode="clip")
-        return lax.psum(jnp.where(held, here, 0.0), self.axis)
+        if self.axis is not None:
+            held = (indices >= 0) & (indices < x.shape[-1])
+            here = lax.psum(jnp.where(held, here, 0.0), self.axis)
+        return jnp.where(exists, here, -jnp.inf)
 
     def without(
         self, x: Float[Array, "*B V"], indices: Int[Array, "*B K"]
@@ -137,6 +138,7 @@ def over_vocabulary(
     """
     spec, mesh = _placement(logits[0])
     if any(spec):
+        _check_named(vocab_axis, spec)
         return _over_explicit(local, spec, mesh, logits, rest)
     if vocab_axis is None:
         return local(Vocabulary(), *logits, *rest)
@@ -244,6 +246,15 @@ def _over_explicit(
         out_specs=positions,
         axis_names={name for part in spec for name in _axes(part)},
     )(*arguments)
+
+
+def _check_named(vocab_axis: Axis, spec: tuple[Any, ...]) -> None:
+    if not set(_axes(vocab_axis)) <= set(_axes(spec[-1])):
+        raise ValueError(
+            f"vocab_axis={vocab_axis!r}, but the logits' type is split as {spec}; "
+            "expected V split over it in the type too: make all axes of the mesh "
+            "Explicit, or all Auto"
+        )
 
 
 def _placement(logits: Float[Array, "..."]) -> tuple[tuple[Any, ...], Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mgsr_jax import losses
-from mgsr_jax.losses._divergences import per_token
+from mgsr_jax.losses._divergences import jitted_per_token
 
 B, T, V, K = 3, 6, 10, 4
 LABELS = jnp.array([[1, 2, 0, 4, 4, 3], [0, 1, 2, 3, 4, 5], [5, 5, 1, 0, 2, 2]])
@@ -325,9 +325,12 @@ def test_numbers_are_traced_so_that_a_sweep_compiles_once():
     ]:
         fixed = {"mix": 0.5} if loss is losses.taid else {}
         calls = [lambda x=x: loss(*pair, **(fixed | {name: x})) for x in sweep]  # noqa: B023
-        assert compiles(per_token, calls) <= 1, name
+        assert compiles(jitted_per_token, calls) <= 1, name
     # The cache is shared: nothing above was answered without a compilation of its own.
-    assert compiles(per_token, [lambda: losses.forward_kl(*pair, vocab_size=9)]) == 1
+    assert (
+        compiles(jitted_per_token, [lambda: losses.forward_kl(*pair, vocab_size=9)])
+        == 1
+    )
     widths = [
         lambda x=x: losses.dac_kl(
             CLIP, student[:1], teacher[:1], width=x, prior_weight=2 * x

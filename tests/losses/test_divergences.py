@@ -376,3 +376,10 @@ def test_numbers_out_of_range_are_refused_where_they_are_known(number):
 def test_exponents_of_zero_are_refused(alpha, beta):
     with pytest.raises(ValueError, match="expected neither to be 0, nor their sum"):
         losses.alpha_beta_divergence(normal(), normal(), alpha=alpha, beta=beta)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_a_temperature_is_above_zero(temperature):
+    for loss in (losses.forward_kl, losses.jensen_shannon, losses.adaptive_kl):
+        with pytest.raises(ValueError, match=f"temperature={temperature}; expected"):
+            loss(jnp.zeros(3), jnp.ones(3), temperature=temperature)

@@ -251,3 +251,25 @@ def test_the_mesh_and_the_columns_are_checked():
             losses.forward_kl(jnp.ones((2, 10)), jnp.ones((2, 10)), vocab_axis="tensor")
         with pytest.raises(ValueError, match="no_axis"):
             losses.forward_kl(jnp.ones((2, 8)), jnp.ones((2, 8)), vocab_axis="no_axis")
+
+
+def typed(spec, **axes):
+    """Logits of zeros on a mesh whose axes are of these kinds, [8, 8, 24]."""
+    mesh = jax.make_mesh((2, 4), tuple(axes), axis_types=tuple(axes.values()))
+    place = jax.sharding.NamedSharding(mesh, spec)
+    return mesh, jax.device_put(jnp.zeros((8, 8, 24)), place)
+
+
+def test_an_axis_that_the_type_does_not_tell_of_is_refused():
+    """Where some axes are Explicit: V would be gathered, unasked."""
+    Explicit, Auto = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    mesh, x = typed(jax.P("data"), data=Explicit, tensor=Auto)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="all axes of the mesh"):
+        losses.forward_kl(x, x, vocab_axis="tensor")
+
+
+def test_pairs_of_neighbours_are_not_cut():
+    Explicit = jax.sharding.AxisType.Explicit
+    mesh, x = typed(jax.P(None, "data"), data=Explicit, tensor=Explicit)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="over positions too"):
+        losses.span_correlation(x, x, jnp.zeros((8, 8), jnp.int32))
