@@ -91,7 +91,7 @@ class TrainConfig:
       batch_size: examples a step, over all hosts and micro-batches.
       micro_batches: parts that a step's batch is computed in, one after the other.
       chunk_size: tokens whose logits are in a device's memory at once; none: as many as
-        fill 8 MiB on a CPU and 256 MiB elsewhere.
+        fill 16 MiB on a CPU and 256 MiB elsewhere.
       seed: of data order, rollouts and the clip network.
       dtype: of computation; parameters, optimizer and losses are float32.
       teacher_dtype: of the teacher's parameters.
@@ -260,15 +260,7 @@ def _check_objective(config: TrainConfig) -> None:
             "objective needs 0 <= lower < upper <= 1, got "
             f"lower={objective.lower}, upper={objective.upper}"
         )
-    read = SETTINGS.get(objective.divergence, ())
-    for name in ("alpha", "beta"):
-        value = getattr(objective, name)
-        if value is not None and name not in read:
-            raise ValueError(
-                f"objective.{name}={value} is not read by "
-                f"objective.divergence={objective.divergence!r}; leave it out, or "
-                f"choose one of {[d for d, own in SETTINGS.items() if name in own]}"
-            )
+    _check_divergence(objective)
     if objective.divergence.startswith("dac_kl") and objective.temperature != 1:
         raise ValueError(
             f"objective.temperature={objective.temperature} is not read by DAC-KL, "
@@ -289,6 +281,29 @@ def _check_objective(config: TrainConfig) -> None:
         raise ValueError(
             "a teacher is set, but objective.token and objective.span are 0 and never "
             "ask it; leave teacher out, or give one of them a weight"
+        )
+
+
+def _check_divergence(objective: Objective) -> None:
+    """The numbers of the divergence are there, read, and in their range."""
+    name, read = objective.divergence, SETTINGS.get(objective.divergence, ())
+    for field in ("alpha", "beta", "head_mass", "mix"):
+        value = getattr(objective, field)
+        if value is not None and field not in read:
+            raise ValueError(
+                f"objective.{field}={value} is not read by "
+                f"objective.divergence={name!r}; leave it out, or choose one of "
+                f"{[d for d, own in SETTINGS.items() if field in own]}"
+            )
+        if name == "alpha_beta_divergence" and value == 0:
+            raise ValueError(f"objective.{field}=0.0; expected another number than 0")
+        fraction = value is None or 0 <= value <= 1
+        if name != "alpha_beta_divergence" and not fraction:
+            raise ValueError(f"objective.{field}={value}; expected 0 to 1")
+    if name == "taid" and objective.mix is None:
+        raise ValueError(
+            "objective.divergence='taid' needs objective.mix, the teacher's share from "
+            "0 to 1"
         )
 
 

@@ -79,8 +79,8 @@ class Objective:
       temperature: of all but DAC-KL, which has none.
       alpha: of the skewed KLs and "alpha_beta_divergence"; none: the function's own.
       beta: of "jensen_shannon" and "alpha_beta_divergence"; none: the function's own.
-      head_mass: of "adaptive_kl".
-      mix: of "taid", the teacher's share; it stays what it is over the run.
+      head_mass: of "adaptive_kl"; none: the function's own.
+      mix: of "taid", the teacher's share, which it needs; the same over the whole run.
     """
 
     sft: float = 1.0
@@ -96,8 +96,8 @@ class Objective:
     temperature: float = 1.0
     alpha: float | None = None
     beta: float | None = None
-    head_mass: float = 0.5
-    mix: float = 0.5
+    head_mass: float | None = None
+    mix: float | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -184,7 +184,10 @@ def micro_batch_loss(
     said, teacher_head = _teacher_of(teacher, teacher_params, view, objective, cached)
     shared = {
         # Not the cast copy: each chunk's gradient is added up in float32.
-        "head": jax.tree.map(Projection, student.head_params(params["student"])),
+        "head": jax.tree.map(
+            lambda p: Projection(p) if p.ndim == 2 else p,
+            student.head_params(params["student"]),
+        ),
         "teacher_head": teacher_head,
         "clip_network": params.get("clip_network"),
     }
@@ -353,6 +356,11 @@ def _whole_divergence(
                 f"objective.divergence={name!r} needs the teacher's whole distribution "
                 "and a cached teacher has K classes; use forward_kl or a DAC-KL"
             )
+        if objective.temperature != 1:
+            raise ValueError(
+                f"objective.temperature={objective.temperature}; a cached teacher is "
+                "known at temperature 1 alone"
+            )
         return losses.forward_kl_top_k(student_logits, teacher, **settings)
     chosen = {field: getattr(objective, field) for field in SETTINGS.get(name, ())}
     settings |= {field: x for field, x in chosen.items() if x is not None}
@@ -362,13 +370,13 @@ def _whole_divergence(
 
 
 def default_chunk_size(columns: int) -> int:
-    """Tokens whose logits fill 8 MiB on a CPU, about its cache, 256 MiB elsewhere.
+    """Tokens whose logits fill 16 MiB on a CPU and 256 MiB elsewhere; at least 64.
 
     Few tokens a chunk and the head's gradient is added up often; many and their logits
     are what fills the memory.
     """
-    size = (8 if jax.default_backend() == "cpu" else 256) * 2**20
-    return max(32, size // (4 * columns))
+    size = (16 if jax.default_backend() == "cpu" else 256) * 2**20
+    return max(64, size // (4 * columns))
 
 
 def at_bound(

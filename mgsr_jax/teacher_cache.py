@@ -166,7 +166,10 @@ def begin(folder: PathLike, recipe: Recipe) -> list[int]:
 def write_shard(
     folder: PathLike, recipe: Recipe, number: int, examples: Sequence[CachedExample]
 ) -> None:
-    """Writes one file whole or not at all: it gets its name when it is complete."""
+    """Writes all of a file's examples or nothing: it is named when it is complete."""
+    if len(examples) != (size := len(recipe.shard_examples(number))):
+        file = recipe.shards[number]
+        raise ValueError(f"{len(examples)} examples for {file}; expected {size}")
     found = [_stored(example.teacher, recipe) for example in examples]
     parts = [teacher for teacher, _ in found]
     counts = [len(teacher.logsumexp) for teacher in parts]

@@ -143,13 +143,26 @@ def test_what_works_is_let_through(changes):
             ),
             "divergence='reverse_kl' needs the teacher's whole distribution",
         ),
+        (
+            dict(objective__divergence="reverse_kl", objective__head_mass=0.5),
+            "objective.head_mass=0.5 is not read by .*'reverse_kl'.*'adaptive_kl'",
+        ),
+        (
+            dict(objective__divergence="jensen_shannon", objective__beta=1.5),
+            "objective.beta=1.5; expected 0 to 1",
+        ),
+        (
+            dict(objective__divergence="alpha_beta_divergence", objective__alpha=0.0),
+            "objective.alpha=0.0; expected another number",
+        ),
+        (dict(objective__divergence="taid"), "'taid' needs objective.mix"),
         (dict(chunk_size=1), "chunk_size=1 leaves the span loss no neighbour"),
         (
             dict(objective__temperature=2.0),
             "objective.temperature=2.0 is not read by DAC-KL",
         ),
         (
-            dict(objective__divergence="taid", objective__beta=0.1),
+            dict(objective__divergence="taid", objective__mix=0.5, objective__beta=0.1),
             "objective.beta=0.1 is not read by objective.divergence='taid'.*"
             "'jensen_shannon', 'alpha_beta_divergence'",
         ),
@@ -293,7 +306,8 @@ def test_a_cache_is_enough_for_the_divergences_that_read_its_classes_alone():
     """One that is added needs the whole distribution until somebody shows otherwise."""
     settings = dict(teacher_cache="cache", objective__span=0.0)
     for divergence in DIVERGENCES:
-        config = make(**settings, objective__divergence=divergence)
+        mix = 0.5 if divergence == "taid" else None
+        config = make(**settings, objective__divergence=divergence, objective__mix=mix)
         if divergence in ("dac_kl", "dac_kl_fixed", "forward_kl"):
             check(config)
             continue

@@ -329,6 +329,8 @@ def test_of_a_cached_teacher_only_what_it_can_tell_is_asked():
         cached_loss(MGSR, K)
     with pytest.raises(ValueError, match="'reverse_kl' needs the teacher's whole"):
         cached_loss(Objective(span=0.0, divergence="reverse_kl"), K)
+    with pytest.raises(ValueError, match="temperature=2.0; a cached teacher"):
+        cached_loss(Objective(span=0.0, divergence="forward_kl", temperature=2.0), K)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 7, 72])

@@ -92,6 +92,15 @@ def test_what_is_looked_up_is_the_top_of_the_teacher_s_logits(tmp_path, top_k):
         assert not ours[:, WIDTH - 1 :].any()
 
 
+def test_a_file_with_an_example_too_few_is_not_written(tmp_path):
+    """The next one would be taken for it."""
+    tokens, said = np.arange(3), TopKTeacher(np.zeros((2, 6)), np.ones((2, 6)), None)
+    with pytest.raises(ValueError, match="1 examples for shard-00000.*; expected"):
+        one = [CachedExample(tokens, 1, said)]
+        teacher_cache.write_shard(tmp_path, recipe(), 0, one)
+    assert not list(tmp_path.iterdir())
+
+
 def test_losses_on_the_whole_vocabulary_are_the_dense_ones(tmp_path):
     rows, logits = data()
     student = jax.random.normal(jax.random.key(0), logits.shape)
