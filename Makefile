@@ -34,9 +34,9 @@ test-tunix:  ## the adapters inside google-tunix, in an environment of its own
 	.venv-tunix/bin/python -m pytest tests/integrations
 
 bench-losses: $(VENV)/installed-train  ## what chunked saves and costs, each loss's cost, the import
-	$(BIN)/python benchmarks/loss_memory.py
-	$(BIN)/python benchmarks/loss_cost.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/loss_cost.py
+	$(BIN)/python benchmarks/loss_memory.py
 
 structure: $(VENV)/installed-test  ## who imports whom
 	$(BIN)/python -m pytest tests/test_structure.py

@@ -44,6 +44,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "taid": lambda s, t: losses.taid(s, t, mix=0.5),
     "forward_kl_top_k": top_k,
     "dac_kl": lambda s, t: losses.dac_kl(CLIP, s, t).loss,
+    "dac_kl_fixed": lambda s, t: losses.dac_kl_fixed((0.1, 0.98), s, t).loss,
     "span_correlation": spans,
 }
 

@@ -263,3 +263,18 @@ def test_a_table_row_has_means_and_with_seeds_deviations():
     assert rows[0][:2] == ["a", "90.0"]
     assert rows[1][:3] == ["b", "91.0 ± 1.4", "80.0 ± 0.0"]
     assert len(rows[0]) == 1 + len(quickstart.COLUMNS)
+
+
+def test_the_figure_of_what_dac_kl_keeps_draws_its_mask():
+    from mgsr_jax import losses
+
+    figure = load("what_dac_kl_keeps")
+    logits = np.random.default_rng(0).normal(0, 3, (5, 40)).astype(np.float32)
+    kept = losses.dac_kl_fixed(
+        (figure.LOWER, figure.UPPER), logits, logits, width=figure.WIDTH
+    )
+    p = np.exp(logits.astype(np.float64))
+    p = np.sort(p / p.sum(-1, keepdims=True))[:, ::-1]
+    weights = np.stack([figure.kept_weights(row) for row in p])
+    np.testing.assert_allclose(kept.kept_classes, weights.sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(kept.kept_mass, (weights * p).sum(-1), rtol=1e-5)

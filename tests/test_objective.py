@@ -17,8 +17,10 @@ from mgsr_jax import losses, models, sharding
 from mgsr_jax.objective import (
     DIVERGENCES,
     SETTINGS,
+    Chunk,
     Objective,
     at_bound,
+    chunk_loss,
     micro_batch_loss,
     position_weights,
 )
@@ -355,6 +357,71 @@ def test_the_chunks_do_not_change_the_loss(chunk_size):
     np.testing.assert_allclose(loss, want, rtol=2e-6)
     assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
     assert_close(jax.device_get(metrics), jax.device_get(want_metrics), rtol=2e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Headed(Table):
+    """Hidden states are the table's; the head has a matrix and a bias."""
+
+    def head_params(self, params):
+        return {"kernel": params["kernel"], "bias": params["bias"]}
+
+    def unembed(self, head, hidden):
+        logits = losses.project(hidden, head["kernel"])
+        return logits + jnp.broadcast_to(head["bias"], logits.shape)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 8])
+def test_chunks_of_a_model_with_a_biased_head_are_the_dense_form(chunk_size):
+    """The dense form is the chunk's own function, once, on all tokens."""
+    rng = np.random.default_rng(5)
+    kernel = jnp.asarray(rng.normal(0, 0.3, (COLUMNS, COLUMNS)), jnp.float32)
+    params = {
+        "student": STUDENT | {"kernel": kernel, "bias": jnp.linspace(-1, 1, COLUMNS)},
+        "clip_network": CLIP,
+    }
+    weights, settings = (
+        position_weights(ROWS, MGSR),
+        dict(
+            student=Headed(), teacher=Table("teacher"), objective=MGSR, vocab_size=VOCAB
+        ),
+    )
+
+    def in_chunks(params):
+        return micro_batch_loss(
+            params, TEACHER, ROWS, weights, chunk_size=chunk_size, **settings
+        )
+
+    def dense(params):
+        view = next_token_view(ROWS)
+        hidden, _ = Headed().forward(params["student"], view.inputs)
+        said, _ = Table().forward(TEACHER, view.inputs)
+        labelled = view.where & ROWS.ground_truth[:, None]
+        pairs = losses.span_pairs(view.span_ids, view.where)
+        fields = (view.labels, view.span_ids, view.where, labelled, pairs)
+        chunk = Chunk(*fields, weights, said)
+        shared = {
+            "head": Headed().head_params(params["student"]),
+            "teacher_head": {},
+            "clip_network": params["clip_network"],
+        }
+
+        def in_a_row(x):  # with a gap: no pair lies across two rows
+            x = jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
+            return x.reshape(-1, *x.shape[2:])
+
+        hidden, chunk = jax.tree.map(in_a_row, (hidden, chunk))
+        dense = dict(dtype=jnp.float32, overlap=0, score_teacher=False)
+        return chunk_loss(shared, hidden, chunk, **settings, **dense)
+
+    def run(function):
+        return jax.jit(jax.value_and_grad(function, has_aux=True))(params)
+
+    (loss, _), grads = run(in_chunks)
+    (want, _), want_grads = run(dense)
+    np.testing.assert_allclose(loss, want, rtol=2e-6)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(want_grads))
+    assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
 
 
 def test_an_unknown_divergence_is_refused():

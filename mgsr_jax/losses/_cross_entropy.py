@@ -23,6 +23,8 @@ def cross_entropy(
 
     Nothing is shifted here: logits at index t predict the label at index t.
 
+    Maximum likelihood; supervised fine-tuning's loss.
+
     Args:
       logits: the student's, any float dtype. [..., V]
       labels: token ids. One that is no column below `vocab_size` has probability 0,
