@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import types
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from losses import hlo
 from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
@@ -617,6 +619,25 @@ def test_eight_devices_do_not_change_the_gradient():
     whole, _, want, _ = differentiate()
     np.testing.assert_allclose(loss, whole, rtol=1e-6)
     assert_close(grads, jax.device_get(want))
+
+
+def test_a_step_never_has_the_logits_of_all_tokens():
+    """83 columns: the size of nothing else in these models and rows."""
+    model = models.from_config(LLAMA | {"vocab_size": 83})
+    params = {"student": model.init(jax.random.key(0)), "clip_network": CLIP}
+    rows = tiny.complete([*LENGTHS[:4]], width=12)
+
+    def logits_at_once(chunk_size):
+        step = make_train_step(
+            model, model, recorder(), MGSR, vocab_size=VOCAB, chunk_size=chunk_size
+        )
+        state = init_state(jax.tree.map(jnp.array, params), recorder(), 0)
+        text = step.lower(state, params["student"], (rows,)).compile().as_text()
+        shapes = [dims for dims in hlo.sizes(text) if 83 in dims[1:]]
+        return max(math.prod(dims) // 83 for dims in shapes)
+
+    tokens = 4 * 11
+    assert logits_at_once(7) < 2 * 7 < tokens <= logits_at_once(tokens + 1)
 
 
 def test_sharded_transformers_do_not_change_the_gradient():

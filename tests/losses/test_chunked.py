@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from losses import hlo
 
 from mgsr_jax import losses
 from mgsr_jax.losses import Projection, chunked, project
@@ -343,15 +344,9 @@ def compiled(tokens, chunk_size):
     return jax.jit(gradient).lower(*problem(tokens=tokens)).compile()
 
 
-def sizes(text):
-    """Every shape that stands in a compiled program."""
-    found = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
-    return {tuple(map(int, dims.split(","))) for dims in found}
-
-
 def rows_of_logits(text):
     """How many logits of all V columns the largest array has."""
-    return max(int(np.prod(dims)) // V for dims in sizes(text) if V in dims[1:])
+    return max(int(np.prod(dims)) // V for dims in hlo.sizes(text) if V in dims[1:])
 
 
 def test_no_array_has_the_logits_of_all_tokens():
