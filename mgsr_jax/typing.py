@@ -60,7 +60,7 @@ class Model(Protocol):
         """Logits of the next token.
 
         A matrix in `head` is multiplied by `mgsr_jax.losses.project`, once: in training
-        a `losses.Taped` stands in its place.
+        what stands in its place is no array, and can be projected and cast alone.
         """
         ...
 
