@@ -1,60 +1,42 @@
 """What importing the losses costs beside importing jax: in turn, each in a new process.
 
 Run it in an environment that has jax and jaxtyping alone to see what a user of the
-losses gets. Ends with status 1 where the bound does not hold.
+losses gets. Packages of the trainer that come along are named, and then it fails too.
 
     python benchmarks/import_time.py
 """
 
-import json
-import statistics
+import functools
 import subprocess
 import sys
-import time
+from typing import Any
 
-BOUND, PAIRS = 1.5, 9
+import _pairs
+from _pairs import Bound, Options, Sides
+
+BOUND = Bound("import", "seconds to import: mgsr_jax.losses / jax", 1.5)
 HEAVY = ("flax", "optax", "orbax", "transformers", "datasets", "torch", "grain")
 
 
-def seconds(module: str) -> float:
-    """Of a process that imports `module` and nothing else."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
-    return time.perf_counter() - start
-
-
-def loaded() -> list[str]:
-    """Packages of the trainer that importing the losses brings along; none is right."""
-    code = f"import sys, mgsr_jax.losses; print(*(set(sys.modules) & set({HEAVY})))"
+def python(code: str) -> str:
+    """What a new process prints."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True
-    ).stdout.split()
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def main() -> int:
-    """Prints one JSON line."""
-    seconds("mgsr_jax.losses")  # compiles what Python has not yet
-    ratios = []
-    for _ in range(PAIRS):
-        of_jax = seconds("jax")
-        ratios.append(seconds("mgsr_jax.losses") / of_jax)
-    holds = statistics.median(ratios) < BOUND and not loaded()
-    print(
-        json.dumps(
-            {
-                "what": "import mgsr_jax.losses / import jax",
-                "ratio": round(statistics.median(ratios), 3),
-                "min": round(min(ratios), 3),
-                "max": round(max(ratios), 3),
-                "bound": BOUND,
-                "loaded": loaded(),
-                "holds": holds,
-            }
-        )
-    )
-    return 0 if holds else 1
+def compare(options: Options, start: Sides) -> Any:
+    """One record."""
+    del start
+    heavy = f"import sys, mgsr_jax.losses; print(*(set(sys.modules) & set({HEAVY})))"
+    loaded = python(heavy).split()
+    runs = {
+        module: _pairs.timed(functools.partial(python, f"import {module}"))
+        for module in ("jax", "mgsr_jax.losses")
+    }
+    rounds = _pairs.alternate(options.pairs, runs)
+    record = BOUND.verdict(_pairs.ratios(rounds, "mgsr_jax.losses", "jax"))
+    yield record | {"loaded": loaded, "holds": record["holds"] and not loaded}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_pairs.main(__doc__, compare))

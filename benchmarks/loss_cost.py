@@ -7,11 +7,12 @@ ratios is printed. The models and heads that make the logits are not in it.
 """
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
+import _pairs
 import jax
 import jax.numpy as jnp
 
@@ -54,11 +55,9 @@ def gradient_of(loss: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(lambda s, t: jnp.sum(loss(s, t))))
 
 
-def seconds(run: Callable[..., Any], *arguments: Any) -> float:
-    """Of one call."""
-    start = time.perf_counter()
+def call(run: Callable[..., Any], *arguments: Any) -> None:
+    """Until the result is there."""
     jax.block_until_ready(run(*arguments))
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -79,12 +78,12 @@ def main() -> None:
     )
     for name, loss in LOSSES.items():
         run = gradient_of(loss)
-        for function in (plain, run):
-            seconds(function, student, teacher)
-        ratios = []
-        for _ in range(args.pairs):
-            of_plain = seconds(plain, student, teacher)
-            ratios.append(seconds(run, student, teacher) / of_plain)
+        runs = {
+            side: _pairs.timed(functools.partial(call, function, student, teacher))
+            for side, function in (("forward_kl", plain), ("loss", run))
+        }
+        rounds = _pairs.alternate(args.pairs, runs)
+        ratios = _pairs.ratios(rounds, "loss", "forward_kl")
         print(
             f"{name:24}{statistics.median(ratios):6.2f}"
             f"  ({min(ratios):.2f}-{max(ratios):.2f})",

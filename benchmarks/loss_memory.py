@@ -3,24 +3,22 @@
 Both sides are value and gradient (head, clip network, hidden states) of the same losses
 from the same hidden states; the dense side is what a trainer does without `chunked`:
 logits of all tokens at once. That they agree is checked first. Memory is XLA's own plan
-(`memory_analysis().temp_size_in_bytes`), the gradients not included; time is taken in
-alternating pairs, of which the median ratio counts.
+(`memory_analysis().temp_size_in_bytes`), the gradients not included.
 
     python benchmarks/loss_memory.py            # about 15 minutes on two CPU cores
-    python benchmarks/loss_memory.py --pairs 0  # the plans alone, in a minute
+    python benchmarks/loss_memory.py --tokens 256 --pairs 1
 """
 
 import argparse
 import functools
-import json
-import statistics
 import sys
-import time
 from typing import Any
 
+import _pairs
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _pairs import Bound, Options, Sides
 
 from mgsr_jax import losses
 
@@ -102,48 +100,43 @@ def problem(tokens: int, vocabulary: int) -> tuple[Any, ...]:
     return trained, normal(keys[4], (tokens, STUDENT_WIDTH)), teacher_head, aux
 
 
-def measure(name: str, tokens: int, vocabulary: int, pairs: int) -> dict[str, Any]:
-    """One row of the table."""
-    (loss, chunk), arguments = LOSSES[name], problem(tokens, vocabulary)
-    sides = {
-        side: jax.jit(jax.value_and_grad(functools.partial(function, loss), (0, 1)))
-        .lower(*arguments)
-        .compile()
-        for side, function in (
-            ("dense", dense),
-            ("chunked", functools.partial(chunked, chunk)),
-        )
-    }
+def compare(options: Options, start: Sides) -> Any:
+    """Memory, and where the dense form fits also time, of every loss and vocabulary."""
+    del start
+    for vocabulary in VOCABULARIES:
+        for name, (loss, chunk) in LOSSES.items():
+            arguments = problem(options.tokens, vocabulary)
+            of_chunk = functools.partial(chunked, chunk)
+            sides = {
+                side: jax.jit(jax.value_and_grad(functools.partial(form, loss), (0, 1)))
+                .lower(*arguments)
+                .compile()
+                for side, form in (("dense", dense), ("chunked", of_chunk))
+            }
+            what = f"{name}, {options.tokens} tokens, V={vocabulary}, chunked / dense"
+            yield from _records(what, chunk, sides, arguments, options.pairs)
+
+
+def _records(what: str, chunk: int, sides: Any, arguments: Any, pairs: int) -> Any:
     plan = {
-        side: compiled.memory_analysis().temp_size_in_bytes
+        side: compiled.memory_analysis().temp_size_in_bytes / 2**20
         for side, compiled in sides.items()
     }
-    row = {
-        "loss": name,
-        "V": vocabulary,
-        "tokens": tokens,
-        "chunk": chunk,
-        "dense_mib": plan["dense"] / 2**20,
-        "chunked_mib": plan["chunked"] / 2**20,
-        "memory": plan["chunked"] / plan["dense"],
+    yield Bound("memory", f"{what}: plan", MEMORY_BOUND).verdict(
+        [plan["chunked"] / plan["dense"]],
+        chunk=chunk,
+        plan_mib={side: round(mib, 1) for side, mib in plan.items()},
+    )
+    if plan["dense"] > FITS * _free_mib():
+        _pairs.say(f"{what}: the dense form does not fit this machine, so no times")
+        return
+    _check_equal(*(run(*arguments) for run in sides.values()))
+    runs = {
+        side: _pairs.timed(lambda run=run: jax.block_until_ready(run(*arguments)))
+        for side, run in sides.items()
     }
-    if pairs and plan["dense"] < FITS * _free_memory():
-        _check_equal(*(run(*arguments) for run in sides.values()))
-        row["times"] = _time_pairs(sides, arguments, pairs)
-    return row
-
-
-def _time_pairs(sides: Any, arguments: Any, pairs: int) -> list[float]:
-    def seconds(run: Any) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        return time.perf_counter() - start
-
-    ratios = []
-    for _ in range(pairs):
-        dense = seconds(sides["dense"])
-        ratios.append(seconds(sides["chunked"]) / dense)
-    return ratios
+    ratios = _pairs.ratios(_pairs.alternate(pairs, runs), "chunked", "dense")
+    yield Bound("time", f"{what}: time", TIME_BOUND).verdict(ratios, chunk=chunk)
 
 
 def _check_equal(dense: Any, chunked: Any) -> None:
@@ -155,67 +148,17 @@ def _check_equal(dense: Any, chunked: Any) -> None:
     jax.tree_util.tree_map_with_path(close, dense, chunked)
 
 
-def _free_memory() -> float:
-    """Bytes that the device has left; of a CPU, the machine's."""
-    stats = jax.devices()[0].memory_stats()
-    if stats is not None:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+def _free_mib() -> float:
+    """What the machine has left."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         kib = {line.split(":")[0]: line.split()[1] for line in lines}
-    return 1024 * int(kib["MemAvailable"])
+    return int(kib["MemAvailable"]) / 1024
 
 
-def _line(row: dict[str, Any]) -> str:
-    memory = f"{row['dense_mib']:8.0f}{row['chunked_mib']:9.0f}{row['memory']:8.4f}"
-    text = f"{row['loss']:20}{row['V']:8}{row['chunk']:6}{memory}"
-    if times := row.get("times"):
-        spread = f"({min(times):.2f}-{max(times):.2f})"
-        return f"{text}{statistics.median(times):8.2f} {spread}"
-    return f"{text}       - (not run)"
-
-
-def main() -> int:
-    """Prints the table, then a JSON line for each bound; 1 where one does not hold."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--pairs", type=int, default=5)
-    arguments = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.device_kind}, {arguments.tokens} tokens")
-    print(
-        f"{'':34}plan, MiB{'':16}ratios (bounds {MEMORY_BOUND}, {TIME_BOUND})\n"
-        f"{'loss':20}{'V':>8}{'chunk':>6}{'dense':>8}{'chunked':>9}{'memory':>8}"
-        f"{'time':>8} (min-max)"
-    )
-    verdicts = []
-    for vocabulary in VOCABULARIES:
-        for name in LOSSES:
-            row = measure(name, arguments.tokens, vocabulary, arguments.pairs)
-            print(_line(row), flush=True)
-            verdicts.append((f"{name}, V={vocabulary}: memory", [row["memory"]]))
-            if "times" in row:
-                verdicts.append((f"{name}, V={vocabulary}: time", row["times"]))
-    held = True
-    for what, ratios in verdicts:
-        bound = MEMORY_BOUND if what.endswith("memory") else TIME_BOUND
-        ratio = statistics.median(ratios)
-        held &= ratio <= bound
-        print(
-            json.dumps(
-                {
-                    "what": what,
-                    "ratio": round(ratio, 4),
-                    "min": round(min(ratios), 4),
-                    "max": round(max(ratios), 4),
-                    "bound": bound,
-                    "holds": ratio <= bound,
-                }
-            )
-        )
-    return 0 if held else 1
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Beside those of every script."""
+    parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_pairs.main(__doc__, compare, add_options=add_options))

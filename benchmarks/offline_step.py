@@ -1,0 +1,135 @@
+"""An offline distillation step against plain torch: tokens a second, peak memory.
+
+Student of 30 million parameters, teacher of 124 million, 4 rows of 256 tokens, every
+position scored: teacher forward, student forward and backward, forward KL over the
+whole vocabulary, AdamW. Both sides have the same random weights and tokens, in float32;
+loss and gradient norm of the first step are compared first. The peer is what TRL's
+GKDTrainer and DistiLLM do: all logits at once. Memory is the most that a process holds
+in a repetition.
+
+    python benchmarks/offline_step.py       # about a minute on two CPU cores
+    python benchmarks/offline_step.py --tiny --pairs 1
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import _pairs
+import _sizes
+from _pairs import Answer, Bound, Options, Sides
+
+ROWS, LENGTH, RATE = 4, 256, 1e-5
+OF = f"offline step, {ROWS} x {LENGTH}, 30M <- 124M"
+SPEED = Bound("P5speed", f"{OF}: tokens/s, ours / torch", 1.1, at_least=True)
+MEMORY = Bound("P5memory", f"{OF}: peak resident memory, ours / torch", 0.6)
+SAME = 1e-4  # relative
+
+
+def torch_side(options: Options) -> None:
+    """The step as one writes it down."""
+    import torch
+    from _side import serve
+    from _torch_models import pair
+    from torch.nn import functional
+
+    student, teacher = pair(_sizes.models(options), Path(options.shared))
+    student.train()
+    teacher.eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
+    tokens = torch.from_numpy(_sizes.random_tokens(options, ROWS, LENGTH))
+    given = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "use_cache": False,
+    }
+
+    def loss_of() -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher(**given).logits
+        student_logits = student(**given).logits
+        values = functional.kl_div(
+            functional.log_softmax(student_logits.float(), -1),
+            functional.log_softmax(teacher_logits.float(), -1),
+            reduction="none",
+            log_target=True,
+        )
+        return values.sum(-1).mean()
+
+    def step() -> Answer:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    def first_step() -> Answer:
+        loss = step()["loss"]
+        gradients = [p.grad.norm() for p in student.parameters() if p.grad is not None]
+        return {"loss": loss, "norm": torch.stack(gradients).norm().item()}
+
+    serve({"first step": first_step, "step": step})
+
+
+def mgsr_side(options: Options) -> None:
+    """The step of the trainer."""
+    import jax
+    import numpy as np
+    from _mgsr import FORWARD_KL, STEPS, constant_rate, load_pair
+    from _side import serve
+
+    from mgsr_jax import sharding
+    from mgsr_jax.rows import from_lists
+    from mgsr_jax.train_step import init_state, make_optimizer, make_train_step
+
+    pair, mesh = load_pair(Path(options.shared)), sharding.make_mesh()
+    optimizer = make_optimizer(constant_rate(RATE), STEPS)
+    train_step = make_train_step(pair.student, pair.teacher, optimizer, FORWARD_KL)
+    # One token more, which is only a label: 256 go through the models and are scored.
+    tokens = _sizes.random_tokens(options, ROWS, LENGTH)
+    tokens = np.pad(tokens, [(0, 0), (0, 1)], constant_values=2).tolist()
+    prompts, responses = [row[:1] for row in tokens], [row[1:] for row in tokens]
+    host = from_lists(prompts, responses, width=LENGTH + 1)
+    rows = (sharding.put_batch(mesh, host),)
+    state = jax.jit(
+        lambda params: init_state(params, optimizer, seed=0),
+        out_shardings=sharding.replicated(mesh),
+        donate_argnums=0,
+    )({"student": pair.student_params})
+
+    def step() -> Answer:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = train_step(state, pair.teacher_params, rows)
+        jax.block_until_ready(state)
+        found = {"loss": metrics["loss"], "norm": metrics["gradient_norm"]}
+        return {name: float(value.total) for name, value in found.items()}
+
+    serve({"first step": step, "step": step})
+
+
+def compare(options: Options, start: Sides) -> Any:
+    """Speed and memory of the same repetitions."""
+    sides = {"torch": start("torch"), "mgsr_jax": start("mgsr_jax")}
+    first = {name: side("first step") for name, side in sides.items()}
+    for what in ("loss", "norm"):
+        _pairs.require_close(
+            what, first["mgsr_jax"][what], first["torch"][what], relative=SAME
+        )
+    runs = {name: functools.partial(side, "step") for name, side in sides.items()}
+    rounds = _pairs.alternate(options.pairs, runs)
+    yield SPEED.verdict(
+        _pairs.ratios(rounds, "torch", "mgsr_jax"),
+        **_pairs.times(rounds),
+    )
+    yield MEMORY.verdict(
+        _pairs.ratios(rounds, "mgsr_jax", "torch", "peak_mib"),
+        peak_mib=_pairs.medians(rounds, "peak_mib"),
+    )
+
+
+SIDES = {"torch": torch_side, "mgsr_jax": mgsr_side}
+
+if __name__ == "__main__":
+    sys.exit(_pairs.main(__doc__, compare, SIDES))

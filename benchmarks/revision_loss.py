@@ -1,0 +1,209 @@
+"""The whole loss of training: its memory plan, its time, and how the plan grows.
+
+Cross-entropy, DAC-KL and span correlation in one pass, value and gradient, as training
+computes them (`micro_batch_loss`) with the transformers left out: hidden states, of
+width 384 (student) and 768 (teacher), are given. Gradients are those of the student's
+hidden states, its head (50,257 classes) and the clip network. Three questions:
+
+  P3memory  XLA's plan beyond the gradients, at 4,096 tokens, against that of the dense
+            form, which is the same three losses on the logits of all tokens at once
+  P3time    time against forward KL alone, computed the same way
+  P4        how the plan grows from 512 to 8,192 tokens: at most by what the hidden
+            states of both models take in float32, twice
+
+The dense form is compared at 256 tokens, value and every gradient; at full size it is
+compiled and not run.
+
+    python benchmarks/revision_loss.py      # about two minutes on two CPU cores
+    python benchmarks/revision_loss.py --tiny --pairs 1
+"""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import _pairs
+import _sizes
+import jax
+import jax.numpy as jnp
+from _pairs import Bound, Options, Sides
+
+from mgsr_jax import losses
+from mgsr_jax.objective import Objective, micro_batch_loss, position_weights
+from mgsr_jax.rows import Rows, next_token_view
+
+ROWS, TOKENS, LENGTHS = 4, 4096, (512, 1024, 2048, 4096, 8192)
+REVISION = Objective()
+FORWARD_KL = Objective(sft=0.0, span=0.0, divergence="forward_kl")
+OF = "cross-entropy + DAC-KL + span, 4,096 tokens, V = 50,257"
+MEMORY = Bound("P3memory", f"{OF}: memory plan, chunked / dense", 0.015)
+TIME = Bound("P3time", f"{OF}: time a token, of chunked forward KL's", 1.8)
+GROWTH = Bound(
+    "P4",
+    "the loss's plan from 512 to 8,192 tokens: bytes a token / 2 (d + D) 4",
+    1.0,
+)
+SAME = 1e-4  # relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A language model without its transformer: the hidden states are a parameter."""
+
+    vocabulary: int
+
+    @property
+    def config(self) -> Any:
+        return SimpleNamespace(vocab_size=self.vocabulary)
+
+    def forward(self, params: Any, tokens: Any, **_: Any) -> Any:
+        return params["hidden"], None
+
+    def head_params(self, params: Any) -> Any:
+        return params["head"]
+
+    def unembed(self, head: Any, hidden: Any) -> Any:
+        return losses.project(hidden, head["embedding"])
+
+
+def problem(options: Options, tokens: int) -> tuple[Any, Any, Rows]:
+    """Parameters of both models and rows: logits of deviation 2, spans of 3 tokens."""
+    sizes, columns = _sizes.models(options), tokens // ROWS
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def model(width: int) -> Any:
+        head = jax.random.normal(next(keys), (sizes.vocabulary, width))
+        hidden = jax.random.normal(next(keys), (ROWS, columns, width))
+        return {"head": {"embedding": 2 / width**0.5 * head}, "hidden": hidden}
+
+    params = {
+        "student": model(sizes.student.width),
+        "clip_network": losses.init_clip_network(next(keys)),
+    }
+    # One token more, which is only a label.
+    index = jnp.broadcast_to(jnp.arange(columns + 1), (ROWS, columns + 1))
+    rows = Rows(
+        tokens=index * 7919 % sizes.vocabulary,
+        prompt_lengths=jnp.ones(ROWS, jnp.int32),
+        lengths=jnp.full(ROWS, columns + 1),
+        span_ids=index // 3,
+        example=jnp.arange(ROWS),
+        ground_truth=jnp.ones(ROWS, bool),
+    )
+    return params, model(sizes.teacher.width), rows
+
+
+def chunked(objective: Objective, vocabulary: int) -> Any:
+    """Value and gradient as training has them."""
+
+    model: Any = Head(vocabulary)
+
+    def loss(params: Any, teacher_params: Any, rows: Rows) -> Any:
+        return micro_batch_loss(
+            params,
+            teacher_params,
+            rows,
+            position_weights(rows, objective),
+            student=model,
+            teacher=model,
+            objective=objective,
+            vocab_size=None,
+        )[0]
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@jax.jit
+@jax.value_and_grad
+def dense(params: Any, teacher_params: Any, rows: Rows) -> Any:
+    """The same with all logits at once: what one writes without `chunked`."""
+    view = next_token_view(rows)
+    student, teacher = (
+        losses.project(model["hidden"], model["head"]["embedding"])
+        for model in (params["student"], teacher_params)
+    )
+    dac_kl = losses.dac_kl(
+        params["clip_network"],
+        student,
+        teacher,
+        where=view.where,
+        prior_weight=REVISION.prior_weight,
+        width=REVISION.width,
+        normalization=REVISION.normalization,
+    )
+    spans = losses.span_correlation(student, teacher, view.span_ids, where=view.where)
+    pairs = losses.span_pairs(view.span_ids, view.where)
+    sft = losses.cross_entropy(student, view.labels, where=view.where)
+    return (
+        losses.masked_mean(sft, view.where)
+        + losses.masked_mean(dac_kl.loss, view.where)
+        + losses.masked_mean(spans, pairs)
+    )
+
+
+def compare(options: Options, start: Sides) -> Any:
+    """Plans, then times."""
+    del start
+    vocabulary = _sizes.models(options).vocabulary
+    revision = chunked(REVISION, vocabulary)
+    _require_equal(revision, problem(options, 256))
+
+    plans = {
+        tokens: _plan_mib(
+            revision, jax.eval_shape(lambda n=tokens: problem(options, n))
+        )
+        for tokens in LENGTHS
+    }
+    of_dense = _plan_mib(dense, jax.eval_shape(lambda: problem(options, TOKENS)))
+    yield MEMORY.verdict(
+        [plans[TOKENS] / of_dense],
+        plan_mib={"chunked": round(plans[TOKENS], 1), "dense": round(of_dense, 1)},
+    )
+    yield _growth(options, plans)
+
+    arguments = problem(options, TOKENS)
+    forward_kl = chunked(FORWARD_KL, vocabulary)
+    runs = {
+        name: _pairs.timed(lambda run=run: jax.block_until_ready(run(*arguments)))
+        for name, run in (("forward KL", forward_kl), ("whole loss", revision))
+    }
+    rounds = _pairs.alternate(options.pairs, runs)
+    yield TIME.verdict(
+        _pairs.ratios(rounds, "whole loss", "forward KL"),
+        **_pairs.times(rounds),
+    )
+
+
+def _growth(options: Options, plans: dict[int, float]) -> Any:
+    """From each length to the next, and from the first to the last, which counts."""
+    sizes, (first, *_, last) = _sizes.models(options), plans
+    allowed = 2 * (sizes.student.width + sizes.teacher.width) * 4
+    grown = (plans[last] - plans[first]) * 2**20 / (last - first)
+    return GROWTH.verdict(
+        [grown / allowed],
+        plan_mib={tokens: round(plan, 1) for tokens, plan in plans.items()},
+        bytes_a_token={"plan": round(grown), "allowed": allowed},
+    )
+
+
+def _plan_mib(function: Any, shapes: Any) -> float:
+    compiled = function.lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def _require_equal(revision: Any, arguments: Any) -> None:
+    """Loss and every gradient, of chunks and of the dense form."""
+    found = (revision(*arguments), dense(*arguments))
+    norms = (jax.tree.map(lambda x: float(jnp.linalg.norm(x)), each) for each in found)
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(next(norms)),
+        jax.tree.leaves(next(norms)),
+        strict=True,
+    ):
+        what = f"chunked and dense{jax.tree_util.keystr(path)}"
+        _pairs.require_close(what, ours, theirs, SAME)
+
+
+if __name__ == "__main__":
+    sys.exit(_pairs.main(__doc__, compare))
