@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.rows import Rows, prompts_only
+from mgsr_jax.slots import in_slots
 from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
 
 STUDENT, TEACHER = 0, 1
@@ -73,6 +74,7 @@ def decode(
     vocab_size: int | None = None,
     prefill_width: int | None = None,
     no_repeat_ngram: int = 0,
+    slots: int | None = None,
 ) -> DecodeState:
     """Extends every row that is not done until it ends or is `max_length` long.
 
@@ -88,6 +90,8 @@ def decode(
       vocab_size: columns at or beyond it are never drawn.
       prefill_width: no prompt is longer than this (default S).
       no_repeat_ngram: forbid tokens that would repeat an n-gram of the row; 0 is off.
+      slots: rows that are decoded at once; a row that ends makes room for one that
+        waits. None decodes all of them together. It changes the time alone.
 
     Returns:
       The state with every row done.
@@ -98,7 +102,7 @@ def decode(
     limit = jnp.minimum(max_length, width)
     head = model.head_params(params)
 
-    def extend(state: DecodeState) -> DecodeState:
+    def extend(state: DecodeState, keys: RowKeys) -> DecodeState:
         rows = state.rows
         # A finished row runs along: it rewrites its last slot with the same values.
         position = rows.lengths - 1
@@ -129,7 +133,11 @@ def decode(
         )
 
     state = dataclasses.replace(state, done=state.done | (state.rows.lengths >= limit))
-    return jax.lax.while_loop(lambda state: jnp.any(~state.done), extend, state)
+    if slots is None or slots >= state.done.shape[0]:
+        return jax.lax.while_loop(
+            lambda state: jnp.any(~state.done), lambda s: extend(s, keys), state
+        )
+    return in_slots(extend, state, keys, slots)
 
 
 @partial(
@@ -142,6 +150,7 @@ def decode(
         "vocab_size",
         "prefill_width",
         "no_repeat_ngram",
+        "slots",
         "dtype",
     ),
 )
@@ -159,6 +168,7 @@ def generate(
     vocab_size: int | None = None,
     prefill_width: int | None = None,
     no_repeat_ngram: int = 0,
+    slots: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Rows:
     """New responses to the prompts of `rows`, which keep their width.
@@ -179,6 +189,7 @@ def generate(
         vocab_size=vocab_size,
         prefill_width=prefill_width,
         no_repeat_ngram=no_repeat_ngram,
+        slots=slots,
     )
     return state.rows
 
@@ -202,7 +213,11 @@ def sample(
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
     if top_p < 1.0:
         logits = jnp.where(_nucleus(logits, temperature, top_p), logits, -jnp.inf)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+
+    def draw() -> Float[Array, "B V"]:
+        return jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+
+    noise = jax.lax.cond(temperature > 0, draw, lambda: jnp.zeros_like(logits))
     return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
 
 

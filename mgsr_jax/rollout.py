@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from mgsr_jax.decode import STUDENT, decode, row_keys, start
 from mgsr_jax.rows import NO_SPAN, Rows, blank_padding, prompts_only
@@ -26,6 +27,12 @@ from mgsr_jax.spans import Chunker, chunk, token_offsets
 from mgsr_jax.typing import Model, Params, PRNGKey
 
 Source = Literal["data", "generate", "replay"]
+
+Rollout = Callable[
+    [Params, Any, tuple[Rows, ...], PRNGKey],
+    tuple[tuple[Rows, ...], tuple[ScrgInfo, ...]],
+]
+"""Micro-batches of prompts to micro-batches of samples, and what was corrected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +175,12 @@ def make_rollout(
     vocab_size: int | None = None,
     prefill_width: int | None = None,
     dtype: Any = jnp.float32,
-) -> Callable[[Params, Params, Rows, PRNGKey], tuple[Rows, ScrgInfo]]:
-    """A jitted `rollout(student_params, teacher_params, rows, key)`.
+) -> Rollout:
+    """A jitted `rollout(student_params, teacher_params, micro_batches, key)`.
 
-    The student answers the prompts of `rows`, SCRG revises; spans are not known yet.
-    `dtype` is that of the decoder's weights and cache.
+    The student answers the prompts of a step, SCRG revises; spans are not known yet.
+    As many rows as a micro-batch has are decoded at a time: they are the slots that
+    all rows of the step share. `dtype` is that of the decoder's weights and cache.
     """
     sampling: dict[str, Any] = dict(
         eos_ids=eos_ids,
@@ -184,10 +192,14 @@ def make_rollout(
 
     @jax.jit
     def rollout(
-        student_params: Params, teacher_params: Params, rows: Rows, key: PRNGKey
-    ) -> tuple[Rows, ScrgInfo]:
+        student_params: Params,
+        teacher_params: Params,
+        micro_batches: tuple[Rows, ...],
+        key: PRNGKey,
+    ) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...]]:
         params = student.decode_params(student_params, dtype)
-        max_length = rows.tokens.shape[1]
+        rows = _joined(micro_batches)
+        slots, max_length = micro_batches[0].tokens.shape
         state = decode(
             student,
             params,
@@ -195,6 +207,7 @@ def make_rollout(
             keys=row_keys(key, rows.example, STUDENT, 0),
             max_length=max_length,
             prefill_width=prefill_width,
+            slots=slots,
             **sampling,
         )
         state, info = revise(
@@ -207,11 +220,36 @@ def make_rollout(
             rounds=config.rounds,
             teacher_token=config.teacher_token,
             max_length=max_length,
+            slots=slots,
             **sampling,
         )
-        return blank_padding(state.rows), info
+        parts = len(micro_batches)
+        return _parted(blank_padding(state.rows), parts), _parted(info, parts, axis=1)
 
     return rollout
+
+
+def _joined(micro_batches: tuple[Rows, ...]) -> Rows:
+    """One batch of all rows, in which every device keeps those that it has."""
+
+    def join(*parts: Array) -> Array:
+        return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    return jax.tree.map(join, *micro_batches)
+
+
+def _parted(tree: Any, parts: int, axis: int = 0) -> tuple[Any, ...]:
+    """The micro-batches again; rows are counted along `axis`."""
+
+    def part(i: int) -> Any:
+        def of(x: Array) -> Array:
+            size = x.shape[axis] // parts
+            by_part = x.reshape(*x.shape[:axis], size, parts, *x.shape[axis + 1 :])
+            return jnp.take(by_part, i, axis=axis + 1)
+
+        return jax.tree.map(of, tree)
+
+    return tuple(part(i) for i in range(parts))
 
 
 def with_spans(

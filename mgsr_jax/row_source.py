@@ -16,6 +16,7 @@ from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import (
     AdaptiveRatio,
     ReplayBuffer,
+    Rollout,
     RolloutConfig,
     Source,
     choose_source,
@@ -25,7 +26,6 @@ from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.sharding import put_batch
 from mgsr_jax.typing import Params, PRNGKey
 
-Rollout = Callable[[Params, Any, Rows, PRNGKey], tuple[Rows, ScrgInfo]]
 Lookup = Callable[[Rows], TopKTeacher]
 
 
@@ -110,20 +110,17 @@ class RowSource:
         ground_truth = self._put(host)
         if source == "data" or self._rollout is None:  # the second: policy "off"
             return StepRows(ground_truth, source, self._look_up(host))
-        # All parts are started before the first is fetched: the host works on one
-        # while the device works on the next.
-        launched = [
-            self._rollout(params, teacher_params, rows, rollout_key)
-            for rows in ground_truth
-        ]
+        samples, corrections = self._rollout(
+            params, teacher_params, ground_truth, rollout_key
+        )
         rows, cached = (), ()
         if self._keep_ground_truth:
             rows, cached = ground_truth, self._look_up(host)
         return StepRows(
-            micro_batches=rows + tuple(self._finish(rows) for rows, _ in launched),
+            micro_batches=rows + tuple(self._finish(rows) for rows in samples),
             source=source,
             cached=cached + self._not_cached,
-            corrections=tuple(info for _, info in launched),
+            corrections=corrections,
         )
 
     def validated(self, loss: float) -> None:

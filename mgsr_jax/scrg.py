@@ -13,8 +13,9 @@ rounds look only behind the last correction, so that none is undone.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +69,12 @@ def revise(
     top_k: int = 0,
     top_p: float = 1.0,
     vocab_size: int | None = None,
+    slots: int | None = None,
     chunk_size: int = 16,
 ) -> tuple[DecodeState, ScrgInfo]:
     """Corrects every row's worst token and re-generates what follows, `rounds` times.
 
-    One teacher pass a round scores the whole batch; the student is scored on the hidden
+    One teacher pass a round scores every row; the student is scored on the hidden
     states that decoding left, and goes on in its own cache from the corrected token.
 
     Args:
@@ -82,7 +84,9 @@ def revise(
       key: the key that the rows were generated with; rounds are folded into it.
       teacher_token: "sample" draws y^T at temperature 1 (the paper), "argmax" takes the
         most probable token.
-      chunk_size: positions whose logits are alive at a time.
+      slots: rows that the teacher reads, and that are decoded, at once; they divide the
+        rows. None takes all of them together. It changes time and memory alone.
+      chunk_size: positions of those rows whose logits are alive at a time.
       temperature, top_k, top_p: of the student's re-generation; the rest as `decode`.
     """
     if teacher_token not in ("sample", "argmax"):
@@ -90,7 +94,16 @@ def revise(
             f'teacher_token must be "sample" or "argmax", got {teacher_token!r}'
         )
 
-    models = (student, student_params, teacher, teacher_params)
+    score = partial(
+        _score,
+        student,
+        student_params,
+        teacher,
+        teacher_params,
+        draw=teacher_token == "sample",
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+    )
     rewrite = partial(
         decode,
         student,
@@ -101,18 +114,13 @@ def revise(
         top_p=top_p,
         eos_ids=eos_ids,
         vocab_size=vocab_size,
+        slots=slots,
     )
 
     def one_round(carry, round):
         state, corrected_to = carry
-        proposal, kl = _score(
-            *models,
-            state,
-            keys=row_keys(key, state.rows.example, TEACHER, round),
-            draw=teacher_token == "sample",
-            vocab_size=vocab_size,
-            chunk_size=chunk_size,
-        )
+        keys = row_keys(key, state.rows.example, TEACHER, round)
+        proposal, kl = _in_groups(slots, score, state.rows, state.hidden, keys)
         info = locate_error(state.rows, proposal, kl, corrected_to)
         state = correct(state, info, proposal, max_length=max_length, eos_ids=eos_ids)
         state = rewrite(state, keys=row_keys(key, state.rows.example, STUDENT, round))
@@ -174,47 +182,69 @@ def correct(
     )
 
 
+def _in_groups(size: int | None, fn: Callable[..., Any], *arguments: Any) -> Any:
+    """`fn(*arguments)` for `size` rows at a time."""
+    rows = arguments[0].lengths.shape[0]
+    if size is None or size >= rows:
+        return fn(*arguments)
+    # Every group takes its rows from all devices alike.
+    groups = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(size, -1, *x.shape[1:]), 1, 0), arguments
+    )
+    results = jax.lax.map(lambda group: fn(*group), groups)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results
+    )
+
+
 def _score(
     student: Model,
     student_params: Params,
     teacher: Model,
     teacher_params: Params,
-    state: DecodeState,
-    *,
+    rows: Rows,
+    student_hidden: Float[Array, "B S D"],
     keys: RowKeys,
+    *,
     draw: bool,
     vocab_size: int | None,
     chunk_size: int,
 ) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
     """The teacher's token and KL(teacher || student) for the token at each index.
 
-    Logits exist for `chunk_size` positions at a time.
+    Logits exist for `chunk_size` positions at a time, and only where there are
+    responses.
     """
     student_head = student.head_params(student_params)
     teacher_head = teacher.head_params(teacher_params)
-    teacher_hidden, _ = teacher.forward(teacher_params, state.rows.tokens)
+    teacher_hidden, _ = teacher.forward(teacher_params, rows.tokens)
+    batch, width = rows.tokens.shape
+    chunk_size = min(chunk_size, width - 1)
 
-    def at_position(args):
-        t, student_BD, teacher_BD = args
-        student_logits = student.unembed(student_head, student_BD)
-        teacher_logits = teacher.unembed(teacher_head, teacher_BD)
-        token = sample(
-            mask_vocab(teacher_logits, vocab_size),
-            jax.vmap(jax.random.fold_in, (0, None))(keys, t + 1),
+    def of_chunk(i: Any, found: Any) -> Any:
+        # The last chunk begins earlier: it says of a position what was said before.
+        start = jnp.minimum(i * chunk_size, width - 1 - chunk_size)
+
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1)
+
+        student_logits = student.unembed(student_head, cut(student_hidden))
+        teacher_logits = teacher.unembed(teacher_head, cut(teacher_hidden))
+        # The output at t is about token t + 1.
+        index = start + 1 + jnp.arange(chunk_size)
+        at_index = jax.vmap(jax.random.fold_in, (None, 0))
+        tokens = sample(
+            mask_vocab(teacher_logits.reshape(batch * chunk_size, -1), vocab_size),
+            jax.vmap(at_index, (0, None))(keys, index).reshape(-1),
             temperature=1.0 if draw else 0.0,
         )
         kl = forward_kl(student_logits, teacher_logits, vocab_size=vocab_size)
-        return token, kl
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, new, start + 1, axis=1)
+            for x, new in zip(found, (tokens.reshape(kl.shape), kl), strict=True)
+        )
 
-    # The output at t is about token t + 1; nothing is said about token 0.
-    positions = jnp.arange(teacher_hidden.shape[1] - 1)
-    tokens, kl = jax.lax.map(
-        at_position,
-        (
-            positions,
-            jnp.moveaxis(state.hidden[:, :-1], 1, 0),
-            jnp.moveaxis(teacher_hidden[:, :-1], 1, 0),
-        ),
-        batch_size=chunk_size,
-    )
-    return jnp.pad(tokens.T, ((0, 0), (1, 0))), jnp.pad(kl.T, ((0, 0), (1, 0)))
+    first = (jnp.min(rows.prompt_lengths) - 1) // chunk_size
+    last = (jnp.max(rows.lengths) - 2) // chunk_size
+    nothing = jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch, width))
+    return jax.lax.fori_loop(first, last + 1, of_chunk, nothing)

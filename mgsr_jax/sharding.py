@@ -93,6 +93,12 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree, partition_specs(rules, tree))
 
 
+def batch_shards() -> int:
+    """Parts that rows are split into on the context's mesh; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over data and fsdp; every other axis whole."""
     return NamedSharding(mesh, BATCH)

@@ -182,6 +182,46 @@ def test_prefill_width_changes_nothing(student):
     assert as_lists(run()) == as_lists(run(prefill_width=6))
 
 
+@pytest.mark.parametrize("slots", [1, 3, 4, 7])
+def test_slots_change_nothing(student, slots):
+    """Rows of all lengths, more than there are slots: each as if it were alone."""
+    model, params = student
+    rows = tiny.prompts((1, 4, 2, 6, 3, 13, 5, 2, 14, 1, 7))
+    run = partial(generate, model, params, rows, key=jax.random.key(3), eos_ids=EOS)
+    together = run(max_length=14)
+    lengths = set((together.lengths - together.prompt_lengths).tolist())
+    assert 0 in lengths and len(lengths) > 4
+    assert as_lists(run(max_length=14, slots=slots)) == as_lists(together)
+
+
+def test_rows_are_exchanged_with_their_cache_and_hidden_states(student):
+    model, params = student
+    copy = model.decode_params(params, jnp.float32)
+    rows = tiny.prompts((1, 4, 2, 6, 3, 9))
+    keys = row_keys(jax.random.key(5), rows.example, STUDENT, 0)
+    settings = dict(keys=keys, max_length=14, eos_ids=EOS)
+    want = decode(model, copy, start(rows), **settings)
+    got = decode(model, copy, start(rows), slots=2, **settings)
+    assert got.done.all()
+    for b, length in enumerate(want.rows.lengths.tolist()):
+        seen = slice(length - 1)
+        np.testing.assert_allclose(got.hidden[b, seen], want.hidden[b, seen], atol=1e-5)
+        for x, y in zip(
+            jax.tree.leaves(got.cache), jax.tree.leaves(want.cache), strict=True
+        ):
+            np.testing.assert_allclose(x[b, :, seen], y[b, :, seen], atol=1e-5)
+
+
+def test_slots_that_do_not_divide_over_the_mesh_are_named(student):
+    model, params = student
+    mesh = sharding.make_mesh(data=8)
+    rows = jax.tree.map(np.asarray, tiny.prompts((3,) * 16))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="12 slots over 8 devices"):
+        batch = sharding.put_batch(mesh, rows)
+        run = partial(generate, key=jax.random.key(0), max_length=14, eos_ids=EOS)
+        run(model, params, batch, slots=12)
+
+
 def test_one_compilation_for_all_lengths_keys_and_temperatures(student):
     model, params = student
     generate.clear_cache()
@@ -198,11 +238,13 @@ def test_one_compilation_for_all_lengths_keys_and_temperatures(student):
     assert generate._cache_size() == 1
 
 
-def test_mesh_changes_nothing(student):
+@pytest.mark.parametrize("slots", [None, 8])
+def test_mesh_changes_nothing(student, slots):
     model, params = student
-    rows, key = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2)), jax.random.key(11)
+    rows, key = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2) * 2), jax.random.key(11)
     settings = dict(key=key, max_length=14, eos_ids=EOS)
     want = generate(model, params, rows, **settings)
+    settings["slots"] = slots
     mesh = sharding.make_mesh(data=4, fsdp=2)
     placed = jax.device_put(
         params, sharding.shardings(mesh, model.partition_rules, params)

@@ -223,7 +223,8 @@ def pair():
 
 def roll(config, pair, rows=ROWS, seed=5):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
-    return jax.device_get(rollout(*pair, rows, jax.random.key(seed)))
+    (samples,), (info,) = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
+    return samples, info
 
 
 def assert_well_formed(rows):
@@ -294,3 +295,25 @@ def test_a_sample_is_its_example_s_wherever_the_row_stands(pair):
     assert (other.tokens != rows.tokens).any()
     renamed = dataclasses.replace(ROWS, example=ROWS.example + 100)
     assert (roll(config, pair, rows=renamed)[0].tokens != rows.tokens).any()
+
+
+def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
+    rows = jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), ROWS)
+    rows = dataclasses.replace(rows, example=np.arange(12, dtype=np.int32))
+    config = RolloutConfig("on", rounds=2)
+    want, want_info = roll(config, pair, rows=rows)
+    rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
+    parts = tuple(
+        jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], rows) for i in range(4)
+    )
+    samples, infos = jax.device_get(rollout(*pair, parts, jax.random.key(5)))
+    for i in range(4):
+        here = slice(3 * i, 3 * i + 3)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            samples[i],
+            jax.tree.map(lambda x, here=here: x[here], want),
+        )
+        np.testing.assert_array_equal(
+            infos[i].error_position, want_info.error_position[:, here]
+        )

@@ -39,9 +39,15 @@ class Batches:
         self.position = state["position"]
 
 
-def rollout(params, teacher_params, rows, key):
+def rollout(params, teacher_params, micro_batches, key):
     """Writes a number that params, teacher and the key decide behind each prompt."""
     del teacher_params
+    return tuple(
+        zip(*(write(params, rows, key) for rows in micro_batches), strict=True)
+    )
+
+
+def write(params, rows, key):
     number = jax.random.randint(jax.random.fold_in(key, 0), (), 10, 1000)
     number += params["offset"]
     size = rows.lengths.shape[0]

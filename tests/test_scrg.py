@@ -84,7 +84,9 @@ def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
     return results
 
 
-@partial(jax.jit, static_argnames=("pair", "rounds", "eos_ids", "teacher_token"))
+@partial(
+    jax.jit, static_argnames=("pair", "rounds", "eos_ids", "teacher_token", "slots")
+)
 def rollout(
     pair,
     params,
@@ -95,6 +97,7 @@ def rollout(
     eos_ids=EOS,
     teacher_token="sample",
     temperature=1.0,
+    slots=None,
 ):
     student, teacher = pair
     copy = student.decode_params(params[0], jnp.float32)
@@ -106,6 +109,7 @@ def rollout(
         max_length=WIDTH,
         eos_ids=eos_ids,
         temperature=temperature,
+        slots=slots,
     )
     return state, revise(
         student,
@@ -118,6 +122,7 @@ def rollout(
         teacher_token=teacher_token,
         max_length=WIDTH,
         eos_ids=eos_ids,
+        slots=slots,
         chunk_size=4,
     )
 
@@ -135,14 +140,18 @@ def as_lists(rows):
 
 
 @pytest.mark.parametrize(
-    ("rounds", "teacher_token"), [(0, "sample"), (1, "argmax"), (3, "sample")]
+    ("rounds", "teacher_token", "slots"),
+    [(0, "sample", None), (1, "argmax", None), (3, "sample", None), (3, "sample", 2)],
 )
-def test_equals_regeneration_from_scratch(pair, rounds, teacher_token):
-    rows, key = tiny.prompts((1, 4, 2, 6, 11), width=WIDTH), jax.random.key(4)
-    _, (state, info) = run(pair, rows, key, rounds=rounds, teacher_token=teacher_token)
+def test_equals_regeneration_from_scratch(pair, rounds, teacher_token, slots):
+    """With `slots` other rows have been in a row's slot, and it in others."""
+    lengths = (1, 4, 2, 6, 11, 3) if slots else (1, 4, 2, 6, 11)
+    rows, key = tiny.prompts(lengths, width=WIDTH), jax.random.key(4)
+    settings = dict(rounds=rounds, teacher_token=teacher_token, slots=slots)
+    _, (state, info) = run(pair, rows, key, **settings)
     want = reference(*pair, rows, key, rounds, EOS, teacher_token == "argmax")
     assert as_lists(state.rows) == [tokens for tokens, _ in want]
-    assert info.error_position.shape == (rounds, 5)
+    assert info.error_position.shape == (rounds, len(lengths))
     for b, (_, log) in enumerate(want):
         assert info.error_position[:, b].tolist() == [j for j, _ in log]
         np.testing.assert_allclose(info.kl[:, b], [v for _, v in log], rtol=1e-4)

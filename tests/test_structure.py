@@ -14,7 +14,7 @@ __init__ typing
 losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
 losses._cross_entropy losses._divergences losses._mixtures losses._adaptive_kl
 losses._alpha_beta losses._dac_kl losses._span losses._projection losses._chunked losses
-models.* rows sharding checkpoint.* decode scrg spans records encoding data
+models.* rows sharding checkpoint.* slots decode scrg spans records encoding data
 teacher_cache rollout row_source objective train_step metrics evaluate report config
 setup caching trainer cli integrations.* __main__
 """.split()

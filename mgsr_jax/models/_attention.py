@@ -14,9 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.models._hf_config import HfConfig, require_supported
+from mgsr_jax.models._linear import linear
 
-LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
-"""Keys and values of one layer."""
+LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+"""Keys and values of one layer; a head's lie together, as its products read them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,19 +128,41 @@ def attention_mask(
 
 
 def write_cache(
-    cache: Float[Array, "B S K H"],
+    cache: Float[Array, "B K S H"],
     positions: Int[Array, "#B T"],
-    values: Float[Array, "B T K H"],
-) -> Float[Array, "B S K H"]:
+    values: Float[Array, "B K T H"],
+) -> Float[Array, "B K S H"]:
     """Position p goes to slot p; what lies beyond the last slot is dropped.
 
     A scatter for each row: a dynamic_update_slice would clamp its start and overwrite
     the last slot of a full row.
     """
-    positions = jnp.broadcast_to(positions, values.shape[:2])
-    return jax.vmap(lambda c, i, x: c.at[i].set(x, mode="drop"))(
+    positions = jnp.broadcast_to(positions, (values.shape[0], values.shape[2]))
+    return jax.vmap(lambda c, i, x: c.at[:, i].set(x, mode="drop"))(
         cache, positions, values.astype(cache.dtype)
     )
+
+
+def attend_to_cache(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B 1 T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v in the cache's own layout, which is never transposed.
+
+    The softmax is in float32.
+    """
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads = k_BKSH.shape[1]
+    q = q_BTNH.reshape(batch, length, kv_heads, -1, width)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+    scores = jnp.matmul(q, k_BKSH.mT, preferred_element_type=jnp.float32)
+    grouped = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
+    seen = jnp.where(mask[:, :, None], grouped * width**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(seen, axis=-1).astype(v_BKSH.dtype).reshape(scores.shape)
+    out = jnp.matmul(weights, v_BKSH).reshape(batch, kv_heads, -1, length, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 class Attention(nnx.Module):
@@ -159,20 +182,18 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.rope = config.head_dim, rope
-        init = nnx.initializers.normal(config.initializer_range)
         query, kv = (
             heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
         )
 
-        def linear(size_in: int, size_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                size_in, size_out, use_bias=bias, kernel_init=init, rngs=rngs
-            )
+        def to(size_in: int, size_out: int, bias: bool) -> nnx.Linear:
+            stddev = config.initializer_range
+            return linear(size_in, size_out, bias=bias, stddev=stddev, rngs=rngs)
 
-        self.query = linear(config.width, query, qkv_bias)
-        self.key = linear(config.width, kv, qkv_bias)
-        self.value = linear(config.width, kv, qkv_bias)
-        self.output = linear(query, config.width, output_bias)
+        self.query = to(config.width, query, qkv_bias)
+        self.key = to(config.width, kv, qkv_bias)
+        self.value = to(config.width, kv, qkv_bias)
+        self.output = to(query, config.width, output_bias)
         self.has_head_norm = head_norm_epsilon is not None
         if head_norm_epsilon is not None:
             self.query_norm = nnx.RMSNorm(
@@ -188,24 +209,29 @@ class Attention(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Without a cache, that of these tokens alone comes back."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = self.query(x_BTD).reshape(heads)
         k_BTKH = self.key(x_BTD).reshape(heads)
-        v_BSKH = self.value(x_BTD).reshape(heads)
+        v_BTKH = self.value(x_BTD).reshape(heads)
         if self.has_head_norm:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.rope is not None:
             q_BTNH = self.rope.rotate(q_BTNH, positions)
             k_BTKH = self.rope.rotate(k_BTKH, positions)
-        k_BSKH = k_BTKH
-        if cache is not None:
-            cache = (
-                write_cache(cache[0], positions, k_BTKH),
-                write_cache(cache[1], positions, v_BSKH),
+        new = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        if cache is None:
+            cache = new
+            out_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=mask is None
             )
-            k_BSKH, v_BSKH = (c.astype(q_BTNH.dtype) for c in cache)
-        out_BTNH = jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=mask is None
-        )
+        else:
+            assert mask is not None  # a cache's slots are more than what is seen
+            cache = (
+                write_cache(cache[0], positions, new[0]),
+                write_cache(cache[1], positions, new[1]),
+            )
+            k_BKSH, v_BKSH = (c.astype(q_BTNH.dtype) for c in cache)
+            out_BTNH = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, mask)
         return self.output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache

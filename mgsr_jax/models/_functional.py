@@ -65,8 +65,13 @@ def _arrays(module: nnx.Module) -> Params:
 def _layer(layers: Any, i: int) -> Params:
     """Parameters of layer i, of the stack or of the tuple that decoding has."""
     if isinstance(layers, tuple):
-        return layers[i]
+        return _transposed(layers[i])
     return jax.tree.map(lambda x: x[i], layers)
+
+
+def _transposed(layer: Params) -> Params:
+    """The matrices of one layer between [in, out] and decoding's [out, in]."""
+    return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, layer)
 
 
 def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -140,9 +145,10 @@ class LanguageModel:
         Raises:
           ValueError: a row, or the cache, is longer than the model's position limit.
         """
-        length = tokens.shape[1] if cache is None else cache[0][0].shape[1]
+        length = tokens.shape[1] if cache is None else cache[0][0].shape[2]
         self._check_length(length)
-        where = _Where.of(tokens, positions, cache, self._windows(length))
+        slots = None if cache is None else length
+        where = _Where.of(tokens, positions, slots, self._windows(length))
         ends_graph, block_graph = self._graphs
         ends = nnx.merge(ends_graph, {k: v for k, v in params.items() if k != LAYERS})
         x_BTD = _constrain_to_batch(ends.begin(tokens, where.positions))
@@ -157,15 +163,27 @@ class LanguageModel:
         layers = params[LAYERS]
         if cache is None and isinstance(layers, dict):
             x_BTD, _ = jax.lax.scan(
-                lambda x, xs: layer(x, *xs, None), x_BTD, (layers, where.windows)
+                lambda x, xs: (layer(x, *xs, None)[0], None),
+                x_BTD,
+                (layers, where.windows),
             )
             return ends.finish(x_BTD), None
+        # A cache that is filled from its start has nothing yet to be read.
+        read = None if positions is None else cache
         caches = []
         for i in range(self.config.num_layers):
             window = None if where.windows is None else where.windows[i]
-            layer_cache = None if cache is None else cache[i]
+            layer_cache = None if read is None else read[i]
             x_BTD, new = layer(x_BTD, _layer(layers, i), window, layer_cache)
             caches.append(new)
+        if cache is not None and read is None:
+            caches = jax.tree.map(
+                lambda old, new: old.at[:, :, : new.shape[2]].set(
+                    new.astype(old.dtype)
+                ),
+                cache,
+                tuple(caches),
+            )
         return ends.finish(x_BTD), None if cache is None else tuple(caches)
 
     def head_params(self, params: Params) -> Params:
@@ -183,20 +201,23 @@ class LanguageModel:
         return project(hidden, head["embedding"])
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """An empty cache: for every layer keys and values, each [B, S, K, H].
+        """An empty cache: for every layer keys and values, each [B, K, S, H].
 
         Raises:
           ValueError: `length` is beyond the model's position limit.
         """
         self._check_length(length)
-        shape = (batch, length, self.config.num_kv_heads, self.config.head_dim)
+        shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
         return tuple(
             (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
             for _ in range(self.config.num_layers)
         )
 
     def decode_params(self, params: Params, dtype: Any) -> Params:
-        """A copy for decoding: cast, a tuple with one subtree a layer for the stack."""
+        """A copy for decoding: cast, a tuple with one subtree a layer for the stack.
+
+        Matrices of the layers are [out, in], as `kernel_first` reads them.
+        """
 
         def copy(x: Array) -> Array:
             # Even where the dtype stays: the trainer donates the originals.
@@ -204,7 +225,7 @@ class LanguageModel:
 
         ends = {name: tree for name, tree in params.items() if name != LAYERS}
         layers = tuple(
-            jax.tree.map(copy, _layer(params[LAYERS], i))
+            jax.tree.map(copy, _transposed(_layer(params[LAYERS], i)))
             for i in range(self.config.num_layers)
         )
         return {**jax.tree.map(copy, ends), LAYERS: layers}
@@ -233,13 +254,15 @@ class _Where:
     windows: Int[Array, "L"] | None
 
     @classmethod
-    def of(cls, tokens: Any, positions: Any, cache: Any, windows: Any) -> "_Where":
+    def of(
+        cls, tokens: Any, positions: Any, slots: int | None, windows: Any
+    ) -> "_Where":
         keys = positions
         if positions is None:
             # One row for all: the mask needs no copy for each row of the batch.
             positions = jnp.arange(tokens.shape[1])[None]
-        if cache is not None:
-            keys = jnp.arange(cache[0][0].shape[1])[None]
+        elif slots is not None:
+            keys = jnp.arange(slots)[None]
         if windows is not None:
             keys, windows = positions if keys is None else keys, jnp.asarray(windows)
         return cls(positions, keys, windows)

@@ -20,6 +20,7 @@ from mgsr_jax.models._hf_config import (
     special_ids,
     token_ids,
 )
+from mgsr_jax.models._linear import linear
 
 
 def activation(name: str, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -128,17 +129,13 @@ class Mlp(nnx.Module):
     """down(activation(up(x)))."""
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
         sizes = (config.width, config.mlp_width)
-
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                size_in, size_out, use_bias=config.bias, kernel_init=init, rngs=rngs
-            )
-
+        settings: dict[str, Any] = dict(
+            bias=config.bias, stddev=config.initializer_range, rngs=rngs
+        )
         self.activation = config.activation
-        self.up = linear(*sizes)
-        self.down = linear(*reversed(sizes))
+        self.up = linear(*sizes, **settings)
+        self.down = linear(*reversed(sizes), **settings)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(activation(self.activation, self.up(x_BTD)))

@@ -20,6 +20,7 @@ from mgsr_jax.models._hf_config import (
     special_ids,
     token_ids,
 )
+from mgsr_jax.models._linear import linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +134,13 @@ class GatedMlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
-
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                size_in, size_out, use_bias=config.mlp_bias, kernel_init=init, rngs=rngs
-            )
-
-        self.gate = linear(config.width, config.mlp_width)
-        self.up = linear(config.width, config.mlp_width)
-        self.down = linear(config.mlp_width, config.width)
+        sizes = (config.width, config.mlp_width)
+        settings: dict[str, Any] = dict(
+            bias=config.mlp_bias, stddev=config.initializer_range, rngs=rngs
+        )
+        self.gate = linear(*sizes, **settings)
+        self.up = linear(*sizes, **settings)
+        self.down = linear(*reversed(sizes), **settings)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))

@@ -19,6 +19,7 @@ from mgsr_jax.models._hf_config import (
     special_ids,
     token_ids,
 )
+from mgsr_jax.models._linear import linear
 from mgsr_jax.models.gpt2 import ACTIVATIONS, Mlp, layer_norm
 
 POSITION_OFFSET = 2
@@ -152,7 +153,6 @@ class Ends(nnx.Module):
 
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         stddev = config.initializer_range
-        init = nnx.initializers.normal(stddev)
         self.is_projected = config.is_projected
         self.has_final_norm = config.has_final_norm
         sizes = (config.vocab_size, config.embed_width)
@@ -162,12 +162,9 @@ class Ends(nnx.Module):
         )
         if config.is_projected:
             outer, inner = config.embed_width, config.width
-            self.project_in = nnx.Linear(
-                outer, inner, use_bias=False, kernel_init=init, rngs=rngs
-            )
-            self.project_out = nnx.Linear(
-                inner, outer, use_bias=False, kernel_init=init, rngs=rngs
-            )
+            settings: dict[str, Any] = dict(bias=False, stddev=stddev, rngs=rngs)
+            self.project_in = linear(outer, inner, **settings)
+            self.project_out = linear(inner, outer, **settings)
         if config.has_final_norm:
             self.final_norm = layer_norm(config.width, 1e-5, rngs)
         if not config.tie_word_embeddings:

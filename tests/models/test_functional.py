@@ -108,7 +108,7 @@ def test_stack_and_tuple_of_layers_agree(llama, tokens):
         model, params, tokens, cache=model.init_cache(2, 9, jnp.float32)
     )
     np.testing.assert_allclose(scanned, cached, atol=2e-6, rtol=0)
-    assert jax.tree.map(jnp.shape, cache) == (((2, 9, 2, 6),) * 2,) * 2
+    assert jax.tree.map(jnp.shape, cache) == (((2, 2, 9, 6),) * 2,) * 2
 
 
 def test_given_positions(llama, tokens):
@@ -139,8 +139,8 @@ def test_positions_beyond_the_cache_write_nothing(llama, tokens):
         jax.tree.leaves(full), jax.tree.leaves(cache), strict=True
     ):
         np.testing.assert_array_equal(before[0], after[0])
-        np.testing.assert_array_equal(before[1, :3], after[1, :3])
-        assert (before[1, 3] != after[1, 3]).all()
+        np.testing.assert_array_equal(before[1, :, :3], after[1, :, :3])
+        assert (before[1, :, 3] != after[1, :, 3]).all()
     assert jnp.isfinite(hidden).all()
 
 
@@ -186,7 +186,7 @@ def test_the_copy_for_decoding_outlives_donated_params(llama, wrap):
     assert jnp.isfinite(decoding["embed"]["embedding"]).all()
     np.testing.assert_array_equal(
         decoding["layers"][1]["mlp"]["up"]["kernel"],
-        params["layers"]["mlp"]["up"]["kernel"][1],
+        params["layers"]["mlp"]["up"]["kernel"][1].T,
     )
 
 

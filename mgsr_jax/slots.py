@@ -1,0 +1,89 @@
+"""Many rows through few slots: a row that ends makes room for one that waits.
+
+Decoded in lock step, rows wait for the longest of them. Here `slots` of them are
+decoded at a time, and are exchanged when enough have ended: those with the most left to
+write go first, so that few slots are idle at the end. A row's tokens do not depend on
+the slot, nor on when it is there; its cache lies in the pool while it waits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from mgsr_jax.sharding import batch_shards
+
+# Of the slots that may stand idle before rows are exchanged: to copy their caches
+# takes about as long as a step.
+IDLE = 0.25
+
+
+def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> Any:
+    """`pool`, a state of R rows with a field `done`, with every row done.
+
+    `extend(state, keys)` takes a state of `slots` rows one step further. On a mesh each
+    device exchanges its own rows with its own slots.
+
+    Raises:
+      ValueError: the devices that rows are split over do not divide the slots.
+    """
+    shards = batch_shards()
+    if slots % shards or pool.done.shape[0] % shards:
+        raise ValueError(
+            f"{pool.done.shape[0]} rows in {slots} slots over {shards} devices; "
+            "expected multiples of the number of devices"
+        )
+    idle = max(1, int(IDLE * slots / shards))
+
+    def is_waiting(pool: Any) -> Any:
+        return jnp.any(~pool.done)
+
+    def exchange(pool: Any) -> Any:
+        held = _next_rows(pool, slots, shards)
+        active, active_keys = (_take(x, held) for x in (pool, keys))
+        left = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
+
+        def goes_on(active: Any) -> Any:
+            running = jnp.sum(~active.done.reshape(shards, -1), axis=1)
+            others_wait = left > held.shape[1]
+            full_enough = running > held.shape[1] - idle
+            return jnp.any(running > 0) & ~jnp.any(others_wait & ~full_enough)
+
+        active = lax.while_loop(goes_on, lambda x: extend(x, active_keys), active)
+        return _put(pool, held, active)
+
+    return lax.while_loop(is_waiting, exchange, pool)
+
+
+def _next_rows(pool: Any, slots: int, shards: int) -> Int[Array, "D C"]:
+    """On each shard the rows to go on with: those with the most left to write."""
+    lengths = pool.rows.lengths
+    order = jnp.where(pool.done, jnp.iinfo(lengths.dtype).max, lengths)
+    return jnp.argsort(order.reshape(shards, -1), axis=1)[:, : slots // shards]
+
+
+def _take(tree: Any, held: Int[Array, "D C"]) -> Any:
+    """The held rows of every leaf."""
+
+    def take(leaf: Array) -> Array:
+        by_shard = leaf.reshape(held.shape[0], -1, *leaf.shape[1:])
+        return jax.vmap(lambda x, i: x[i])(by_shard, held).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: Any, held: Int[Array, "D C"], rows: Any) -> Any:
+    """Every leaf with the held rows written back."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        by_shard, new = (
+            x.reshape(held.shape[0], -1, *leaf.shape[1:]) for x in (leaf, new)
+        )
+        return jax.vmap(lambda x, i, n: x.at[i].set(n))(by_shard, held, new).reshape(
+            leaf.shape
+        )
+
+    return jax.tree.map(put, tree, rows)
