@@ -4,9 +4,11 @@ A GPT-2 of 124 million parameters with the same random weights on both sides wri
 tokens after each of 8 prompts of 64; nothing ends a row. Greedy tokens are compared one
 by one first. The peer is `generate` with its key/value cache in float32; for P1c the
 fastest of its settings on this machine (static cache, torch.compile, bfloat16), which a
-probe of a few tokens finds. This project runs in float32 in all three.
+probe of a few tokens finds: one whose prompt alone takes twice as long as all of
+another is probed no further, and the rate in the record is then more than it has. This
+project runs in float32 in all three.
 
-    python benchmarks/decode.py             # about eight minutes on two CPU cores
+    python benchmarks/decode.py             # about 15 minutes on two CPU cores
     python benchmarks/decode.py --tiny --pairs 1
 """
 
@@ -86,7 +88,7 @@ def transformers_side(options: Options) -> None:
         """Seconds for all tokens, from those for a few."""
         first = seconds(candidate, 1)
         if "compile" not in candidate and first > HOPELESS * least:
-            return first  # less than it would take, and too long already
+            return first  # less than it takes, and too long already
         for new in (1 + PROBED, 1 + PROBED, 1):
             seconds(candidate, new)  # what compiles does so now
         first = seconds(candidate, 1)

@@ -66,7 +66,8 @@ def torch_side(options: Options) -> None:
 
     def first_step() -> Answer:
         loss = step()["loss"]
-        gradients = [p.grad.norm() for p in student.parameters() if p.grad is not None]
+        # In float64: a float32 sum of millions of squares has few digits.
+        gradients = [p.grad.double().norm() for p in student.parameters()]
         return {"loss": loss, "norm": torch.stack(gradients).norm().item()}
 
     serve({"first step": first_step, "step": step})
