@@ -147,7 +147,7 @@ def alternate(
         for name, run in runs.items():
             answers[name] = run()
             which = f"pair {number} of {pairs}" if number > 0 else "warm-up"
-            say(f"{which}: {name} {_spent(answers[name])}")
+            say(f"{which}: {name} {spent(answers[name])}")
         rounds.append(answers)
     return rounds[warm:]
 
@@ -191,7 +191,8 @@ def require_close(what: str, ours: float, theirs: float, relative: float) -> Non
     say(f"checked: {what} ours {ours:.8g}, theirs {theirs:.8g}")
 
 
-def _spent(answer: Answer) -> str:
+def spent(answer: Answer) -> str:
+    """How long, and where that was not all its own doing."""
     others = answer["others"]
     busy = f", {others:.0%} of the machine was others'" if others > 0.05 else ""
     return f"{answer['seconds']:.2f} s{busy}"

@@ -56,11 +56,11 @@ def compare(options: Options, start: Sides) -> Any:
             jax.clear_caches()
             clock = Clock()
             lower(_gpt2(_sizes.models(options))).compile()
-            found.append(clock.read()["seconds"])
-            _pairs.say(
-                f"{bound.id}: {number + 1} of {options.pairs}: {found[-1]:.2f} s"
-            )
-        yield bound.verdict(found)
+            found.append({bound.id: clock.read()})
+            spent = _pairs.spent(found[-1][bound.id])
+            _pairs.say(f"{bound.id}: {number + 1} of {options.pairs}: {spent}")
+        seconds = [each[bound.id]["seconds"] for each in found]
+        yield bound.verdict(seconds, others=_pairs.times(found)["others"])
 
 
 def _compilations_after(settled: int) -> int:
