@@ -95,7 +95,9 @@ One pair is one repetition of each side, right after one another, each in a proc
 its own that has warmed up; the ratio is the median over the pairs. P3 and P7ours
 compare this project with itself, in one process. Memory plans (P2, P3, P4) are XLA's
 own, the gradients not included, and are the same in every pair. P8 has no other side:
-the number itself stands for the ratio, and every repetition compiles anew.
+the number itself stands for the ratio, and every repetition compiles anew. "Others" is
+the share of the machine's time that other programs had: what was measured beside much
+of that is not worth much.
 
 - Machine: {machine()}
 - Versions: Python {platform.python_version()}, {versions}; mgsr_jax at {commit()}
