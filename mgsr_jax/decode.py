@@ -30,7 +30,7 @@ class DecodeState:
 
     Attributes:
       rows: the tokens so far.
-      cache: keys and values of the positions below `rows.lengths - 1`; None at first.
+      cache: keys and values of the positions below `rows.lengths - 1`.
       hidden: the model's output at those positions; index t predicts token t + 1.
         [B, S, D]
       done: rows that ended in a stop token or are full. [B]
@@ -42,10 +42,32 @@ class DecodeState:
     done: Leaf
 
 
-def start(rows: Rows) -> DecodeState:
-    """Nothing decoded yet."""
-    done = jnp.zeros_like(rows.lengths, dtype=bool)
-    return DecodeState(rows=rows, cache=None, hidden=None, done=done)
+def start(
+    model: Model,
+    params: Params,
+    rows: Rows,
+    *,
+    dtype: Any = jnp.float32,
+    prefill_width: int | None = None,
+) -> DecodeState:
+    """Prompts read, nothing written yet.
+
+    `params` best come as they are trained: a stack of layers compiles faster. `dtype`
+    is that of computation and cache; no prompt is longer than `prefill_width` (S).
+    """
+    batch, width = rows.tokens.shape
+    hidden, cache = model.forward(
+        jax.tree.map(lambda p: p.astype(dtype), params),
+        rows.tokens[:, :prefill_width],
+        cache=model.init_cache(batch, width, dtype),
+    )
+    return DecodeState(
+        rows=rows,
+        cache=cache,
+        # What lies beyond a prompt is never seen.
+        hidden=jnp.pad(hidden, ((0, 0), (0, width - hidden.shape[1]), (0, 0))),
+        done=jnp.zeros_like(rows.lengths, dtype=bool),
+    )
 
 
 def row_keys(
@@ -72,7 +94,6 @@ def decode(
     top_p: float = 1.0,
     eos_ids: tuple[int, ...],
     vocab_size: int | None = None,
-    prefill_width: int | None = None,
     no_repeat_ngram: int = 0,
     slots: int | None = None,
 ) -> DecodeState:
@@ -80,7 +101,7 @@ def decode(
 
     Args:
       model, params: the student; `params` best come from `model.decode_params`.
-      state: where to go on; an empty cache is filled first.
+      state: where to go on; from `start` at first.
       keys: one a row, see `row_keys`. [B]
       max_length: tokens of prompt and response; at most the rows' width S.
       temperature: 0 is greedy. Numbers and lengths are traced, the rest is static.
@@ -88,7 +109,6 @@ def decode(
       top_p: then keep the fewest most probable tokens that hold this mass.
       eos_ids: tokens that end a row; the one that does is part of the row.
       vocab_size: columns at or beyond it are never drawn.
-      prefill_width: no prompt is longer than this (default S).
       no_repeat_ngram: forbid tokens that would repeat an n-gram of the row; 0 is off.
       slots: rows that are decoded at once; a row that ends makes room for one that
         waits. None decodes all of them together. It changes the time alone.
@@ -96,8 +116,6 @@ def decode(
     Returns:
       The state with every row done.
     """
-    if state.cache is None:
-        state = _prefill(model, params, state, prefill_width)
     width = state.rows.tokens.shape[1]
     limit = jnp.minimum(max_length, width)
     head = model.head_params(params)
@@ -173,13 +191,13 @@ def generate(
 ) -> Rows:
     """New responses to the prompts of `rows`, which keep their width.
 
-    `dtype` is that of weights and cache; see `decode` for the rest.
+    `dtype` is that of weights and cache; see `start` and `decode` for the rest.
     """
-    params = model.decode_params(params, dtype)
+    prompts = prompts_only(rows)
     state = decode(
         model,
-        params,
-        start(prompts_only(rows)),
+        model.decode_params(params, dtype),
+        start(model, params, prompts, dtype=dtype, prefill_width=prefill_width),
         keys=row_keys(key, rows.example, STUDENT, 0),
         max_length=max_length,
         temperature=temperature,
@@ -187,7 +205,6 @@ def generate(
         top_p=top_p,
         eos_ids=eos_ids,
         vocab_size=vocab_size,
-        prefill_width=prefill_width,
         no_repeat_ngram=no_repeat_ngram,
         slots=slots,
     )
@@ -236,21 +253,6 @@ def put(buffer: Array, index: Int[Array, "B"], value: Array) -> Array:
 def ends(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]:
     """True where a token is one of the stop ids."""
     return jnp.isin(token, jnp.asarray(eos_ids, token.dtype))
-
-
-def _prefill(
-    model: Model, params: Params, state: DecodeState, prefill_width: int | None
-) -> DecodeState:
-    """Fills cache and hidden states for the prompts; what lies beyond is never seen."""
-    tokens = state.rows.tokens
-    batch, width = tokens.shape
-    dtype = jax.tree.leaves(params)[0].dtype
-    hidden, cache = model.forward(
-        params, tokens[:, :prefill_width], cache=model.init_cache(batch, width, dtype)
-    )
-    missing = width - hidden.shape[1]
-    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
-    return dataclasses.replace(state, cache=cache, hidden=hidden)
 
 
 def _nucleus(

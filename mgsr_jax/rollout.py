@@ -200,13 +200,14 @@ def make_rollout(
         params = student.decode_params(student_params, dtype)
         rows = _joined(micro_batches)
         slots, max_length = micro_batches[0].tokens.shape
+        prompts = prompts_only(rows)
+        prefill: dict[str, Any] = dict(dtype=dtype, prefill_width=prefill_width)
         state = decode(
             student,
             params,
-            start(prompts_only(rows)),
+            start(student, student_params, prompts, **prefill),
             keys=row_keys(key, rows.example, STUDENT, 0),
             max_length=max_length,
-            prefill_width=prefill_width,
             slots=slots,
             **sampling,
         )

@@ -129,7 +129,7 @@ def test_a_cut_row_decodes_on_in_the_same_cache(student):
     rows = tiny.prompts()
     keys = row_keys(jax.random.key(5), rows.example, STUDENT, 0)
     settings = dict(keys=keys, max_length=14, eos_ids=EOS)
-    done = decode(model, copy, start(rows), **settings)
+    done = decode(model, copy, start(model, params, rows), **settings)
     lengths = jnp.minimum(rows.prompt_lengths + 1, done.rows.lengths)
     cut = dataclasses.replace(
         done,
@@ -200,8 +200,8 @@ def test_rows_are_exchanged_with_their_cache_and_hidden_states(student):
     rows = tiny.prompts((1, 4, 2, 6, 3, 9))
     keys = row_keys(jax.random.key(5), rows.example, STUDENT, 0)
     settings = dict(keys=keys, max_length=14, eos_ids=EOS)
-    want = decode(model, copy, start(rows), **settings)
-    got = decode(model, copy, start(rows), slots=2, **settings)
+    want = decode(model, copy, start(model, params, rows), **settings)
+    got = decode(model, copy, start(model, params, rows), slots=2, **settings)
     assert got.done.all()
     for b, length in enumerate(want.rows.lengths.tolist()):
         seen = slice(length - 1)

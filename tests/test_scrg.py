@@ -104,7 +104,7 @@ def rollout(
     state = decode(
         student,
         copy,
-        start(rows),
+        start(student, params[0], rows),
         keys=row_keys(key, rows.example, STUDENT, 0),
         max_length=WIDTH,
         eos_ids=eos_ids,

@@ -18,6 +18,10 @@ from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
 
 LAYERS = "layers"
 
+# For the backward pass: what a product of weights gave. Norms, activations and the
+# attention's weights cost little to compute again, and most of the memory to keep.
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyRow:
@@ -74,6 +78,15 @@ def _transposed(layer: Params) -> Params:
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, layer)
 
 
+def _filled(cache: Cache, new: Any) -> Cache:
+    """`cache` with keys and values of the first positions, layer by layer."""
+
+    def fill(old: Array, new: Array) -> Array:
+        return old.at[:, :, : new.shape[2]].set(new.astype(old.dtype))
+
+    return jax.tree.map(fill, cache, tuple(new))
+
+
 def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Splits the batch over the context mesh; whole where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -91,7 +104,7 @@ class LanguageModel:
     Attributes:
       config: the family's frozen config.
       architecture: the family's modules and tables.
-      remat: recompute a layer in the backward pass instead of keeping its activations.
+      remat: recompute a layer whole in the backward pass, its products too.
     """
 
     config: Any
@@ -158,33 +171,30 @@ class LanguageModel:
             x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
             return _constrain_to_batch(x), layer_cache
 
-        if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        kept = None if self.remat else KEPT
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
         layers = params[LAYERS]
-        if cache is None and isinstance(layers, dict):
-            x_BTD, _ = jax.lax.scan(
-                lambda x, xs: (layer(x, *xs, None)[0], None),
-                x_BTD,
-                (layers, where.windows),
-            )
-            return ends.finish(x_BTD), None
         # A cache that is filled from its start has nothing yet to be read.
         read = None if positions is None else cache
-        caches = []
-        for i in range(self.config.num_layers):
-            window = None if where.windows is None else where.windows[i]
-            layer_cache = None if read is None else read[i]
-            x_BTD, new = layer(x_BTD, _layer(layers, i), window, layer_cache)
-            caches.append(new)
-        if cache is not None and read is None:
-            caches = jax.tree.map(
-                lambda old, new: old.at[:, :, : new.shape[2]].set(
-                    new.astype(old.dtype)
-                ),
-                cache,
-                tuple(caches),
-            )
-        return ends.finish(x_BTD), None if cache is None else tuple(caches)
+        if read is None and isinstance(layers, dict):
+
+            def scanned(x: Any, xs: Any) -> Any:
+                layer_params, window = xs
+                x, new = layer(x, layer_params, window, None)
+                return x, None if cache is None else new
+
+            x_BTD, new = jax.lax.scan(scanned, x_BTD, (layers, where.windows))
+            new = () if cache is None else zip(*new, strict=True)
+        else:
+            new = []
+            for i in range(self.config.num_layers):
+                window = None if where.windows is None else where.windows[i]
+                layer_cache = None if read is None else read[i]
+                x_BTD, of_layer = layer(x_BTD, _layer(layers, i), window, layer_cache)
+                new.append(of_layer)
+        if cache is not None:
+            cache = _filled(cache, new) if read is None else tuple(new)
+        return ends.finish(x_BTD), cache
 
     def head_params(self, params: Params) -> Params:
         """The part of `params` that `unembed` reads; the embedding where tied."""
