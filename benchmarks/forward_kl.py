@@ -93,21 +93,28 @@ def torch_side(options: Options) -> None:
 
 
 def mgsr_side(options: Options) -> None:
-    """`losses.chunked`, of hidden states and heads."""
+    """`losses.chunked` of hidden states, and within it of logits: as training does."""
     import jax
     import jax.numpy as jnp
     from _side import serve
 
     from mgsr_jax import losses
-    from mgsr_jax.objective import default_chunk_size
+    from mgsr_jax.objective import PARTS, default_chunk_size
 
     hidden, head, *teacher = map(jnp.asarray, arrays(options))
+
+    def of_logits(shared: Any, student: Any, aux: Any) -> Any:
+        values = losses.forward_kl(student, aux["teacher"], where=aux["where"])
+        return jnp.sum(values) / options.tokens, ()
 
     def fn(shared: Any, hidden: Any, aux: Any) -> Any:
         student = losses.project(hidden, shared["head"])
         teacher = losses.project(aux["teacher_hidden"], shared["teacher_head"])
-        values = losses.forward_kl(student, teacher, where=aux["where"])
-        return jnp.sum(values) / options.tokens, ()
+        logits = {"teacher": teacher, "where": aux["where"]}
+        part = -(-len(hidden) // PARTS)
+        return losses.chunked(
+            of_logits, (), student, logits, chunk_size=part, overlap=0
+        )
 
     def loss(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any) -> Any:
         shared = {"head": losses.Projection(head), "teacher_head": teacher_head}

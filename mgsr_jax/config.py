@@ -91,7 +91,7 @@ class TrainConfig:
       batch_size: examples a step, over all hosts and micro-batches.
       micro_batches: parts that a step's batch is computed in, one after the other.
       chunk_size: tokens whose logits are in a device's memory at once; none: as many as
-        fill 16 MiB on a CPU and 256 MiB elsewhere.
+        fill 24 MiB on a CPU and 256 MiB elsewhere.
       seed: of data order, rollouts and the clip network.
       dtype: of computation; parameters, optimizer and losses are float32.
       teacher_dtype: of the teacher's parameters.

@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, Float
 
 from mgsr_jax import losses
 from mgsr_jax.losses import Projection, Sum, TopKTeacher, masked_sum
-from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START
+from mgsr_jax.losses._chunked import default_chunk_size
+from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START, at_bound
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
 from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params
 
@@ -55,6 +56,10 @@ SETTINGS = {
     "alpha_beta_divergence": ("alpha", "beta"),
     "taid": ("mix",),
 }
+
+PARTS = 8
+"""In which the losses of a chunk's logits are computed, one after the other."""
+
 
 START = {"lower": LOWER_START, "upper": UPPER_START}
 """Of DAC-KL's limits; their variances are reported around it."""
@@ -137,8 +142,9 @@ class Chunk(NamedTuple):
 
     Attributes:
       labels, span_ids, where: as in `next_token_view`. [N]
-      labelled: scored, and the label is the data's own. [N]
-      pairs: scored with the next token, in one phrase. [N]
+      scored: `where`, and its loss counts in this chunk. [N]
+      labelled: so too, and the label is the data's own. [N]
+      pairs: so too, with the next token, in one phrase. [N]
       weights: of the three losses. [N] each
       teacher: its hidden states [N, D], its K classes, or None.
     """
@@ -146,6 +152,7 @@ class Chunk(NamedTuple):
     labels: Leaf
     span_ids: Leaf
     where: Leaf
+    scored: Leaf
     labelled: Leaf
     pairs: Leaf
     weights: Leaf
@@ -195,6 +202,7 @@ def micro_batch_loss(
         labels=view.labels,
         span_ids=view.span_ids,
         where=view.where,
+        scored=view.where,
         labelled=_labelled(rows, view),
         pairs=losses.span_pairs(view.span_ids, view.where),
         weights=weights,
@@ -238,37 +246,65 @@ def chunk_loss(
     """The three losses of neighbouring tokens: weighted sum, and metrics.
 
     The last `overlap` tokens are those that the next chunk begins with: the span loss
-    reads them, and nothing else counts them here.
+    reads them, and nothing else counts them here. The logits are formed at once, since
+    a head is read as a whole, and their losses in `PARTS` parts, since these need many
+    times the memory of the logits that they read.
     """
     head = jax.tree.map(lambda p: p.astype(dtype), shared["head"])
     student_logits = student.unembed(head, hidden)
-    own = jnp.arange(hidden.shape[0]) < hidden.shape[0] - overlap
-    scored, labelled = chunk.where & own, chunk.labelled & own
-    total, metrics = jnp.zeros(()), {}
+    said = chunk.teacher
+    if teacher is not None and said is not None and not isinstance(said, TopKTeacher):
+        said = teacher.unembed(shared["teacher_head"], said)
+    fn = functools.partial(
+        logits_loss,
+        objective=objective,
+        vocab_size=vocab_size,
+        overlap=overlap,
+        score_teacher=score_teacher,
+    )
+    return losses.chunked(
+        fn,
+        shared["clip_network"],
+        student_logits,
+        _own(chunk._replace(teacher=said), overlap),
+        chunk_size=-(-len(hidden) // PARTS) + overlap,
+        overlap=overlap,
+    )
 
+
+def logits_loss(
+    clip_params: Params | None,
+    student_logits: Float[Array, "N V"],
+    chunk: Chunk,
+    *,
+    objective: Objective,
+    vocab_size: int | None,
+    overlap: int,
+    score_teacher: bool,
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """What `chunk_loss` computes, of logits; those of the teacher are in `chunk`."""
+    chunk = _own(chunk, overlap)
+    total, metrics = jnp.zeros(()), {}
     if objective.sft:
         values = losses.cross_entropy(
-            student_logits, chunk.labels, where=labelled, vocab_size=vocab_size
+            student_logits, chunk.labels, where=chunk.labelled, vocab_size=vocab_size
         )
         total += jnp.sum(chunk.weights.sft * values)
-        metrics["sft"] = masked_sum(values, labelled)
+        metrics["sft"] = masked_sum(values, chunk.labelled)
     if chunk.teacher is None:
         return total, metrics
 
-    said = chunk.teacher
-    if teacher is not None and not isinstance(said, TopKTeacher):
-        said = teacher.unembed(shared["teacher_head"], said)
-        if score_teacher:
-            values = losses.cross_entropy(
-                said, chunk.labels, where=labelled, vocab_size=vocab_size
-            )
-            metrics["teacher_sft"] = masked_sum(values, labelled)
+    if score_teacher and not isinstance(chunk.teacher, TopKTeacher):
+        values = losses.cross_entropy(
+            chunk.teacher, chunk.labels, where=chunk.labelled, vocab_size=vocab_size
+        )
+        metrics["teacher_sft"] = masked_sum(values, chunk.labelled)
     if objective.token:
         values, found = token_loss(
-            shared["clip_network"],
+            clip_params,
             student_logits,
-            said,
-            scored,
+            chunk.teacher,
+            chunk.scored,
             objective=objective,
             vocab_size=vocab_size,
         )
@@ -277,15 +313,24 @@ def chunk_loss(
     if objective.span:
         values = losses.span_correlation(
             student_logits,
-            said,
+            chunk.teacher,
             chunk.span_ids,
             where=chunk.where,
             vocab_size=vocab_size,
         )
-        pairs = chunk.pairs & own
-        total += jnp.sum(jnp.where(pairs, chunk.weights.span * values, 0.0))
-        metrics["span"] = masked_sum(values, pairs)
+        total += jnp.sum(jnp.where(chunk.pairs, chunk.weights.span * values, 0.0))
+        metrics["span"] = masked_sum(values, chunk.pairs)
     return total, metrics
+
+
+def _own(chunk: Chunk, overlap: int) -> Chunk:
+    """Without losses of the last `overlap` tokens, which are there to be read."""
+    own = jnp.arange(len(chunk.where)) < len(chunk.where) - overlap
+    return chunk._replace(
+        scored=chunk.scored & own,
+        labelled=chunk.labelled & own,
+        pairs=chunk.pairs & own,
+    )
 
 
 def token_loss(
@@ -367,25 +412,6 @@ def _whole_divergence(
     return getattr(losses, name)(
         student_logits, teacher, temperature=objective.temperature, **settings
     )
-
-
-def default_chunk_size(columns: int) -> int:
-    """Tokens whose logits fill 16 MiB on a CPU and 256 MiB elsewhere; at least 64.
-
-    Few tokens a chunk and the head's gradient is added up often; many and their logits
-    are what fills the memory.
-    """
-    size = (16 if jax.default_backend() == "cpu" else 256) * 2**20
-    return max(64, size // (4 * columns))
-
-
-def at_bound(
-    lower: Float[Array, "*B"], upper: Float[Array, "*B"], margin: float = 0.005
-) -> Float[Array, "*B"]:
-    """1 where a limit has run to an end of its range, (0, 0.5) and (0.5, 1)."""
-    near_low = (lower < margin) | (lower > 0.5 - margin)
-    near_high = (upper < 0.5 + margin) | (upper > 1 - margin)
-    return (near_low | near_high).astype(jnp.float32)
 
 
 def _teacher_of(

@@ -22,7 +22,7 @@ from mgsr_jax.objective import (
     Chunk,
     Objective,
     at_bound,
-    chunk_loss,
+    logits_loss,
     micro_batch_loss,
     position_weights,
 )
@@ -375,7 +375,7 @@ class Headed(Table):
 
 @pytest.mark.parametrize("chunk_size", [3, 8])
 def test_chunks_of_a_model_with_a_biased_head_are_the_dense_form(chunk_size):
-    """The dense form is the chunk's own function, once, on all tokens."""
+    """The dense form is the function of a chunk's logits, once, on all of them."""
     rng = np.random.default_rng(5)
     kernel = jnp.asarray(rng.normal(0, 0.3, (COLUMNS, COLUMNS)), jnp.float32)
     params = {
@@ -397,24 +397,21 @@ def test_chunks_of_a_model_with_a_biased_head_are_the_dense_form(chunk_size):
     def dense(params):
         view = next_token_view(ROWS)
         hidden, _ = Headed().forward(params["student"], view.inputs)
+        logits = Headed().unembed(Headed().head_params(params["student"]), hidden)
         said, _ = Table().forward(TEACHER, view.inputs)
         labelled = view.where & ROWS.ground_truth[:, None]
         pairs = losses.span_pairs(view.span_ids, view.where)
-        fields = (view.labels, view.span_ids, view.where, labelled, pairs)
-        chunk = Chunk(*fields, weights, said)
-        shared = {
-            "head": Headed().head_params(params["student"]),
-            "teacher_head": {},
-            "clip_network": params["clip_network"],
-        }
+        masks = (view.where, view.where, labelled, pairs)
+        chunk = Chunk(view.labels, view.span_ids, *masks, weights, said)
 
         def in_a_row(x):  # with a gap: no pair lies across two rows
             x = jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
             return x.reshape(-1, *x.shape[2:])
 
-        hidden, chunk = jax.tree.map(in_a_row, (hidden, chunk))
-        dense = dict(dtype=jnp.float32, overlap=0, score_teacher=False)
-        return chunk_loss(shared, hidden, chunk, **settings, **dense)
+        logits, chunk = jax.tree.map(in_a_row, (logits, chunk))
+        dense = dict(vocab_size=VOCAB, overlap=0, score_teacher=False)
+        clip = params["clip_network"]
+        return logits_loss(clip, logits, chunk, objective=MGSR, **dense)
 
     def run(function):
         return jax.jit(jax.value_and_grad(function, has_aux=True))(params)

@@ -48,6 +48,10 @@ def chunked(
     (arXiv 2410.10989). A backward pass only multiplies by one number: so weights come
     first, and the metrics have no gradient. Second derivatives do not exist.
 
+    `fn` may call `chunked` once more, on the logits that it forms: they are the tokens
+    there, read a few rows at a time, and their gradient takes their place. A loss that
+    needs eight arrays of the size of the logits needs that of a few rows then.
+
     Args:
       fn: a pure function. Nothing that is differentiated may be closed over.
       shared: what every chunk reads whole: the heads of student and teacher, a clip
@@ -116,6 +120,16 @@ def chunked(
 
     loss.defvjp(forward, backward, symbolic_zeros=True)
     return loss(shared, tokens, aux)
+
+
+def default_chunk_size(columns: int) -> int:
+    """Tokens whose logits fill 24 MiB on a CPU and 256 MiB elsewhere; at least 64.
+
+    Few tokens a chunk and the head's gradient is added up often; many and their logits
+    are what fills the memory.
+    """
+    size = (24 if jax.default_backend() == "cpu" else 256) * 2**20
+    return max(64, size // (4 * columns))
 
 
 class _Placement(NamedTuple):
@@ -210,10 +224,13 @@ def _loop(
     """`_run` on one device: a scan over chunks of its tokens."""
     leaves, tree = jax.tree.flatten(shared, is_leaf=_is_projection)
     whole = jax.tree.structure(shared)
-    count = math.prod(tokens.shape[:-1])
-    chunks = max(1, math.ceil(count / (chunk_size - overlap)))
+    shape, leading = tokens.shape, tokens.ndim - 1
+    tokens, aux = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[leading:]), (tokens, aux)
+    )
+    chunks = max(1, math.ceil(len(tokens) / (chunk_size - overlap)))
     # Of equal size, so that little is padded.
-    stride = max(overlap, math.ceil(count / chunks), 1)
+    stride = min(len(tokens), max(overlap, math.ceil(len(tokens) / chunks)))
 
     kinds = list(zip(leaves, wanted, strict=True))
     chosen = [x for x, w in kinds if w]
@@ -224,27 +241,31 @@ def _loop(
         value, metrics = fn(jax.tree.unflatten(tree, both), tokens, aux)
         return value.astype(jnp.float32), metrics
 
-    def body(totals: list[Array], windows: tuple[PyTree, PyTree]) -> Any:
-        tokens, aux = jax.tree.map(lambda *x: jnp.concatenate(x), *windows)
+    def body(carry: Any, start: Array) -> Any:
+        totals, tokens, of_next = carry
+        window = jax.tree.map(lambda x: _read(x, start, stride, overlap), (tokens, aux))
         if not wanted_of_tokens:
-            value, metrics = fn(shared, tokens, aux)
-            return totals, ((value.astype(jnp.float32), metrics), ())
+            value, metrics = fn(shared, *window)
+            return carry, (value.astype(jnp.float32), metrics)
         gradient = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
-        varied = [_varied(x, tokens) for x in chosen]
-        result, (d_varied, d_tokens) = gradient(varied, tokens, aux)
+        varied = [_varied(x, window[0]) for x in chosen]
+        sums, (d_varied, d_window) = gradient(varied, *window)
         totals = [_add(t, d) for t, d in zip(totals, d_varied, strict=True)]
-        return totals, (result, d_tokens)
+        d_own, d_next = d_window[:stride], d_window[stride:]
+        return (totals, _write(tokens, start, d_own, of_next), d_next), sums
 
-    sums_of = [jnp.zeros_like(_matrix(x), jnp.float32) for x in chosen]
-    windows = _windows((tokens, aux), tokens.ndim - 1, chunks, stride, overlap)
-    totals, (sums, d_tokens) = lax.scan(body, sums_of, windows)
+    carry = (
+        [jnp.zeros_like(_matrix(x), jnp.float32) for x in chosen],
+        tokens,  # in place of those that were read, their gradient
+        jnp.zeros_like(tokens, shape=(overlap, *tokens.shape[1:])),
+    )
+    (totals, tokens, _), sums = lax.scan(body, carry, stride * jnp.arange(chunks))
     value, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     if not wanted_of_tokens:
         return value, metrics, whole.unflatten([None] * len(leaves)), None
-    d_tokens = _add_up(d_tokens, stride, overlap)[:count].reshape(tokens.shape)
     found = iter(totals)
     d_shared = [next(found).astype(_matrix(x).dtype) if w else None for x, w in kinds]
-    return value, metrics, whole.unflatten(d_shared), d_tokens
+    return value, metrics, whole.unflatten(d_shared), tokens.reshape(shape)
 
 
 def _is_projection(x: Any) -> bool:
@@ -270,29 +291,34 @@ def _add(total: Array, gradient: Any) -> Array:
     return total + gradient.astype(total.dtype)
 
 
-def _windows(
-    tree: PyTree, leading: int, chunks: int, stride: int, overlap: int
-) -> tuple[PyTree, PyTree]:
-    """Each chunk's own tokens, and as many as `overlap` that follow them."""
+def _read(x: Array, start: Array, stride: int, overlap: int) -> Array:
+    """`stride` rows from `start`, and `overlap` that follow; zeros beyond the last.
 
-    def cut(x: Array) -> Array:
-        x = x.reshape(-1, *x.shape[leading:])
-        x = jnp.pad(x, [(0, chunks * stride - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, stride, *x.shape[1:])
-
-    def following(own: Array) -> Array:
-        first = own[:, :overlap]
-        return jnp.concatenate([first[1:], jnp.zeros_like(first[:1])])
-
-    own = jax.tree.map(cut, tree)
-    return own, jax.tree.map(following, own)
+    The last chunk begins earlier, to be whole: what it has twice is zero.
+    """
+    first, new = _place(x, start, stride)
+    own = lax.dynamic_slice_in_dim(x, first, stride)
+    own = jnp.where(new, own, jnp.zeros_like(own))
+    following = start + stride + jnp.arange(overlap)
+    return jnp.concatenate([own, x.at[following].get(mode="fill", fill_value=0)])
 
 
-def _add_up(windows: Array, stride: int, overlap: int) -> Array:
-    """The transpose of `_windows`: what overlaps is added to where it belongs."""
-    own, following = windows[:, :stride], windows[:-1, stride:]
-    own = own.at[1:, :overlap].add(following)
-    return own.reshape(-1, *own.shape[2:])
+def _write(x: Array, start: Array, own: Array, of_next: Array) -> Array:
+    """The transpose of `_read`, in place of what it read.
+
+    `of_next` is what the chunk before has found for the first of these rows.
+    """
+    first, new = _place(x, start, len(own))
+    own = jnp.where(new, own, lax.dynamic_slice_in_dim(x, first, len(own)))
+    x = lax.dynamic_update_slice_in_dim(x, own, first, axis=0)
+    return x.at[start + jnp.arange(len(of_next))].add(of_next, mode="drop")
+
+
+def _place(x: Array, start: Array, stride: int) -> tuple[Array, Array]:
+    """Where `stride` rows begin that are all there, and which of them are new."""
+    first = jnp.minimum(start, len(x) - stride)
+    new = jnp.arange(stride) >= start - first
+    return first, new.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _check_aux(tokens: Array, aux: PyTree) -> None:

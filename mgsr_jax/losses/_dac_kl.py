@@ -224,6 +224,15 @@ def dac_kl_fixed(
     return DacKl(*(zero_where_masked(field, where) for field in out))
 
 
+def at_bound(
+    lower: Float[Array, "*B"], upper: Float[Array, "*B"], margin: float = 0.005
+) -> Float[Array, "*B"]:
+    """1 where a limit has run to an end of its range, (0, 0.5) and (0.5, 1)."""
+    near_low = (lower < margin) | (lower > 0.5 - margin)
+    near_high = (upper < 0.5 + margin) | (upper > 1 - margin)
+    return (near_low | near_high).astype(jnp.float32)
+
+
 def _candidates(
     student_logits: Float[Array, "*B Vs"],
     teacher: Float[Array, "*B Vt"] | TopKTeacher,
