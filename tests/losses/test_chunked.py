@@ -49,16 +49,14 @@ def problem(seed=0, tokens=TOKENS, dtype=jnp.float32):
     return trained, normal(tokens, D), normal(V, WIDER), aux
 
 
-def all_losses(shared, hidden, aux, *, overlap=1):
+def of_logits(clip, student, aux, *, overlap=1):
     """Cross-entropy, DAC-KL and span correlation: weighted sum and metrics."""
-    n = hidden.shape[0]
-    where = aux["where"] & (jnp.arange(n) < n - overlap)
-    student = unembed(shared["head"], hidden)
-    teacher = jnp.einsum("nd,vd->nv", aux["teacher"], shared["teacher_head"])
+    n = student.shape[0]
+    where = aux["scored"] & (jnp.arange(n) < n - overlap)
     sft = losses.cross_entropy(student, aux["labels"], where=where)
-    dac = losses.dac_kl(shared["clip"], student, teacher, where=where)
+    dac = losses.dac_kl(clip, student, aux["teacher"], where=where)
     span = losses.span_correlation(
-        student, teacher, aux["span_ids"], where=aux["where"]
+        student, aux["teacher"], aux["span_ids"], where=aux["where"]
     )
     values = jnp.stack([sft, dac.loss, span], axis=-1)
     metrics = {
@@ -68,15 +66,28 @@ def all_losses(shared, hidden, aux, *, overlap=1):
     return jnp.sum(aux["weights"] * values), metrics
 
 
+def all_losses(shared, hidden, aux, *, overlap=1, rows=None, unembed=unembed):
+    """Those of hidden states; with `rows` the logits are read so many at a time."""
+    n = hidden.shape[0]
+    student = unembed(shared["head"], hidden)
+    teacher = jnp.einsum("nd,vd->nv", aux["teacher"], shared["teacher_head"])
+    scored = aux["where"] & (jnp.arange(n) < n - overlap)
+    aux = aux | {"teacher": teacher, "scored": scored}
+    if rows is None:
+        return of_logits(shared["clip"], student, aux, overlap=0)
+    return chunked(of_logits, shared["clip"], student, aux, chunk_size=rows + 1)
+
+
 def dense(trained, hidden, teacher_head, aux):
     shared = trained | {"teacher_head": teacher_head}
     return all_losses(shared, hidden, aux, overlap=0)
 
 
-def in_chunks(trained, hidden, teacher_head, aux, *, chunk_size, kernel=Projection):
-    head = trained["head"] | {"kernel": kernel(trained["head"]["kernel"])}
+def in_chunks(trained, hidden, teacher_head, aux, *, chunk_size, **how):
+    head = trained["head"] | {"kernel": Projection(trained["head"]["kernel"])}
     shared = trained | {"head": head, "teacher_head": teacher_head}
-    return chunked(all_losses, shared, hidden, aux, chunk_size=chunk_size)
+    fn = functools.partial(all_losses, **how)
+    return chunked(fn, shared, hidden, aux, chunk_size=chunk_size)
 
 
 def differentiate(function, *arguments):
@@ -103,6 +114,47 @@ def test_value_metrics_and_gradients_are_the_dense_ones(chunk_size):
     got = differentiate(functools.partial(in_chunks, chunk_size=chunk_size), *arguments)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(want))
     assert_close(got, want)
+
+
+@pytest.mark.parametrize(("chunk_size", "rows"), [(6, 1), (9, 4), (500, 3)])
+def test_chunks_within_chunks(chunk_size, rows):
+    """Logits of a chunk are the tokens of an inner one; each has its own overlap."""
+    arguments = problem(10)
+    run = functools.partial(in_chunks, chunk_size=chunk_size, rows=rows)
+    assert_close(differentiate(run, *arguments), differentiate(dense, *arguments))
+    assert_close(jax.jit(run)(*arguments), jax.jit(dense)(*arguments))
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 10])
+def test_what_is_read_and_where_its_gradient_goes(tokens, overlap):
+    """Products of tokens up to `overlap` apart; also of fewer tokens than that."""
+    rng = np.random.default_rng(11)
+    x = jnp.asarray(rng.normal(size=(tokens, 1)), jnp.float32)
+    weights = jnp.asarray(rng.uniform(0.5, 1, (tokens,)), jnp.float32)
+
+    def loss(shared, x, weights, overlap):
+        count = x.shape[0]
+        padded = jnp.pad(x, ((0, overlap), (0, 0)))
+        products = sum(x * padded[i : i + count] ** 2 for i in range(1, overlap + 1))
+        own = jnp.arange(count) < count - overlap
+        return jnp.sum(jnp.where(own, weights * products[:, 0], 0)), ()
+
+    def whole(shared, x, weights):
+        pad = ((0, overlap),)
+        return loss(shared, jnp.pad(x, (*pad, (0, 0))), jnp.pad(weights, pad), overlap)
+
+    for chunk_size in range(2 * overlap, 2 * overlap + 3):
+
+        def run(shared, x, weights, chunk_size=chunk_size):
+            fn = functools.partial(loss, overlap=overlap)
+            sizes = dict(chunk_size=chunk_size, overlap=overlap)
+            return chunked(fn, shared, x, weights, **sizes)
+
+        got = differentiate(run, jnp.ones(()), x, weights)
+        (value, _), (_, gradient) = differentiate(whole, jnp.ones(()), x, weights)
+        np.testing.assert_allclose(got[0][0], value, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(got[1][1], gradient, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_are_read_one_after_the_other():
@@ -338,10 +390,14 @@ def test_aux_is_cut_and_nothing_else_stands_there():
 
 
 @functools.cache
-def compiled(tokens, chunk_size):
-    run = functools.partial(in_chunks, chunk_size=chunk_size)
+def compiled(tokens, chunk_size, **how):
+    run = functools.partial(in_chunks, chunk_size=chunk_size, **how)
     gradient = jax.value_and_grad(run, (0, 1), has_aux=True)
     return jax.jit(gradient).lower(*problem(tokens=tokens)).compile()
+
+
+def plan(*sizes, **how):
+    return compiled(*sizes, **how).memory_analysis().temp_size_in_bytes
 
 
 def rows_of_logits(text):
@@ -365,12 +421,23 @@ def test_no_matmul_with_the_head_is_done_twice():
     assert not any(V in dims for dims in counted.keys() - {(9, V), (V, D)})
 
 
-def test_memory_grows_by_the_hidden_states_alone():
-    few, many = (
-        compiled(tokens, 9).memory_analysis().temp_size_in_bytes
-        for tokens in (64, 64 * 17)
-    )
-    # Hidden states of both models, labels, mask, span ids, weights, cut into chunks.
-    a_token = 4 * (2 * D + WIDER + 5) + 4
-    assert many - few <= 2 * 1024 * a_token
-    assert 1024 * V * 4 > 2 * 1024 * a_token  # logits would not have fitted in there
+def test_memory_does_not_grow_with_the_tokens():
+    """Nothing of them is copied: each chunk adds a value and four sums to a list."""
+    few, chunks = 64, 8
+    grown = plan(17 * few, 9) - plan(few, 9)
+    assert grown <= 16 * chunks * 5 * 4 + 1024
+    assert 16 * few * D * 4 > 2 * (16 * chunks * 5 * 4 + 1024)  # no room for states
+
+
+def test_logits_read_in_parts_are_two_arrays():
+    """The student's, in whose place is their gradient, and the teacher's."""
+
+    def plain(head, hidden):
+        return project(hidden, head["kernel"])
+
+    def arrays(**how):
+        many, few = (plan(256, size, unembed=plain, **how) for size in (129, 65))
+        return (many - few) / (64 * V * 4)
+
+    assert arrays(rows=4) <= 2.2
+    assert arrays() >= 5
