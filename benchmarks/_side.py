@@ -23,9 +23,8 @@ class Driver:
         """The next action, which begins now; ends the process where there is none."""
         action = sys.stdin.readline().strip()
         if not action:
-            os._exit(
-                0
-            )  # wherever this is called from: a trainer's loop goes no further
+            # Wherever this is called from: a trainer's loop goes no further.
+            os._exit(0)
         _reset_peak()
         self._clock = Clock()
         return action

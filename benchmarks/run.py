@@ -4,7 +4,7 @@ The table says what was measured, the lines under it on which machine, with whic
 versions and when. Ends with status 1 where a bound does not hold or a script fails; the
 table is written all the same. The machine should have nothing else to do.
 
-    make bench                                  # about 45 minutes on two CPU cores
+    make bench                                  # an hour or so on two CPU cores
     python benchmarks/run.py --only P2 P5       # shows the table, writes no file
     python benchmarks/run.py --tiny --pairs 1   # does everything run? the same
 """

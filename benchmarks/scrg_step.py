@@ -10,7 +10,7 @@ corrected, and in the middle on average, is checked.
   P7ours  our step with SCRG / our step without, on the same prompts
   P7trl   our step with SCRG / TRL's GKDTrainer, without SCRG and with the same batch
 
-    python benchmarks/scrg_step.py          # about ten minutes on two CPU cores
+    python benchmarks/scrg_step.py          # about half an hour on two CPU cores
     python benchmarks/scrg_step.py --tiny --pairs 1
 """
 

@@ -111,7 +111,8 @@ def decode(
       vocab_size: columns at or beyond it are never drawn.
       no_repeat_ngram: forbid tokens that would repeat an n-gram of the row; 0 is off.
       slots: rows that are decoded at once; a row that ends makes room for one that
-        waits. None decodes all of them together. It changes the time alone.
+        waits. None decodes all of them together. It changes the time alone: the caches
+        of all rows are kept.
 
     Returns:
       The state with every row done.

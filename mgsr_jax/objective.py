@@ -60,7 +60,6 @@ SETTINGS = {
 PARTS = 8
 """In which the losses of a chunk's logits are computed, one after the other."""
 
-
 START = {"lower": LOWER_START, "upper": UPPER_START}
 """Of DAC-KL's limits; their variances are reported around it."""
 

@@ -180,7 +180,8 @@ def make_rollout(
 
     The student answers the prompts of a step, SCRG revises; spans are not known yet.
     As many rows as a micro-batch has are decoded at a time: they are the slots that
-    all rows of the step share. `dtype` is that of the decoder's weights and cache.
+    all rows of the step share; the caches of all are kept meanwhile. `dtype` is that of
+    the decoder's weights and cache.
     """
     sampling: dict[str, Any] = dict(
         eos_ids=eos_ids,
@@ -246,7 +247,7 @@ def _parted(tree: Any, parts: int, axis: int = 0) -> tuple[Any, ...]:
         def of(x: Array) -> Array:
             size = x.shape[axis] // parts
             by_part = x.reshape(*x.shape[:axis], size, parts, *x.shape[axis + 1 :])
-            return jnp.take(by_part, i, axis=axis + 1)
+            return jax.lax.index_in_dim(by_part, i, axis + 1, keepdims=False)
 
         return jax.tree.map(of, tree)
 

@@ -88,6 +88,9 @@ def revise(
         rows. None takes all of them together. It changes time and memory alone.
       chunk_size: positions of those rows whose logits are alive at a time.
       temperature, top_k, top_p: of the student's re-generation; the rest as `decode`.
+
+    Raises:
+      ValueError: an unknown `teacher_token`; slots that do not divide the rows.
     """
     if teacher_token not in ("sample", "argmax"):
         raise ValueError(
@@ -187,6 +190,10 @@ def _in_groups(size: int | None, fn: Callable[..., Any], *arguments: Any) -> Any
     rows = arguments[0].lengths.shape[0]
     if size is None or size >= rows:
         return fn(*arguments)
+    if rows % size:
+        raise ValueError(
+            f"{rows} rows in groups of slots={size}; expected a divisor of the rows"
+        )
     # Every group takes its rows from all devices alike.
     groups = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size, -1, *x.shape[1:]), 1, 0), arguments

@@ -16,8 +16,7 @@ from jaxtyping import Array, Int
 
 from mgsr_jax.sharding import batch_shards
 
-# Of the slots that may stand idle before rows are exchanged: to copy their caches
-# takes about as long as a step.
+# Share of the slots that stand idle before rows are exchanged, which copies caches.
 IDLE = 0.25
 
 
@@ -36,21 +35,21 @@ def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> An
             f"{pool.done.shape[0]} rows in {slots} slots over {shards} devices; "
             "expected multiples of the number of devices"
         )
-    idle = max(1, int(IDLE * slots / shards))
+    size = slots // shards
+    idle = max(1, int(IDLE * size))
 
     def is_waiting(pool: Any) -> Any:
         return jnp.any(~pool.done)
 
     def exchange(pool: Any) -> Any:
-        held = _next_rows(pool, slots, shards)
+        held = _next_rows(pool, shards, size)
         active, active_keys = (_take(x, held) for x in (pool, keys))
         left = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
 
         def goes_on(active: Any) -> Any:
             running = jnp.sum(~active.done.reshape(shards, -1), axis=1)
-            others_wait = left > held.shape[1]
-            full_enough = running > held.shape[1] - idle
-            return jnp.any(running > 0) & ~jnp.any(others_wait & ~full_enough)
+            makes_room = (left > size) & (running <= size - idle)
+            return jnp.any(running > 0) & ~jnp.any(makes_room)
 
         active = lax.while_loop(goes_on, lambda x: extend(x, active_keys), active)
         return _put(pool, held, active)
@@ -58,11 +57,11 @@ def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> An
     return lax.while_loop(is_waiting, exchange, pool)
 
 
-def _next_rows(pool: Any, slots: int, shards: int) -> Int[Array, "D C"]:
+def _next_rows(pool: Any, shards: int, size: int) -> Int[Array, "D C"]:
     """On each shard the rows to go on with: those with the most left to write."""
     lengths = pool.rows.lengths
     order = jnp.where(pool.done, jnp.iinfo(lengths.dtype).max, lengths)
-    return jnp.argsort(order.reshape(shards, -1), axis=1)[:, : slots // shards]
+    return jnp.argsort(order.reshape(shards, -1), axis=1)[:, :size]
 
 
 def _take(tree: Any, held: Int[Array, "D C"]) -> Any:

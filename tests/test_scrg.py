@@ -237,6 +237,12 @@ def test_mesh_changes_nothing(pair):
     np.testing.assert_array_equal(info.error_position, want_info.error_position)
 
 
+def test_slots_that_do_not_divide_the_rows_are_named(pair):
+    rows = tiny.prompts((1, 4, 2, 6, 3), width=WIDTH)
+    with pytest.raises(ValueError, match="5 rows in groups of slots=2"):
+        run(pair, rows, jax.random.key(0), slots=2)
+
+
 def test_unknown_teacher_token_is_named(pair):
     rows = tiny.prompts((1,), width=WIDTH)
     with pytest.raises((ValueError, TypeCheckError), match="'beam'"):

@@ -30,7 +30,7 @@ def kernel_first(
     """`lax.dot_general(x, kernel)`; in decoding with the kernel as the left operand.
 
     A step of decoding multiplies a few rows, and takes as long as reading the kernel.
-    XLA on a CPU reads it up to twice as fast in this order, stored [out, in].
+    XLA on a CPU reads it faster in this order, stored [out, in].
     """
     if x.shape[-2] > 1:
         return lax.dot_general(x, kernel, *dimensions, **kwargs)
