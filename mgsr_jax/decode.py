@@ -152,11 +152,65 @@ def decode(
         )
 
     state = dataclasses.replace(state, done=state.done | (state.rows.lengths >= limit))
-    if slots is None or slots >= state.done.shape[0]:
-        return jax.lax.while_loop(
-            lambda state: jnp.any(~state.done), lambda s: extend(s, keys), state
-        )
     return in_slots(extend, state, keys, slots)
+
+
+def unread(model: Model, params: Params, rows: Rows) -> DecodeState:
+    """Rows of which nothing was read yet; in the precision of `params`."""
+    batch, width = rows.tokens.shape
+    hidden, _ = jax.eval_shape(model.forward, params, rows.tokens)
+    return DecodeState(
+        rows=dataclasses.replace(rows, lengths=jnp.ones_like(rows.lengths)),
+        cache=model.init_cache(batch, width, hidden.dtype),
+        hidden=jnp.zeros(hidden.shape, hidden.dtype),
+        done=rows.lengths <= 1,
+    )
+
+
+def read(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    rows: Rows,
+    *,
+    block: int = 64,
+    slots: int | None = None,
+) -> DecodeState:
+    """Goes on from `state` to the end of `rows`, whose tokens are all there.
+
+    Args:
+      model, params: as they are trained, a stack of layers.
+      state: what was read of the same rows before, `state.rows.lengths` tokens; from
+        `unread` at first.
+      block: tokens of a row that are read at once.
+      slots: as for `decode`.
+    """
+    width = rows.tokens.shape[1]
+
+    def extend(state: DecodeState, lengths: Int[Array, "B"]) -> DecodeState:
+        so_far = state.rows.lengths
+        positions = so_far[:, None] - 1 + jnp.arange(block)[None]
+        tokens = jnp.take_along_axis(
+            state.rows.tokens, jnp.minimum(positions, width - 1), axis=1
+        )
+        hidden, cache = model.forward(
+            params, tokens, positions=positions, cache=state.cache
+        )
+        so_far = jnp.minimum(so_far + block, lengths)
+        return DecodeState(
+            rows=dataclasses.replace(state.rows, lengths=so_far),
+            cache=cache,
+            hidden=put(state.hidden, positions, hidden),
+            done=so_far >= lengths,
+        )
+
+    so_far = state.rows.lengths
+    state = dataclasses.replace(
+        state,
+        rows=dataclasses.replace(rows, lengths=so_far),
+        done=so_far >= rows.lengths,
+    )
+    return in_slots(extend, state, rows.lengths, slots)
 
 
 @partial(
@@ -236,7 +290,14 @@ def sample(
         return jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
 
     noise = jax.lax.cond(temperature > 0, draw, lambda: jnp.zeros_like(logits))
-    return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
+    return _first_max(logits + temperature * noise)
+
+
+def _first_max(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """`argmax` as two reductions of one number: XLA on a CPU makes vectors of them."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    is_max = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_max, index, x.shape[-1] - 1), axis=-1)
 
 
 def take(buffer: Array, index: Int[Array, "B"]) -> Array:
@@ -244,7 +305,7 @@ def take(buffer: Array, index: Int[Array, "B"]) -> Array:
     return jax.vmap(lambda row, i: row[i])(buffer, index)
 
 
-def put(buffer: Array, index: Int[Array, "B"], value: Array) -> Array:
+def put(buffer: Array, index: Int[Array, "B *T"], value: Array) -> Array:
     """Writes `value[b]` at `buffer[b, index[b]]`; beyond the end it is dropped."""
     return jax.vmap(lambda c, i, x: c.at[i].set(x.astype(c.dtype), mode="drop"))(
         buffer, index, value

@@ -168,7 +168,7 @@ def micro_batch_loss(
     teacher: Model | None,
     objective: Objective,
     vocab_size: int | None,
-    cached: TopKTeacher | None = None,
+    cached: TopKTeacher | Array | None = None,
     dtype: Any = jnp.float32,
     chunk_size: int | None = None,
     score_teacher: bool = False,
@@ -176,13 +176,13 @@ def micro_batch_loss(
     """The weighted sum of the three losses over `rows` [B, S], and metrics as sums.
 
     `params` holds "student" and, where limits are learned, "clip_network"; `dtype` is
-    that of the student's computation. `cached` stands for running the teacher: its most
-    probable classes at every position of `next_token_view`. `score_teacher` adds the
-    teacher's own cross-entropy on the labels to the metrics. Logits exist for
-    `chunk_size` tokens at a time on each device; None leaves the number to us.
+    that of the student's computation. `cached` is there in place of running the
+    teacher: its classes at each position of `next_token_view`, or its hidden states at
+    each of `rows`. `score_teacher` adds its cross-entropy on the labels to the metrics.
+    Logits exist for `chunk_size` tokens on each device at a time; None: our choice.
 
     Raises:
-      ValueError: a part compares with a teacher and there is none; spans and `cached`.
+      ValueError: a part compares with a teacher and there is none, or K classes.
     """
     view = next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(dtype), params["student"])
@@ -245,9 +245,8 @@ def chunk_loss(
     """The three losses of neighbouring tokens: weighted sum, and metrics.
 
     The last `overlap` tokens are those that the next chunk begins with: the span loss
-    reads them, and nothing else counts them here. The logits are formed at once, since
-    a head is read as a whole, and their losses in `PARTS` parts, since these need many
-    times the memory of the logits that they read.
+    reads them, and nothing else counts them here. Logits are formed at once, for a head
+    is read whole; their losses, which need many times their memory, in `PARTS` parts.
     """
     head = jax.tree.map(lambda p: p.astype(dtype), shared["head"])
     student_logits = student.unembed(head, hidden)
@@ -418,12 +417,12 @@ def _teacher_of(
     teacher_params: Params | None,
     view: NextTokenView,
     objective: Objective,
-    cached: TopKTeacher | None,
+    cached: TopKTeacher | Array | None,
 ) -> tuple[Any, Any]:
     """What the teacher says at every position, and its head where that is needed."""
     if not objective.needs_teacher:
         return None, None
-    if cached is not None:
+    if isinstance(cached, TopKTeacher):
         if objective.span:
             raise ValueError(
                 "objective.span compares whole distributions and a cached teacher has "
@@ -435,7 +434,9 @@ def _teacher_of(
             "objective.token and objective.span compare with a teacher, got None; pass "
             "one, or set both weights to 0 for plain fine-tuning"
         )
-    hidden, _ = teacher.forward(teacher_params, view.inputs)
+    if cached is None:
+        cached, _ = teacher.forward(teacher_params, view.inputs)
+    hidden = cached[:, : view.inputs.shape[1]]
     return lax.stop_gradient((hidden, teacher.head_params(teacher_params)))
 
 

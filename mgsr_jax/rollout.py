@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mgsr_jax.decode import STUDENT, decode, row_keys, start
 from mgsr_jax.rows import NO_SPAN, Rows, blank_padding, prompts_only
@@ -28,11 +28,15 @@ from mgsr_jax.typing import Model, Params, PRNGKey
 
 Source = Literal["data", "generate", "replay"]
 
+Heard = Float[Array, "B S D"]
+"""The teacher's hidden states on rows; index t predicts token t + 1."""
+
 Rollout = Callable[
     [Params, Any, tuple[Rows, ...], PRNGKey],
-    tuple[tuple[Rows, ...], tuple[ScrgInfo, ...]],
+    tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[Heard | None, ...]],
 ]
-"""Micro-batches of prompts to micro-batches of samples, and what was corrected."""
+"""Micro-batches of prompts to micro-batches of samples, what was corrected, and what
+the teacher, where it has read them, says of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +184,8 @@ def make_rollout(
 
     The student answers the prompts of a step, SCRG revises; spans are not known yet.
     As many rows as a micro-batch has are decoded at a time: they are the slots that
-    all rows of the step share; the caches of all are kept meanwhile. `dtype` is that of
-    the decoder's weights and cache.
+    all rows of the step share; the caches of all are kept meanwhile, with SCRG the
+    teacher's too. `dtype` is that of the decoder's weights and cache.
     """
     sampling: dict[str, Any] = dict(
         eos_ids=eos_ids,
@@ -197,7 +201,7 @@ def make_rollout(
         teacher_params: Params,
         micro_batches: tuple[Rows, ...],
         key: PRNGKey,
-    ) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...]]:
+    ) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[Heard | None, ...]]:
         params = student.decode_params(student_params, dtype)
         rows = _joined(micro_batches)
         slots, max_length = micro_batches[0].tokens.shape
@@ -212,7 +216,7 @@ def make_rollout(
             slots=slots,
             **sampling,
         )
-        state, info = revise(
+        state, info, heard = revise(
             student,
             params,
             teacher,
@@ -226,7 +230,11 @@ def make_rollout(
             **sampling,
         )
         parts = len(micro_batches)
-        return _parted(blank_padding(state.rows), parts), _parted(info, parts, axis=1)
+        return (
+            _parted(blank_padding(state.rows), parts),
+            _parted(info, parts, axis=1),
+            _parted(heard if config.rounds else None, parts),
+        )
 
     return rollout
 

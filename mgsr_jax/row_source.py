@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import (
     AdaptiveRatio,
+    Heard,
     ReplayBuffer,
     Rollout,
     RolloutConfig,
@@ -35,13 +36,14 @@ class StepRows(NamedTuple):
     Attributes:
       micro_batches: device rows of one shape, to be summed over.
       source: where they came from.
-      cached: what the teacher says of each micro-batch; None where it is to be run.
+      cached: what the teacher says of each micro-batch: its most probable classes or
+        its hidden states; None where it is to be run.
       corrections: of SCRG, one record a generated micro-batch.
     """
 
     micro_batches: tuple[Rows, ...]
     source: Source
-    cached: tuple[TopKTeacher | None, ...]
+    cached: tuple[TopKTeacher | Heard | None, ...]
     corrections: tuple[ScrgInfo, ...] = ()
 
 
@@ -110,7 +112,7 @@ class RowSource:
         ground_truth = self._put(host)
         if source == "data" or self._rollout is None:  # the second: policy "off"
             return StepRows(ground_truth, source, self._look_up(host))
-        samples, corrections = self._rollout(
+        samples, corrections, heard = self._rollout(
             params, teacher_params, ground_truth, rollout_key
         )
         rows, cached = (), ()
@@ -119,7 +121,7 @@ class RowSource:
         return StepRows(
             micro_batches=rows + tuple(self._finish(rows) for rows in samples),
             source=source,
-            cached=cached + self._not_cached,
+            cached=cached + heard,
             corrections=corrections,
         )
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.decode import (
@@ -29,13 +30,18 @@ from mgsr_jax.decode import (
     ends,
     mask_vocab,
     put,
+    read,
     row_keys,
     sample,
     take,
+    unread,
 )
 from mgsr_jax.losses import forward_kl
 from mgsr_jax.rows import Rows
 from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
+
+CANDIDATES = 4
+"""Tokens of a row, those of the largest KL, of which the teacher is asked at once."""
 
 
 class ScrgInfo(NamedTuple):
@@ -71,11 +77,11 @@ def revise(
     vocab_size: int | None = None,
     slots: int | None = None,
     chunk_size: int = 16,
-) -> tuple[DecodeState, ScrgInfo]:
+) -> tuple[DecodeState, ScrgInfo, Float[Array, "B S D"]]:
     """Corrects every row's worst token and re-generates what follows, `rounds` times.
 
-    One teacher pass a round scores every row; the student is scored on the hidden
-    states that decoding left, and goes on in its own cache from the corrected token.
+    The student is scored on the hidden states that decoding left, and goes on in its
+    own cache from the corrected token; so does the teacher, which reads no token twice.
 
     Args:
       student, student_params: as for `decode`, which made `state`.
@@ -84,85 +90,110 @@ def revise(
       key: the key that the rows were generated with; rounds are folded into it.
       teacher_token: "sample" draws y^T at temperature 1 (the paper), "argmax" takes the
         most probable token.
-      slots: rows that the teacher reads, and that are decoded, at once; they divide the
-        rows. None takes all of them together. It changes time and memory alone.
+      slots: rows that are decoded, and that the teacher reads, at once, as for
+        `decode`. It changes time and memory alone.
       chunk_size: positions of those rows whose logits are alive at a time.
       temperature, top_k, top_p: of the student's re-generation; the rest as `decode`.
 
+    Returns:
+      The finished rows, what was corrected, and the teacher's hidden states on the
+      rows: index t predicts token t + 1.
+
     Raises:
-      ValueError: an unknown `teacher_token`; slots that do not divide the rows.
+      ValueError: an unknown `teacher_token`.
     """
     if teacher_token not in ("sample", "argmax"):
-        raise ValueError(
-            f'teacher_token must be "sample" or "argmax", got {teacher_token!r}'
-        )
-
-    score = partial(
-        _score,
-        student,
-        student_params,
-        teacher,
-        teacher_params,
+        raise ValueError(f"teacher_token={teacher_token!r}; expected sample or argmax")
+    batch = state.rows.lengths.shape[0]
+    detect = partial(
+        _detect,
+        (student, student.head_params(student_params)),
+        (teacher, teacher.head_params(teacher_params)),
         draw=teacher_token == "sample",
         vocab_size=vocab_size,
-        chunk_size=chunk_size,
+        # Of all rows, as many positions as make the same number of tokens.
+        chunk_size=max(1, chunk_size * (slots or batch) // batch),
     )
+    read_on = partial(read, teacher, teacher_params, slots=slots)
+    ending: dict[str, Any] = dict(max_length=max_length, eos_ids=eos_ids)
     rewrite = partial(
         decode,
         student,
         student_params,
-        max_length=max_length,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_ids=eos_ids,
         vocab_size=vocab_size,
         slots=slots,
+        **ending,
     )
 
     def one_round(carry, round):
-        state, corrected_to = carry
-        keys = row_keys(key, state.rows.example, TEACHER, round)
-        proposal, kl = _in_groups(slots, score, state.rows, state.hidden, keys)
-        info = locate_error(state.rows, proposal, kl, corrected_to)
-        state = correct(state, info, proposal, max_length=max_length, eos_ids=eos_ids)
-        state = rewrite(state, keys=row_keys(key, state.rows.example, STUDENT, round))
-        return (state, jnp.maximum(corrected_to, info.error_position)), info
+        state, heard, corrected_to = carry
+        keys = partial(row_keys, key, state.rows.example, round=round)
+        info, token = detect(state, heard, keys(TEACHER), corrected_to)
+        state, heard = (correct(x, info, token, **ending) for x in (state, heard))
+        state = rewrite(state, keys=keys(STUDENT))
+        heard = read_on(heard, state.rows)
+        return (state, heard, jnp.maximum(corrected_to, info.error_position)), info
 
-    carry = (state, state.rows.prompt_lengths - 1)
-    (state, _), info = jax.lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
-    return state, info
+    # At first there is nothing to go on from: rows are read whole.
+    unheard = unread(teacher, teacher_params, state.rows)
+    heard = read_on(unheard, state.rows, block=state.rows.tokens.shape[1])
+    carry = (state, heard, state.rows.prompt_lengths - 1)
+    (state, heard, _), info = lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
+    return state, info, heard.hidden
 
 
 def locate_error(
     rows: Rows,
-    proposal: Int[Array, "B S"],
     kl: Float[Array, "B S"],
     corrected_to: Int[Array, "B"],
-) -> ScrgInfo:
+    propose: Callable[[Int[Array, "B C"]], Int[Array, "B C"]],
+) -> tuple[ScrgInfo, Int[Array, "B"]]:
     """j = argmax of the KL over the response's disagreements behind `corrected_to`.
 
-    `proposal` and `kl` belong to the token of the same index.
+    The teacher is asked, by `propose(index)`, from the largest KL downwards until it
+    disagrees: to ask it of every token costs more than the KL itself. `kl` belongs to
+    the token of the same index. The teacher's token comes second.
     """
     index = jnp.arange(rows.tokens.shape[1])[None]
-    candidate = (
-        (index > corrected_to[:, None])
-        & (index < rows.lengths[:, None])
-        & (rows.tokens != proposal)
+    eligible = (index > corrected_to[:, None]) & (index < rows.lengths[:, None])
+
+    def ask(found: Any) -> Any:
+        left, error, token = found
+        values, index = lax.top_k(left, min(CANDIDATES, left.shape[1]))
+        proposal = propose(index)
+        written = jnp.take_along_axis(rows.tokens, index, axis=1)
+        differs = (proposal != written) & (values > -jnp.inf)
+        first = jnp.argmax(differs, axis=1)
+        new = jnp.any(differs, axis=1) & ~error.corrected
+        error = ScrgInfo(
+            error_position=jnp.where(new, take(index, first), error.error_position),
+            kl=jnp.where(new, take(values, first), error.kl),
+            corrected=error.corrected | new,
+        )
+        asked = put(left, index, jnp.full_like(values, -jnp.inf))
+        return asked, error, jnp.where(new, take(proposal, first), token)
+
+    def goes_on(found: Any) -> Bool[Array, ""]:
+        left, error, _ = found
+        return jnp.any(~error.corrected & jnp.any(left > -jnp.inf, axis=1))
+
+    nothing = ScrgInfo(
+        error_position=jnp.full_like(rows.lengths, -1),
+        kl=jnp.zeros_like(kl[:, 0]),
+        corrected=jnp.zeros_like(rows.lengths, dtype=bool),
     )
-    position = jnp.argmax(jnp.where(candidate, kl, -jnp.inf), axis=-1)
-    found = jnp.any(candidate, axis=-1)
-    return ScrgInfo(
-        error_position=jnp.where(found, position, -1).astype(jnp.int32),
-        kl=jnp.where(found, take(kl, position), 0.0),
-        corrected=found,
-    )
+    start = jnp.where(eligible, kl, -jnp.inf), nothing, jnp.zeros_like(rows.lengths)
+    _, error, token = lax.while_loop(goes_on, ask, start)
+    return error, token
 
 
 def correct(
     state: DecodeState,
     error: ScrgInfo,
-    proposal: Int[Array, "B S"],
+    token: Int[Array, "B"],
     *,
     max_length: int | Int[Array, ""],
     eos_ids: tuple[int, ...],
@@ -171,7 +202,6 @@ def correct(
     rows, found = state.rows, error.corrected
     width = rows.tokens.shape[1]
     position = jnp.where(found, error.error_position, width)
-    token = take(proposal, error.error_position)
     lengths = jnp.where(found, position + 1, rows.lengths)
     limit = jnp.minimum(max_length, width)
     return dataclasses.replace(
@@ -185,73 +215,74 @@ def correct(
     )
 
 
-def _in_groups(size: int | None, fn: Callable[..., Any], *arguments: Any) -> Any:
-    """`fn(*arguments)` for `size` rows at a time."""
-    rows = arguments[0].lengths.shape[0]
-    if size is None or size >= rows:
-        return fn(*arguments)
-    if rows % size:
-        raise ValueError(
-            f"{rows} rows in groups of slots={size}; expected a divisor of the rows"
-        )
-    # Every group takes its rows from all devices alike.
-    groups = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(size, -1, *x.shape[1:]), 1, 0), arguments
-    )
-    results = jax.lax.map(lambda group: fn(*group), groups)
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results
-    )
-
-
-def _score(
-    student: Model,
-    student_params: Params,
-    teacher: Model,
-    teacher_params: Params,
-    rows: Rows,
-    student_hidden: Float[Array, "B S D"],
+def _detect(
+    student: tuple[Model, Params],
+    teacher: tuple[Model, Params],
+    written: DecodeState,
+    heard: DecodeState,
     keys: RowKeys,
+    corrected_to: Int[Array, "B"],
     *,
     draw: bool,
     vocab_size: int | None,
     chunk_size: int,
-) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
-    """The teacher's token and KL(teacher || student) for the token at each index.
+) -> tuple[ScrgInfo, Int[Array, "B"]]:
+    """Where rows are to be corrected, and the teacher's token there.
 
-    Logits exist for `chunk_size` positions at a time, and only where there are
-    responses.
+    Each model comes with its head, and with what it made of the same rows.
     """
-    student_head = student.head_params(student_params)
-    teacher_head = teacher.head_params(teacher_params)
-    teacher_hidden, _ = teacher.forward(teacher_params, rows.tokens)
-    batch, width = rows.tokens.shape
-    chunk_size = min(chunk_size, width - 1)
+    kl = _score(
+        (*student, written.hidden),
+        (*teacher, heard.hidden),
+        written.rows,
+        corrected_to,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+    )
 
-    def of_chunk(i: Any, found: Any) -> Any:
-        # The last chunk begins earlier: it says of a position what was said before.
-        start = jnp.minimum(i * chunk_size, width - 1 - chunk_size)
-
-        def cut(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1)
-
-        student_logits = student.unembed(student_head, cut(student_hidden))
-        teacher_logits = teacher.unembed(teacher_head, cut(teacher_hidden))
-        # The output at t is about token t + 1.
-        index = start + 1 + jnp.arange(chunk_size)
-        at_index = jax.vmap(jax.random.fold_in, (None, 0))
+    def propose(index: Int[Array, "B C"]) -> Int[Array, "B C"]:
+        model, head = teacher
+        before = jnp.take_along_axis(heard.hidden, index[..., None] - 1, axis=1)
+        logits = model.unembed(head, before.reshape(-1, before.shape[-1]))
+        at_index = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, index)
         tokens = sample(
-            mask_vocab(teacher_logits.reshape(batch * chunk_size, -1), vocab_size),
-            jax.vmap(at_index, (0, None))(keys, index).reshape(-1),
+            mask_vocab(logits, vocab_size),
+            at_index.reshape(-1),
             temperature=1.0 if draw else 0.0,
         )
-        kl = forward_kl(student_logits, teacher_logits, vocab_size=vocab_size)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(x, new, start + 1, axis=1)
-            for x, new in zip(found, (tokens.reshape(kl.shape), kl), strict=True)
+        return tokens.reshape(index.shape)
+
+    return locate_error(written.rows, kl, corrected_to, propose)
+
+
+def _score(
+    student: tuple[Model, Params, Float[Array, "B S D"]],
+    teacher: tuple[Model, Params, Float[Array, "B S E"]],
+    rows: Rows,
+    corrected_to: Int[Array, "B"],
+    *,
+    vocab_size: int | None,
+    chunk_size: int,
+) -> Float[Array, "B S"]:
+    """KL(teacher || student) for the token at each index behind `corrected_to`.
+
+    Logits exist for `chunk_size` positions at a time.
+    """
+    width = rows.tokens.shape[1]
+    chunk_size = min(chunk_size, width - 1)
+
+    def of_chunk(i: Any, kl: Float[Array, "B S"]) -> Float[Array, "B S"]:
+        # The last chunk begins earlier: it says of a position what was said before.
+        start = jnp.minimum(i * chunk_size, width - 1 - chunk_size)
+        logits = (
+            model.unembed(head, lax.dynamic_slice_in_dim(hidden, start, chunk_size, 1))
+            for model, head, hidden in (student, teacher)
+        )
+        # The output at t is about token t + 1.
+        return lax.dynamic_update_slice_in_dim(
+            kl, forward_kl(*logits, vocab_size=vocab_size), start + 1, axis=1
         )
 
-    first = (jnp.min(rows.prompt_lengths) - 1) // chunk_size
+    first = jnp.min(corrected_to) // chunk_size
     last = (jnp.max(rows.lengths) - 2) // chunk_size
-    nothing = jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch, width))
-    return jax.lax.fori_loop(first, last + 1, of_chunk, nothing)
+    return lax.fori_loop(first, last + 1, of_chunk, jnp.zeros(rows.tokens.shape))

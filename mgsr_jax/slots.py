@@ -20,15 +20,20 @@ from mgsr_jax.sharding import batch_shards
 IDLE = 0.25
 
 
-def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> Any:
+def in_slots(
+    extend: Callable[..., Any], pool: Any, beside: Any, slots: int | None
+) -> Any:
     """`pool`, a state of R rows with a field `done`, with every row done.
 
-    `extend(state, keys)` takes a state of `slots` rows one step further. On a mesh each
-    device exchanges its own rows with its own slots.
+    `extend(state, beside)` takes a state of `slots` rows one step further, with what
+    `beside` has for these rows; None is a slot for each row. On a mesh each device
+    exchanges its own rows with its own slots.
 
     Raises:
       ValueError: the devices that rows are split over do not divide the slots.
     """
+    if slots is None or slots >= pool.done.shape[0]:
+        return _until_done(lambda pool: extend(pool, beside), pool)
     shards = batch_shards()
     if slots % shards or pool.done.shape[0] % shards:
         raise ValueError(
@@ -38,12 +43,9 @@ def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> An
     size = slots // shards
     idle = max(1, int(IDLE * size))
 
-    def is_waiting(pool: Any) -> Any:
-        return jnp.any(~pool.done)
-
     def exchange(pool: Any) -> Any:
         held = _next_rows(pool, shards, size)
-        active, active_keys = (_take(x, held) for x in (pool, keys))
+        active, beside_active = (_take(x, held) for x in (pool, beside))
         left = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
 
         def goes_on(active: Any) -> Any:
@@ -51,10 +53,14 @@ def in_slots(extend: Callable[..., Any], pool: Any, keys: Any, slots: int) -> An
             makes_room = (left > size) & (running <= size - idle)
             return jnp.any(running > 0) & ~jnp.any(makes_room)
 
-        active = lax.while_loop(goes_on, lambda x: extend(x, active_keys), active)
+        active = lax.while_loop(goes_on, lambda x: extend(x, beside_active), active)
         return _put(pool, held, active)
 
-    return lax.while_loop(is_waiting, exchange, pool)
+    return _until_done(exchange, pool)
+
+
+def _until_done(advance: Callable[..., Any], pool: Any) -> Any:
+    return lax.while_loop(lambda pool: jnp.any(~pool.done), advance, pool)
 
 
 def _next_rows(pool: Any, shards: int, size: int) -> Int[Array, "D C"]:

@@ -135,9 +135,9 @@ def make_train_step(
     """A jitted `step(state, teacher_params, micro_batches, cached=()) -> (state, ...)`.
 
     `state` is donated. `micro_batches` is a tuple of Rows of one shape; how rows are
-    spread over it does not change the gradient. `cached` is empty, or has one
-    `TopKTeacher` a micro-batch that stands for running the teacher, None where it is to
-    be run. The second result is metrics, sums and counts.
+    spread over it does not change the gradient. `cached` is empty, or has for each
+    micro-batch what stands for running the teacher, see `micro_batch_loss`, None where
+    it is to be run. The second result is metrics, sums and counts.
     An update with a gradient that is not finite is not made: the state comes back as it
     was, but for `step`, and the metric "finite" says so.
     """
@@ -162,7 +162,7 @@ def make_train_step(
         state: TrainState,
         teacher_params: Any,
         micro_batches: tuple[Rows, ...],
-        cached: tuple[TopKTeacher | None, ...] = (),
+        cached: tuple[TopKTeacher | Array | None, ...] = (),
     ) -> tuple[TrainState, Metrics]:
         cached = cached or (None,) * len(micro_batches)
         weights = position_weights(_stack(micro_batches), objective)
@@ -170,12 +170,11 @@ def make_train_step(
             (rows, jax.tree.map(lambda w, i=i: w[i], weights), said)
             for i, (rows, said) in enumerate(zip(micro_batches, cached, strict=True))
         ]
-        kinds = (
-            [batch for batch in batches if batch[2] is None],
-            [batch for batch in batches if batch[2] is not None],
-        )
+        kinds = {}
+        for batch in batches:
+            kinds.setdefault(type(batch[2]), []).append(batch)
         models = (state.params, teacher_params)
-        parts = [_summed(loss_of, *models, kind) for kind in kinds if kind]
+        parts = [_summed(loss_of, *models, kind) for kind in kinds.values()]
         loss, metrics, grads = jax.tree.map(lambda *x: sum(x), *parts)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         metrics |= {

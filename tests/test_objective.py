@@ -297,14 +297,17 @@ def test_every_divergence_of_the_library_can_be_chosen():
         assert name in own or read == shared | given | {"vocab_axis"}
 
 
-def cached_loss(objective, k):
-    """Loss and gradient where the teacher's K classes stand for the teacher."""
-    said = losses.top_k_teacher(TEACHER["logits"], k, vocab_size=VOCAB)
+def top_k(k):
+    return losses.top_k_teacher(TEACHER["logits"], k, vocab_size=VOCAB)
+
+
+def cached_loss(objective, said, teacher_params=None):
+    """Loss and gradient where what it said stands for running the teacher."""
 
     def loss(params):
         return micro_batch_loss(
             params,
-            None,
+            teacher_params,
             ROWS,
             position_weights(ROWS, objective),
             student=Table(),
@@ -321,7 +324,7 @@ def cached_loss(objective, k):
 @pytest.mark.parametrize("divergence", ["forward_kl", "dac_kl", "dac_kl_fixed"])
 def test_a_cached_teacher_of_all_classes_is_the_teacher(divergence):
     objective = Objective(span=0.0, divergence=divergence, num_candidates=K)
-    (loss, metrics), grads = cached_loss(objective, VOCAB)
+    (loss, metrics), grads = cached_loss(objective, top_k(VOCAB))
     want, want_metrics, want_grads, _ = differentiate(objective)
     np.testing.assert_allclose(loss, want, rtol=2e-6)
     assert metrics.keys() == want_metrics.keys()
@@ -330,11 +333,22 @@ def test_a_cached_teacher_of_all_classes_is_the_teacher(divergence):
 
 def test_of_a_cached_teacher_only_what_it_can_tell_is_asked():
     with pytest.raises(ValueError, match="objective.span compares whole"):
-        cached_loss(MGSR, K)
+        cached_loss(MGSR, top_k(K))
     with pytest.raises(ValueError, match="'reverse_kl' needs the teacher's whole"):
-        cached_loss(Objective(span=0.0, divergence="reverse_kl"), K)
+        cached_loss(Objective(span=0.0, divergence="reverse_kl"), top_k(K))
     with pytest.raises(ValueError, match="temperature=2.0; a cached teacher"):
-        cached_loss(Objective(span=0.0, divergence="forward_kl", temperature=2.0), K)
+        hot = Objective(span=0.0, divergence="forward_kl", temperature=2.0)
+        cached_loss(hot, top_k(K))
+
+
+def test_hidden_states_that_the_teacher_left_stand_for_running_it():
+    """They have one position more than is predicted."""
+    heard = jnp.pad(TEACHER["logits"], ((0, 0), (0, 1), (0, 0)))
+    (loss, metrics), grads = cached_loss(MGSR, heard, TEACHER)
+    want, want_metrics, want_grads, _ = differentiate(MGSR)
+    np.testing.assert_allclose(loss, want, rtol=2e-6)
+    assert metrics.keys() == want_metrics.keys()
+    assert_close(grads["student"], want_grads["student"], rtol=3e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 7, 72])

@@ -223,7 +223,9 @@ def pair():
 
 def roll(config, pair, rows=ROWS, seed=5):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
-    (samples,), (info,) = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
+    results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
+    (samples,), (info,), (heard,) = results
+    assert (heard is None) == (config.rounds == 0)
     return samples, info
 
 
@@ -306,8 +308,13 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
     parts = tuple(
         jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], rows) for i in range(4)
     )
-    samples, infos = jax.device_get(rollout(*pair, parts, jax.random.key(5)))
+    samples, infos, heard = jax.device_get(rollout(*pair, parts, jax.random.key(5)))
     for i in range(4):
+        hidden, _ = MODEL.forward(pair[1], jnp.asarray(samples[i].tokens))
+        for b, length in enumerate(samples[i].lengths.tolist()):
+            np.testing.assert_allclose(
+                heard[i][b, : length - 1], hidden[b, : length - 1], atol=1e-5
+            )
         here = slice(3 * i, 3 * i + 3)
         jax.tree.map(
             np.testing.assert_array_equal,

@@ -62,7 +62,8 @@ def write(params, rows, key):
         span_ids=jnp.full_like(rows.span_ids, NO_SPAN),
         ground_truth=jnp.zeros_like(rows.ground_truth),
     )
-    return written, info
+    heard = jnp.broadcast_to(rows.example[:, None, None], (size, WIDTH, 3))
+    return written, info, heard
 
 
 def add_spans(rows):
@@ -152,8 +153,8 @@ def assert_cached(rows):
     """What the cache says is of the row beside it, in its dtype, split as it is."""
     assert len(rows.cached) == len(rows.micro_batches)
     for part, found in zip(rows.micro_batches, rows.cached, strict=True):
-        if found is None:
-            assert not part.ground_truth.any()
+        if not part.ground_truth.any():
+            assert_heard(rows, part, found)
             continue
         assert part.ground_truth.all()
         assert [leaf.dtype for leaf in found] == ["float16", "uint16", "float32"]
@@ -162,6 +163,14 @@ def assert_cached(rows):
             np.testing.assert_array_equal(
                 leaf[:, 0].ravel()[:: leaf[0, 0].size], part.example
             )
+
+
+def assert_heard(rows, part, found):
+    """The student's rows come with what the teacher's reading of them left."""
+    if rows.source == "replay":
+        assert found is None
+    else:
+        np.testing.assert_array_equal(found[:, -1, -1], part.example)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -175,7 +184,8 @@ def test_data_s_rows_come_with_what_the_cache_says(parts):
 
 def test_the_student_s_rows_are_not_in_the_cache():
     rows = step(make(lookup=lookup), 0)
-    assert [found is None for found in rows.cached] == [False, False, True, True]
+    kinds = [isinstance(found, TopKTeacher) for found in rows.cached]
+    assert kinds == [True, True, False, False]
     assert_cached(rows)
     source = make("replay", initial_ratio=1.0, capacity=16, lookup=lookup)
     for number in range(STEPS):
@@ -186,12 +196,15 @@ def test_the_student_s_rows_are_not_in_the_cache():
 
 def test_what_is_not_trained_on_is_not_looked_up():
     rows = step(make(keep_ground_truth=False, lookup=pytest.fail), 0)
-    assert rows.cached == (None, None)
+    assert not any(isinstance(found, TopKTeacher) for found in rows.cached)
 
 
-def test_without_a_cache_the_teacher_is_run_on_every_row():
-    for policy, count in (("off", 2), ("on", 4)):
-        assert step(make(policy), 0).cached == (None,) * count
+def test_without_a_cache_the_teacher_is_run_on_the_data_s_rows():
+    assert step(make("off"), 0).cached == (None,) * 2
+    rows = step(make("on"), 0)
+    assert rows.cached[:2] == (None,) * 2
+    for part, found in zip(rows.micro_batches[2:], rows.cached[2:], strict=True):
+        assert_heard(rows, part, found)
 
 
 def test_what_is_drawn_depends_on_the_step_s_key_alone():

@@ -141,14 +141,20 @@ def as_lists(rows):
 
 @pytest.mark.parametrize(
     ("rounds", "teacher_token", "slots"),
-    [(0, "sample", None), (1, "argmax", None), (3, "sample", None), (3, "sample", 2)],
+    [
+        (0, "sample", None),
+        (1, "argmax", None),
+        (3, "sample", None),
+        (3, "sample", 2),
+        (2, "argmax", 3),
+    ],
 )
 def test_equals_regeneration_from_scratch(pair, rounds, teacher_token, slots):
     """With `slots` other rows have been in a row's slot, and it in others."""
-    lengths = (1, 4, 2, 6, 11, 3) if slots else (1, 4, 2, 6, 11)
+    lengths = (1, 4, 2, 6, 11)
     rows, key = tiny.prompts(lengths, width=WIDTH), jax.random.key(4)
     settings = dict(rounds=rounds, teacher_token=teacher_token, slots=slots)
-    _, (state, info) = run(pair, rows, key, **settings)
+    _, (state, info, heard) = run(pair, rows, key, **settings)
     want = reference(*pair, rows, key, rounds, EOS, teacher_token == "argmax")
     assert as_lists(state.rows) == [tokens for tokens, _ in want]
     assert info.error_position.shape == (rounds, len(lengths))
@@ -157,11 +163,16 @@ def test_equals_regeneration_from_scratch(pair, rounds, teacher_token, slots):
         np.testing.assert_allclose(info.kl[:, b], [v for _, v in log], rtol=1e-4)
     np.testing.assert_array_equal(info.corrected, info.error_position >= 0)
     assert rounds == 0 or np.asarray(info.corrected).any()
+    teacher, params = pair[1]
+    hidden, _ = jax.jit(teacher.forward)(params, state.rows.tokens)
+    for b, length in enumerate(state.rows.lengths.tolist()):
+        here = b, slice(length - 1)
+        np.testing.assert_allclose(heard[here], hidden[here], rtol=1e-5, atol=1e-5)
 
 
 def test_later_rounds_undo_nothing(pair):
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
-    _, (state, info) = run(pair, rows, key, rounds=4, eos_ids=(99,))
+    _, (_, info, _) = run(pair, rows, key, rounds=4, eos_ids=(99,))
     for b in range(4):
         positions = [j for j in info.error_position[:, b].tolist() if j >= 0]
         assert positions == sorted(set(positions))
@@ -169,7 +180,7 @@ def test_later_rounds_undo_nothing(pair):
 
 def test_a_teacher_that_agrees_corrects_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6), width=WIDTH)
-    before, (after, info) = run(
+    before, (after, info, _) = run(
         (pair[0], pair[0]),
         rows,
         jax.random.key(0),
@@ -185,22 +196,28 @@ def test_a_teachers_end_of_sequence_ends_the_row(pair):
     """Every token but one ends a row for the teacher: rows end where it corrects."""
     student, teacher = pair
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
-    _, (plain, info) = run(pair, rows, key, eos_ids=(99,))
+    _, (plain, info, _) = run(pair, rows, key, eos_ids=(99,))
     found = int(jnp.argmax(info.corrected[0]))
     position = int(info.error_position[0, found])
     token = int(plain.rows.tokens[found, position])
     prompt = int(rows.prompt_lengths[found])
     assert token not in plain.rows.tokens[found, prompt:position].tolist()
-    _, (ended, info) = run(pair, rows, key, eos_ids=(token,))
+    _, (ended, info, _) = run(pair, rows, key, eos_ids=(token,))
     assert int(info.error_position[0, found]) == position
     assert int(ended.rows.lengths[found]) == position + 1
+
+
+def asked_of(proposal):
+    """The teacher's token, where it is known for every index."""
+    return lambda index: jnp.take_along_axis(proposal, index, axis=1)
 
 
 def test_the_end_of_sequence_counts_padding_does_not():
     rows = tiny.complete(((2, 3), (2, 3)), width=8)
     proposal = rows.tokens.at[0, 4].add(1).at[1, 5].add(1).at[1, 1].add(1)
     kl = jnp.arange(16.0).reshape(2, 8)
-    error = locate_error(rows, proposal, kl, rows.prompt_lengths - 1)
+    error, token = locate_error(rows, kl, rows.prompt_lengths - 1, asked_of(proposal))
+    assert token[0] == proposal[0, 4]
     assert error.error_position.tolist() == [4, -1]
     assert error.corrected.tolist() == [True, False]
     assert error.kl.tolist() == [4.0, 0.0]
@@ -212,7 +229,7 @@ def test_largest_kl_among_disagreements_only():
     kl = jnp.array([[9.0, 9, 9, 2, 9, 9, 3, 9]])
 
     def position(kl, corrected_to):
-        error = locate_error(rows, proposal, kl, jnp.array([corrected_to]))
+        error, _ = locate_error(rows, kl, jnp.array([corrected_to]), asked_of(proposal))
         return error.error_position.tolist()
 
     assert position(kl, 1) == [6]
@@ -224,7 +241,7 @@ def test_largest_kl_among_disagreements_only():
 def test_mesh_changes_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
     key = jax.random.key(2)
-    _, (want, want_info) = run(pair, rows, key, rounds=2)
+    _, (want, want_info, want_heard) = run(pair, rows, key, rounds=2)
     mesh = sharding.make_mesh(data=2, fsdp=4)
     placed = [
         (model, jax.device_put(p, sharding.shardings(mesh, model.partition_rules, p)))
@@ -232,15 +249,22 @@ def test_mesh_changes_nothing(pair):
     ]
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
-        _, (got, info) = run(placed, batch, key, rounds=2)
+        _, (got, info, heard) = run(placed, batch, key, rounds=2)
     assert as_lists(jax.device_get(got.rows)) == as_lists(jax.device_get(want.rows))
     np.testing.assert_array_equal(info.error_position, want_info.error_position)
+    for b, length in enumerate(want.rows.lengths.tolist()):
+        here = b, slice(length - 1)
+        np.testing.assert_allclose(heard[here], want_heard[here], rtol=1e-5, atol=1e-5)
 
 
-def test_slots_that_do_not_divide_the_rows_are_named(pair):
-    rows = tiny.prompts((1, 4, 2, 6, 3), width=WIDTH)
-    with pytest.raises(ValueError, match="5 rows in groups of slots=2"):
-        run(pair, rows, jax.random.key(0), slots=2)
+def test_the_teacher_is_asked_until_it_disagrees():
+    """The ten largest KLs are of tokens that the teacher would write too."""
+    rows = tiny.complete(((1, 14), (1, 14)), width=16)
+    kl = jnp.tile(jnp.arange(16.0), (2, 1))
+    proposal = rows.tokens.at[0, 4].add(1).at[0, 2].add(1)
+    error, token = locate_error(rows, kl, jnp.zeros(2, int), asked_of(proposal))
+    assert error.error_position.tolist() == [4, -1]
+    assert error.kl.tolist() == [4.0, 0.0] and token[0] == proposal[0, 4]
 
 
 def test_unknown_teacher_token_is_named(pair):

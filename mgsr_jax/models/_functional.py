@@ -66,13 +66,6 @@ def _arrays(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.split(module)[1])
 
 
-def _layer(layers: Any, i: int) -> Params:
-    """Parameters of layer i, of the stack or of the tuple that decoding has."""
-    if isinstance(layers, tuple):
-        return _transposed(layers[i])
-    return jax.tree.map(lambda x: x[i], layers)
-
-
 def _transposed(layer: Params) -> Params:
     """The matrices of one layer between [in, out] and decoding's [out, in]."""
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, layer)
@@ -176,22 +169,23 @@ class LanguageModel:
         layers = params[LAYERS]
         # A cache that is filled from its start has nothing yet to be read.
         read = None if positions is None else cache
-        if read is None and isinstance(layers, dict):
+        if isinstance(layers, dict):
 
             def scanned(x: Any, xs: Any) -> Any:
-                layer_params, window = xs
-                x, new = layer(x, layer_params, window, None)
+                x, new = layer(x, *xs)
                 return x, None if cache is None else new
 
-            x_BTD, new = jax.lax.scan(scanned, x_BTD, (layers, where.windows))
+            caches = read and jax.tree.map(lambda *c: jnp.stack(c), *read)
+            x_BTD, new = jax.lax.scan(scanned, x_BTD, (layers, where.windows, caches))
             new = () if cache is None else zip(*new, strict=True)
         else:
             new = []
             for i in range(self.config.num_layers):
                 window = None if where.windows is None else where.windows[i]
                 layer_cache = None if read is None else read[i]
-                x_BTD, of_layer = layer(x_BTD, _layer(layers, i), window, layer_cache)
-                new.append(of_layer)
+                of_layer = _transposed(layers[i])
+                x_BTD, layer_cache = layer(x_BTD, of_layer, window, layer_cache)
+                new.append(layer_cache)
         if cache is not None:
             cache = _filled(cache, new) if read is None else tuple(new)
         return ends.finish(x_BTD), cache
@@ -235,7 +229,7 @@ class LanguageModel:
 
         ends = {name: tree for name, tree in params.items() if name != LAYERS}
         layers = tuple(
-            jax.tree.map(copy, _transposed(_layer(params[LAYERS], i)))
+            _transposed(jax.tree.map(lambda x, i=i: copy(x[i]), params[LAYERS]))
             for i in range(self.config.num_layers)
         )
         return {**jax.tree.map(copy, ends), LAYERS: layers}

@@ -6,6 +6,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from mgsr_jax.losses import project
+
 
 def linear(
     size_in: int, size_out: int, *, bias: bool, stddev: float, rngs: nnx.Rngs
@@ -34,6 +36,4 @@ def kernel_first(
     """
     if x.shape[-2] > 1:
         return lax.dot_general(x, kernel, *dimensions, **kwargs)
-    rows = x.reshape(-1, x.shape[-1])
-    out = lax.dot_general(kernel, rows, (((0,), (1,)), ((), ())), **kwargs)
-    return out.T.reshape(*x.shape[:-1], -1)
+    return project(x, kernel.T).astype(x.dtype)

@@ -417,8 +417,10 @@ def test_no_matmul_with_the_head_is_done_twice():
     text = compiled(64, 9).as_text()
     results = re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", text)
     counted = collections.Counter(tuple(map(int, dims)) for dims in results)
-    assert counted[9, V] == 2 and counted[V, D] == counted[9, D] == 1
-    assert not any(V in dims for dims in counted.keys() - {(9, V), (V, D)})
+    logits = {(9, V), (V, 9)}  # as columns, where they are few
+    assert sum(counted[dims] for dims in logits) == 2
+    assert counted[V, D] == counted[9, D] == 1
+    assert not any(V in dims for dims in counted.keys() - {*logits, (V, D)})
 
 
 def test_memory_does_not_grow_with_the_tokens():
