@@ -12,7 +12,7 @@ devices and micro-batches. The counts depend on masks alone, so weights come fir
 every position gets lambda_i / N_i, a micro-batch's loss is one weighted sum, and the
 gradients of micro-batches add up to the gradient of the step, however it was split.
 
-So too within a micro-batch: logits exist for one chunk of its tokens at a time.
+So too within a micro-batch: logits exist for a chunk of its scored tokens at a time.
 """
 
 import dataclasses
@@ -225,6 +225,7 @@ def micro_batch_loss(
         chunk,
         chunk_size=chunk_size or default_chunk_size(student.config.vocab_size),
         overlap=overlap,
+        where=view.where,
         batch_axes=_batch_axes(),
     )
 
@@ -244,13 +245,12 @@ def chunk_loss(
 ) -> tuple[Float[Array, ""], dict[str, Sum]]:
     """The three losses of neighbouring tokens: weighted sum, and metrics.
 
-    The last `overlap` tokens are those that the next chunk begins with: the span loss
-    reads them, and nothing else counts them here. Logits are formed at once, for a head
-    is read whole; their losses, which need many times their memory, in `PARTS` parts.
+    The last `overlap` tokens begin the next chunk: the span loss reads them here, none
+    counts them. Logits are formed at once, for a head is read whole; their losses,
+    which need many times their memory, in `PARTS` parts.
     """
     head = jax.tree.map(lambda p: p.astype(dtype), shared["head"])
-    student_logits = student.unembed(head, hidden)
-    said = chunk.teacher
+    student_logits, said = student.unembed(head, hidden), chunk.teacher
     if teacher is not None and said is not None and not isinstance(said, TopKTeacher):
         said = teacher.unembed(shared["teacher_head"], said)
     fn = functools.partial(
@@ -446,5 +446,5 @@ def _labelled(rows: Rows, view: NextTokenView) -> Bool[Array, "*B T"]:
 
 def _batch_axes() -> tuple[str, ...]:
     """The mesh axes that rows are split over; none where there is no mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)

@@ -194,6 +194,9 @@ def _summed(
     loss_of: Callable[..., Any], params: Params, teacher_params: Any, batches: list[Any]
 ) -> Any:
     """Loss, metrics and gradient, summed over `batches` of one form."""
+    if len(batches) == 1:  # no second array for every gradient
+        (loss, metrics), grads = loss_of(params, teacher_params, *batches[0])
+        return loss, metrics, grads
 
     def one(carry: Any, batch: Any) -> Any:
         (loss, metrics), grads = loss_of(params, teacher_params, *batch)

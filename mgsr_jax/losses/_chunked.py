@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mgsr_jax.losses._projection import Projection, Taped, add_product, varying_as
 
@@ -31,6 +31,7 @@ def chunked(
     *,
     chunk_size: int,
     overlap: int = 1,
+    where: Bool[Array, "*B"] | None = None,
     batch_axes: str | tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], PyTree]:
     """A sum over tokens, chunk by chunk, with the gradients formed on the way.
@@ -62,6 +63,8 @@ def chunked(
         teacher's hidden states. Leaves [..., *], with the leading axes of `tokens`.
       chunk_size: the most tokens that are computed at once, the overlap included.
       overlap: how many tokens a chunk reads of the next one.
+      where: tokens that weigh anything, such as those of responses. They are computed
+        first, in their order, and chunks that hold none of them are left out.
       batch_axes: mesh axes that the first axis of `tokens` is split over. The loop then
         runs on each device for its own tokens, and sums meet once, after it. Rows must
         be whole: a device reads nothing of the next one's. On Explicit axes it is read
@@ -90,6 +93,7 @@ def chunked(
             "least 0 and a chunk_size of at least 1 and twice the overlap"
         )
     _check_aux(tokens, aux)
+    aux = aux, where
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     places = _placement(axes, shared, tokens, aux)
     if places.explicit:
@@ -221,17 +225,14 @@ def _loop(
     tokens: Array,
     aux: PyTree,
 ) -> tuple[Array, PyTree, PyTree, Array | None]:
-    """`_run` on one device: a scan over chunks of its tokens."""
+    """`_run` on one device: a loop over chunks of its tokens."""
     leaves, tree = jax.tree.flatten(shared, is_leaf=_is_projection)
     whole = jax.tree.structure(shared)
     shape, leading = tokens.shape, tokens.ndim - 1
-    tokens, aux = jax.tree.map(
+    tokens, (aux, where) = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[leading:]), (tokens, aux)
     )
-    chunks = max(1, math.ceil(len(tokens) / (chunk_size - overlap)))
-    # Of equal size, so that little is padded.
-    stride = min(len(tokens), max(overlap, math.ceil(len(tokens) / chunks)))
-
+    chunks, stride, order = _division(len(tokens), chunk_size, overlap, where)
     kinds = list(zip(leaves, wanted, strict=True))
     chosen = [x for x, w in kinds if w]
 
@@ -241,31 +242,49 @@ def _loop(
         value, metrics = fn(jax.tree.unflatten(tree, both), tokens, aux)
         return value.astype(jnp.float32), metrics
 
-    def body(carry: Any, start: Array) -> Any:
-        totals, tokens, of_next = carry
-        window = jax.tree.map(lambda x: _read(x, start, stride, overlap), (tokens, aux))
+    def body(i: Any, carry: Any) -> Any:
+        sums, totals, tokens, of_next = carry
+        window = _Window(i * stride, stride, overlap, order)
+        read = jax.tree.map(window.read, (tokens, aux))
         if not wanted_of_tokens:
-            value, metrics = fn(shared, *window)
-            return carry, (value.astype(jnp.float32), metrics)
+            found = of_chunk(chosen, *read)
+            return jax.tree.map(jnp.add, sums, found), totals, tokens, of_next
         gradient = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)
-        varied = [_varied(x, window[0]) for x in chosen]
-        sums, (d_varied, d_window) = gradient(varied, *window)
+        varied = [_varied(x, read[0]) for x in chosen]
+        found, (d_varied, d_read) = gradient(varied, *read)
+        sums = jax.tree.map(jnp.add, sums, found)
         totals = [_add(t, d) for t, d in zip(totals, d_varied, strict=True)]
-        d_own, d_next = d_window[:stride], d_window[stride:]
-        return (totals, _write(tokens, start, d_own, of_next), d_next), sums
+        tokens = window.write(tokens, d_read[:stride], of_next)
+        return sums, totals, tokens, d_read[stride:]
 
+    first = jax.tree.map(_Window(0, stride, overlap, order).read, (tokens, aux))
     carry = (
+        _zeros_of(lambda: of_chunk([_varied(x, first[0]) for x in chosen], *first)),
         [jnp.zeros_like(_matrix(x), jnp.float32) for x in chosen],
         tokens,  # in place of those that were read, their gradient
         jnp.zeros_like(tokens, shape=(overlap, *tokens.shape[1:])),
     )
-    (totals, tokens, _), sums = lax.scan(body, carry, stride * jnp.arange(chunks))
-    value, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    sums, totals, tokens, _ = lax.fori_loop(0, chunks, body, carry)
     if not wanted_of_tokens:
-        return value, metrics, whole.unflatten([None] * len(leaves)), None
+        return *sums, whole.unflatten([None] * len(leaves)), None
+    if where is not None:
+        tokens = jnp.where(where[:, None], tokens, 0)
     found = iter(totals)
     d_shared = [next(found).astype(_matrix(x).dtype) if w else None for x, w in kinds]
-    return value, metrics, whole.unflatten(d_shared), tokens.reshape(shape)
+    return *sums, whole.unflatten(d_shared), tokens.reshape(shape)
+
+
+def _division(
+    tokens: int, chunk_size: int, overlap: int, where: Array | None
+) -> tuple[Any, int, Array | None]:
+    """How many chunks to compute, their own tokens, and the order of all tokens."""
+    chunks = max(1, math.ceil(tokens / (chunk_size - overlap)))
+    # Of equal size, so that little is padded.
+    stride = min(tokens, max(overlap, math.ceil(tokens / chunks)))
+    if where is None:
+        return chunks, stride, None
+    order = jnp.argsort(~where, stable=True)
+    return -(-jnp.sum(where) // stride), stride, order
 
 
 def _is_projection(x: Any) -> bool:
@@ -291,34 +310,63 @@ def _add(total: Array, gradient: Any) -> Array:
     return total + gradient.astype(total.dtype)
 
 
-def _read(x: Array, start: Array, stride: int, overlap: int) -> Array:
-    """`stride` rows from `start`, and `overlap` that follow; zeros beyond the last.
+class _Window(NamedTuple):
+    """The tokens of one chunk among all of a device.
 
-    The last chunk begins earlier, to be whole: what it has twice is zero.
+    Attributes:
+      start: the chunk's first token.
+      stride: how many are its own.
+      overlap: how many it reads of the next chunk.
+      order: in which tokens are counted; None is the order in which they lie.
     """
-    first, new = _place(x, start, stride)
-    own = lax.dynamic_slice_in_dim(x, first, stride)
-    own = jnp.where(new, own, jnp.zeros_like(own))
-    following = start + stride + jnp.arange(overlap)
-    return jnp.concatenate([own, x.at[following].get(mode="fill", fill_value=0)])
+
+    start: Any
+    stride: int
+    overlap: int
+    order: Array | None
+
+    def read(self, x: Array) -> Array:
+        """Rows of the chunk's own tokens and of the overlap; zeros beyond the last.
+
+        The last chunk begins earlier, to be whole: what it has twice is zero.
+        """
+        if self.order is not None:
+            return x.at[self._rows(self.order)].get(mode="fill", fill_value=0)
+        first, new = self._place(x)
+        own = lax.dynamic_slice_in_dim(x, first, self.stride)
+        own = jnp.where(new, own, jnp.zeros_like(own))
+        following = self.start + self.stride + jnp.arange(self.overlap)
+        return jnp.concatenate([own, x.at[following].get(mode="fill", fill_value=0)])
+
+    def write(self, x: Array, own: Array, of_next: Array) -> Array:
+        """The transpose of `read`, in place of what it read.
+
+        `of_next` is what the chunk before has found for the first of these rows.
+        """
+        if self.order is not None:
+            rows = self._rows(self.order)
+            x = x.at[rows[: self.stride]].set(own, mode="drop")
+            return x.at[rows[: self.overlap]].add(of_next, mode="drop")
+        first, new = self._place(x)
+        own = jnp.where(new, own, lax.dynamic_slice_in_dim(x, first, self.stride))
+        x = lax.dynamic_update_slice_in_dim(x, own, first, axis=0)
+        return x.at[self.start + jnp.arange(self.overlap)].add(of_next, mode="drop")
+
+    def _rows(self, order: Array) -> Array:
+        """Where the tokens lie; beyond the last of all there is none."""
+        count = self.start + jnp.arange(self.stride + self.overlap)
+        return order.at[count].get(mode="fill", fill_value=len(order))
+
+    def _place(self, x: Array) -> tuple[Array, Array]:
+        """Where `stride` rows begin that are all there, and which of them are new."""
+        first = jnp.minimum(self.start, len(x) - self.stride)
+        new = jnp.arange(self.stride) >= self.start - first
+        return first, new.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _write(x: Array, start: Array, own: Array, of_next: Array) -> Array:
-    """The transpose of `_read`, in place of what it read.
-
-    `of_next` is what the chunk before has found for the first of these rows.
-    """
-    first, new = _place(x, start, len(own))
-    own = jnp.where(new, own, lax.dynamic_slice_in_dim(x, first, len(own)))
-    x = lax.dynamic_update_slice_in_dim(x, own, first, axis=0)
-    return x.at[start + jnp.arange(len(of_next))].add(of_next, mode="drop")
-
-
-def _place(x: Array, start: Array, stride: int) -> tuple[Array, Array]:
-    """Where `stride` rows begin that are all there, and which of them are new."""
-    first = jnp.minimum(start, len(x) - stride)
-    new = jnp.arange(stride) >= start - first
-    return first, new.reshape(-1, *[1] * (x.ndim - 1))
+def _zeros_of(fn: Callable[[], Any]) -> Any:
+    """Zeros of the types that `fn` returns; it is traced, and nothing is computed."""
+    return jax.jit(lambda: jax.tree.map(jnp.zeros_like, fn()))()
 
 
 def _check_aux(tokens: Array, aux: PyTree) -> None:

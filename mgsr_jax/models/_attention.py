@@ -19,6 +19,9 @@ from mgsr_jax.models._linear import linear
 LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 """Keys and values of one layer; a head's lie together, as its products read them."""
 
+NewKeys = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
+"""Those of the tokens that were just read, to be written into the cache."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -129,8 +132,8 @@ def attention_mask(
 
 def write_cache(
     cache: Float[Array, "B K S H"],
-    positions: Int[Array, "#B T"],
     values: Float[Array, "B K T H"],
+    positions: Int[Array, "#B T"],
 ) -> Float[Array, "B K S H"]:
     """Position p goes to slot p; what lies beyond the last slot is dropped.
 
@@ -209,8 +212,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Without a cache, that of these tokens alone comes back."""
+    ) -> tuple[Float[Array, "B T D"], NewKeys]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = self.query(x_BTD).reshape(heads)
         k_BTKH = self.key(x_BTD).reshape(heads)
@@ -222,16 +224,14 @@ class Attention(nnx.Module):
             k_BTKH = self.rope.rotate(k_BTKH, positions)
         new = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         if cache is None:
-            cache = new
             out_BTNH = jax.nn.dot_product_attention(
                 q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=mask is None
             )
         else:
             assert mask is not None  # a cache's slots are more than what is seen
-            cache = (
-                write_cache(cache[0], positions, new[0]),
-                write_cache(cache[1], positions, new[1]),
+            k_BKSH, v_BKSH = (
+                write_cache(*old_and_new, positions).astype(q_BTNH.dtype)
+                for old_and_new in zip(cache, new, strict=True)
             )
-            k_BKSH, v_BKSH = (c.astype(q_BTNH.dtype) for c in cache)
             out_BTNH = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, mask)
-        return self.output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+        return self.output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), new

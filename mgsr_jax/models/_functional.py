@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mgsr_jax.losses import project
-from mgsr_jax.models._attention import attention_mask
+from mgsr_jax.models._attention import attention_mask, write_cache
 from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
 
 LAYERS = "layers"
@@ -71,13 +71,15 @@ def _transposed(layer: Params) -> Params:
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, layer)
 
 
-def _filled(cache: Cache, new: Any) -> Cache:
-    """`cache` with keys and values of the first positions, layer by layer."""
+def _written(cache: Cache, new: Any, positions: Any) -> Cache:
+    """`cache` with keys and values of `positions`, by default the first."""
 
-    def fill(old: Array, new: Array) -> Array:
-        return old.at[:, :, : new.shape[2]].set(new.astype(old.dtype))
+    def write(old: Array, new: Array) -> Array:
+        if positions is None:
+            return old.at[:, :, : new.shape[2]].set(new.astype(old.dtype))
+        return write_cache(old, new, positions)
 
-    return jax.tree.map(fill, cache, tuple(new))
+    return jax.tree.map(write, cache, tuple(new))
 
 
 def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -184,10 +186,10 @@ class LanguageModel:
                 window = None if where.windows is None else where.windows[i]
                 layer_cache = None if read is None else read[i]
                 of_layer = _transposed(layers[i])
-                x_BTD, layer_cache = layer(x_BTD, of_layer, window, layer_cache)
-                new.append(layer_cache)
+                x_BTD, of_tokens = layer(x_BTD, of_layer, window, layer_cache)
+                new.append(of_tokens)
         if cache is not None:
-            cache = _filled(cache, new) if read is None else tuple(new)
+            cache = _written(cache, new, positions)
         return ends.finish(x_BTD), cache
 
     def head_params(self, params: Params) -> Params:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.models._attention import Attention, LayerCache, Rope
+from mgsr_jax.models._attention import Attention, LayerCache, NewKeys, Rope
 from mgsr_jax.models._embed import Embed
 from mgsr_jax.models._functional import Architecture, KeyRow
 from mgsr_jax.models._hf_config import (
@@ -169,7 +169,7 @@ class Block(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], NewKeys]:
         attended, cache = self.attention(
             self.attention_norm(x_BTD), positions, mask, cache
         )

@@ -125,6 +125,36 @@ def test_chunks_within_chunks(chunk_size, rows):
     assert_close(jax.jit(run)(*arguments), jax.jit(dense)(*arguments))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_tokens_that_weigh_nothing_are_left_out(share):
+    """Chunks of four of them are not computed; their tokens' gradient is zero."""
+    rng = np.random.default_rng(12)
+    head, hidden = (
+        jnp.asarray(rng.normal(size=D)),
+        jnp.asarray(rng.normal(size=(B, T, D))),
+    )
+    weights = jnp.asarray(rng.uniform(0.5, 1, (B, T)))
+    where = jnp.asarray(rng.random((B, T)) < share)
+
+    def fn(head, hidden, aux):
+        weights, where = aux
+        return jnp.sum(weights * where * jnp.square(hidden @ head)), jnp.ones(())
+
+    def left_out(head, hidden):
+        aux = weights, where
+        return chunked(fn, head, hidden, aux, chunk_size=4, overlap=0, where=where)
+
+    def all_at_once(head, hidden):
+        return fn(head, hidden, (weights, where))
+
+    (value, chunks), gradients = differentiate(left_out, head, hidden)
+    (want, _), want_gradients = differentiate(all_at_once, head, hidden)
+    np.testing.assert_allclose(value, want, rtol=2e-6)
+    for got, expected in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+    assert chunks == -(-int(where.sum()) // 4) == jax.jit(left_out)(head, hidden)[1]
+
+
 @pytest.mark.parametrize("overlap", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 10])
 def test_what_is_read_and_where_its_gradient_goes(tokens, overlap):
