@@ -81,7 +81,7 @@ def revise(
     """Corrects every row's worst token and re-generates what follows, `rounds` times.
 
     The student is scored on the hidden states that decoding left, and goes on in its
-    own cache from the corrected token; so does the teacher, which reads no token twice.
+    own cache from the corrected token. So does the teacher.
 
     Args:
       student, student_params: as for `decode`, which made `state`.
@@ -154,8 +154,8 @@ def locate_error(
     """j = argmax of the KL over the response's disagreements behind `corrected_to`.
 
     The teacher is asked, by `propose(index)`, from the largest KL downwards until it
-    disagrees: to ask it of every token costs more than the KL itself. `kl` belongs to
-    the token of the same index. The teacher's token comes second.
+    disagrees: its token costs V random numbers at each index. `kl` belongs to the token
+    of the same index. The teacher's token comes second.
     """
     index = jnp.arange(rows.tokens.shape[1])[None]
     eligible = (index > corrected_to[:, None]) & (index < rows.lengths[:, None])

@@ -10,7 +10,16 @@ import pytest
 import tiny
 
 from mgsr_jax import sharding
-from mgsr_jax.decode import STUDENT, decode, generate, row_keys, sample, start
+from mgsr_jax.decode import (
+    STUDENT,
+    decode,
+    generate,
+    read,
+    row_keys,
+    sample,
+    start,
+    unread,
+)
 
 EOS = (1, 3)
 
@@ -88,6 +97,33 @@ def test_stops_at_each_stop_id_and_scores_it(student):
         hits = [i for i in range(prompt, 14) if tokens[i] in (first, second)]
         end = hits[0] + 1 if hits else 14
         assert as_lists(stopped)[b] == tokens[:end]
+
+
+@pytest.mark.parametrize(("block", "slots"), [(1, None), (3, None), (4, 2), (20, 3)])
+def test_reading_in_blocks_is_reading_at_once(student, block, slots):
+    """From nothing, and again behind a token that has changed."""
+    model, params = student
+    rows = tiny.complete(((2, 3), (1, 13), (4, 6), (3, 9), (1, 1)), width=14)
+
+    @jax.jit
+    def hidden_of(rows, changed):
+        go_on = partial(read, model, params, block=block, slots=slots)
+        state = go_on(unread(model, params, rows), rows)
+        cut = jnp.minimum(changed + 1, rows.lengths)
+        kept = dataclasses.replace(state.rows, lengths=cut)
+        tokens = rows.tokens.at[jnp.arange(5), changed].set(7)
+        rows = dataclasses.replace(rows, tokens=tokens)
+        again = go_on(dataclasses.replace(state, rows=kept), rows)
+        return state.hidden, again.hidden, again.done, model.forward(params, tokens)[0]
+
+    changed = jnp.array([2, 5, 1, 8, 1])
+    first, again, done, want_again = hidden_of(rows, changed)
+    want, _ = model.forward(params, rows.tokens)
+    assert done.all()
+    for b, length in enumerate(rows.lengths.tolist()):
+        here = b, slice(length - 1)
+        np.testing.assert_allclose(first[here], want[here], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(again[here], want_again[here], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_length", [7, 14])

@@ -128,8 +128,8 @@ def _of_many(hidden: Array, kernel: Array) -> Array:
 def _of_few(hidden: Array, kernel: Array) -> Array:
     """The product of a few rows takes as long as reading the kernel.
 
-    XLA on a CPU reads it at twice the rate where the rows are columns in memory too,
-    for which it has to be held back from transposing the product instead.
+    XLA on a CPU reads it faster where the rows are columns in memory too, for which it
+    has to be held back from transposing the product instead.
     """
     columns = lax.optimization_barrier(hidden.reshape(-1, hidden.shape[-1]).T)
     product = jnp.matmul(kernel, columns, preferred_element_type=jnp.float32)
