@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix bench bench-losses lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix test-aot bench bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -33,6 +33,10 @@ test-tunix:  ## the adapters inside google-tunix, in an environment of its own
 	$(MAKE) VENV=.venv-tunix .venv-tunix/installed-test-tunix
 	.venv-tunix/bin/python -m pytest tests/integrations
 
+test-aot:  ## the programs under the TPU and GPU compilers, in an environment of its own
+	$(MAKE) VENV=.venv-aot .venv-aot/installed-test-aot
+	.venv-aot/bin/python -m pytest tests/aot
+
 bench:  ## speed and memory beside torch, transformers and TRL, into benchmarks/RESULTS.md
 	$(MAKE) VENV=.venv-bench .venv-bench/installed-bench
 	.venv-bench/bin/python benchmarks/run.py
@@ -51,7 +55,7 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environments, the caches and the quickstart's run
-	rm -rf $(VENV) .venv-trl .venv-tunix .venv-bench $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .venv-tunix .venv-aot .venv-bench $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mgsr_jax.distributed import DistributedConfig
 from mgsr_jax.encoding import Encoding
 from mgsr_jax.objective import SETTINGS, Objective
 from mgsr_jax.rollout import RolloutConfig
@@ -68,10 +69,13 @@ class MeshConfig:
     Attributes:
       data: copies of the models that work on different rows.
       fsdp: devices that share one copy's parameters (and work on different rows too).
+      tensor: devices that share one copy's heads, MLPs and vocabulary, and its rows;
+        must divide the attention heads of both models.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,9 @@ class TrainConfig:
 
     Attributes:
       student: folder of the student's Hugging Face checkpoint.
-      output: run folder; must be new, or hold the same run (see `resume`). For
-        cache-teacher: the cache's folder; must be new, or hold a part of the same one.
+      output: run folder, on storage that all hosts share; must be new, or hold the
+        same run (see `resume`). For cache-teacher: the cache's folder; must be new, or
+        hold a part of the same one.
       data: instruction data.
       teacher: folder of the teacher's checkpoint; none: plain fine-tuning (SFT).
       teacher_cache: folder that `mgsr cache-teacher` wrote for this teacher and this
@@ -95,10 +100,13 @@ class TrainConfig:
       seed: of data order, rollouts and the clip network.
       dtype: of computation; parameters, optimizer and losses are float32.
       teacher_dtype: of the teacher's parameters.
+      remat: keep only what goes into each layer of the student for the backward pass
+        and compute the rest again; less memory, more time.
       objective: the three losses and their weights.
       rollout: where a step's rows come from.
       optimizer: of the student and of the clip network.
       mesh: device mesh.
+      distributed: how several processes find each other, where no launcher says so.
       validate_every: steps between validations; 0: only at the start and the end.
       save_every: steps between checkpoints; 0: only at the end.
       keep_checkpoints: how many of the latest are kept.
@@ -120,10 +128,14 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
     objective: Objective = dataclasses.field(default_factory=Objective)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(
+        default_factory=DistributedConfig
+    )
     validate_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2

@@ -40,6 +40,9 @@ _COLUMNS = datasets.Features(
     | {"kept": datasets.Value("bool")}
 )
 _SLAB = 256  # records that are tokenised and chunked together
+Share = slice | np.ndarray
+"""Which rows of every batch a process takes."""
+_WHOLE: Share = slice(None)
 _FILLER = -1  # the example index of a row that only fills up the last batch
 
 
@@ -316,27 +319,25 @@ def batches(
     width: int,
     seed: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = _WHOLE,
     epochs: int | None = None,
 ) -> grain.DatasetIterator:
     """This process's `Rows` of every training batch, with an exact position.
 
-    The order depends on `seed` and `batch_size` alone: process p takes the p-th share
-    of the same global batch, however many processes there are. Every epoch is shuffled
+    The order depends on `seed` and `batch_size` alone: each process takes its share of
+    the same global batch, however many processes there are. Every epoch is shuffled
     anew and leaves out the examples that do not fill a batch. `rows.example` is the
     index in `dataset`. `get_state()` is plain JSON, `set_state()` goes on from it.
 
     Args:
       batch_size: rows of the global batch.
       width: S of the rows, at least the data set's `max_length`.
+      share: which rows of a batch this process takes.
       epochs: None: without end.
 
     Raises:
-      ValueError: the batch does not divide over the processes, or the data set is
-        smaller than a batch.
+      ValueError: the data set is smaller than a batch.
     """
-    share = _share(batch_size, process_index, process_count)
     if len(dataset) < batch_size:
         raise ValueError(
             f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
@@ -356,18 +357,13 @@ def eval_batches(
     batch_size: int,
     *,
     width: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = _WHOLE,
 ) -> Iterator[Rows]:
     """This process's `Rows` of the whole data set, once, in its order.
 
     The last batch is filled up with rows that have no response (`lengths ==
     prompt_lengths`: everything is masked) and `example` -1.
-
-    Raises:
-      ValueError: the batch does not divide over the processes.
     """
-    share = _share(batch_size, process_index, process_count)
     for indices in _filled(len(dataset), batch_size):
         yield _dataset_rows(dataset, indices[share], width)
 
@@ -378,15 +374,9 @@ def prompt_batches(
     *,
     width: int,
     with_response: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = _WHOLE,
 ) -> Iterator[Rows]:
-    """As `eval_batches`, for prompts: without a response, or with the first reference.
-
-    Raises:
-      ValueError: the batch does not divide over the processes.
-    """
-    share = _share(batch_size, process_index, process_count)
+    """As `eval_batches`, for prompts: with the first reference, or no response."""
     for indices in _filled(len(prompts), batch_size):
         own = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
         # A filler is as long as the row: generation finds it done and waits for none.
@@ -396,16 +386,6 @@ def prompt_batches(
             width=width,
             examples=[p.example if p else _FILLER for p in own],
         )
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise ValueError(
-            f"a batch of {batch_size} rows does not divide over {process_count} "
-            f"processes; use a multiple of {process_count}"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:

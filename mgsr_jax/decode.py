@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.rows import Rows, prompts_only
+from mgsr_jax.sharding import axis_size
 from mgsr_jax.slots import in_slots
 from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
 
@@ -173,7 +174,7 @@ def read(
     state: DecodeState,
     rows: Rows,
     *,
-    block: int = 64,
+    block: int | None = None,
     slots: int | None = None,
 ) -> DecodeState:
     """Goes on from `state` to the end of `rows`, whose tokens are all there.
@@ -182,10 +183,12 @@ def read(
       model, params: as they are trained, a stack of layers.
       state: what was read of the same rows before, `state.rows.lengths` tokens; from
         `unread` at first.
-      block: tokens of a row that are read at once.
+      block: tokens of a row that are read at once; None: 64, or all of them where
+        weights are split over fsdp, for they are put together once for each block.
       slots: as for `decode`.
     """
     width = rows.tokens.shape[1]
+    block = block or (64 if axis_size("fsdp") == 1 else width)
 
     def extend(state: DecodeState, lengths: Int[Array, "B"]) -> DecodeState:
         so_far = state.rows.lengths

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 from rouge_score.rouge_scorer import RougeScorer
@@ -267,7 +266,7 @@ def evaluate(
             responses: dict[int, list[int]] = {}
             for rows in batches(with_response=False):
                 drawn = sample(rows, key=key, temperature=heat)
-                responses |= _responses(_fetched(drawn), stop)
+                responses |= _responses(sharding.fetch_whole(drawn), stop)
                 tick()
             found[seed] = _score(tokenizer, scored, responses, seed)
         sums = []
@@ -319,26 +318,18 @@ def _batches(
     with_response: bool,
 ) -> Iterator[Rows]:
     """Device rows; on a mesh every process makes its own share of a batch."""
-    spread = mesh is not None
+    share = slice(None) if mesh is None else sharding.host_rows(mesh, batch_size)
     for rows in prompt_batches(
         prompts,
         batch_size,
         width=width,
         with_response=with_response,
-        process_index=jax.process_index() if spread else 0,
-        process_count=jax.process_count() if spread else 1,
+        share=share,
     ):
         if mesh is None:
             yield jax.tree.map(jnp.asarray, rows)
         else:
             yield sharding.put_batch(mesh, rows)
-
-
-def _fetched(rows: Rows) -> Rows:
-    """The whole batch as host arrays, on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(rows, tiled=True)
-    return jax.device_get(rows)
 
 
 def _responses(rows: Rows, stop: tuple[int, ...]) -> dict[int, list[int]]:

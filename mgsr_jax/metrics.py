@@ -68,17 +68,20 @@ class MetricsLog:
 
     Opened for a run that goes on from `step`, it drops the lines behind it: those steps
     are about to be made again. A last line that a crash cut short goes with them.
+    Without a folder nothing is written.
 
     Raises:
       ValueError: a line that is none of ours, by file and number.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: Path | None, *, step: int = 0, tensorboard: bool = True):
+        self._file = self._writer = None
+        if folder is None:
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             _drop_behind(path, step)
         self._file = path.open("a", encoding="utf-8")
-        self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -88,6 +91,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; numbers go to TensorBoard too."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -98,7 +103,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -22,14 +22,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from mgsr_jax import losses
+from mgsr_jax import losses, sharding
 from mgsr_jax.losses import Projection, Sum, TopKTeacher, masked_sum
 from mgsr_jax.losses._chunked import default_chunk_size
 from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START, at_bound
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
-from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params
+from mgsr_jax.typing import Leaf, Model, Params
 
 Divergence = Literal[
     "dac_kl",
@@ -207,7 +208,7 @@ def micro_batch_loss(
         weights=weights,
         teacher=said,
     )
-    overlap = 1 if objective.span else 0
+    overlap, by_token = 1 if objective.span else 0, P(sharding.vocab_axis())
     fn = functools.partial(
         chunk_loss,
         student=student,
@@ -226,7 +227,8 @@ def micro_batch_loss(
         chunk_size=chunk_size or default_chunk_size(student.config.vocab_size),
         overlap=overlap,
         where=view.where,
-        batch_axes=_batch_axes(),
+        batch_axes=sharding.batch_axes(),
+        shared_specs={"head": by_token, "teacher_head": by_token, "clip_network": P()},
     )
 
 
@@ -267,6 +269,7 @@ def chunk_loss(
         _own(chunk._replace(teacher=said), overlap),
         chunk_size=-(-len(hidden) // PARTS) + overlap,
         overlap=overlap,
+        batch_axes=sharding.batch_axes(),
     )
 
 
@@ -283,9 +286,10 @@ def logits_loss(
     """What `chunk_loss` computes, of logits; those of the teacher are in `chunk`."""
     chunk = _own(chunk, overlap)
     total, metrics = jnp.zeros(()), {}
+    columns: Any = dict(vocab_size=vocab_size, vocab_axis=sharding.vocab_axis())
     if objective.sft:
         values = losses.cross_entropy(
-            student_logits, chunk.labels, where=chunk.labelled, vocab_size=vocab_size
+            student_logits, chunk.labels, where=chunk.labelled, **columns
         )
         total += jnp.sum(chunk.weights.sft * values)
         metrics["sft"] = masked_sum(values, chunk.labelled)
@@ -294,7 +298,7 @@ def logits_loss(
 
     if score_teacher and not isinstance(chunk.teacher, TopKTeacher):
         values = losses.cross_entropy(
-            chunk.teacher, chunk.labels, where=chunk.labelled, vocab_size=vocab_size
+            chunk.teacher, chunk.labels, where=chunk.labelled, **columns
         )
         metrics["teacher_sft"] = masked_sum(values, chunk.labelled)
     if objective.token:
@@ -304,7 +308,7 @@ def logits_loss(
             chunk.teacher,
             chunk.scored,
             objective=objective,
-            vocab_size=vocab_size,
+            **columns,
         )
         total += jnp.sum(chunk.weights.token * values)
         metrics |= found
@@ -314,7 +318,7 @@ def logits_loss(
             chunk.teacher,
             chunk.span_ids,
             where=chunk.where,
-            vocab_size=vocab_size,
+            **columns,
         )
         total += jnp.sum(jnp.where(chunk.pairs, chunk.weights.span * values, 0.0))
         metrics["span"] = masked_sum(values, chunk.pairs)
@@ -338,9 +342,11 @@ def token_loss(
     where: Bool[Array, "*B"],
     *,
     objective: Objective,
-    vocab_size: int | None,
+    **columns: Any,
 ) -> tuple[Float[Array, "*B"], dict[str, Sum]]:
     """The chosen divergence at every scored position, and what DAC-KL kept.
+
+    `columns` are the losses' vocab_size and vocab_axis.
 
     Raises:
       ValueError: an unknown divergence.
@@ -350,7 +356,7 @@ def token_loss(
             f"objective.divergence={objective.divergence!r}; expected one of "
             f"{DIVERGENCES}"
         )
-    settings: dict[str, Any] = dict(where=where, vocab_size=vocab_size)
+    settings: dict[str, Any] = dict(where=where, **columns)
     if not objective.divergence.startswith("dac_kl"):
         values = _whole_divergence(student_logits, teacher, objective, settings)
         return values, {objective.divergence: masked_sum(values, where)}
@@ -442,9 +448,3 @@ def _teacher_of(
 
 def _labelled(rows: Rows, view: NextTokenView) -> Bool[Array, "*B T"]:
     return view.where & rows.ground_truth[..., None]
-
-
-def _batch_axes() -> tuple[str, ...]:
-    """The mesh axes that rows are split over; none where there is no mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)

@@ -24,7 +24,7 @@ from mgsr_jax.rollout import (
 )
 from mgsr_jax.rows import Rows
 from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.sharding import put_batch
+from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
 from mgsr_jax.typing import Params, PRNGKey
 
 Lookup = Callable[[Rows], TopKTeacher]
@@ -47,11 +47,22 @@ class StepRows(NamedTuple):
     corrections: tuple[ScrgInfo, ...] = ()
 
 
+def host_share(mesh: Mesh, batch_size: int, micro_batches: int) -> np.ndarray:
+    """Which rows of a step's batch this process makes: its rows of every micro-batch.
+
+    Micro-batches are cut from the global batch, so that which rows they hold does not
+    depend on the number of hosts.
+    """
+    size = batch_size // micro_batches
+    first = np.arange(micro_batches)[:, None] * size
+    return (first + host_rows(mesh, size)).reshape(-1)
+
+
 class RowSource:
     """Makes the rows of one step after the other.
 
     Args:
-      batches: iterator of host rows, as `data.batches` gives them.
+      batches: iterator of host rows, as `data.batches` gives them for `host_share`.
       config: the policy.
       rollout: from `rollout.make_rollout`; None where the policy is "off".
       add_spans: marks the phrases of generated host rows.
@@ -87,6 +98,7 @@ class RowSource:
         self._batches, self._config, self._rollout = batches, config, rollout
         self._add_spans, self._mesh = add_spans, mesh
         self._size, self._parts, self._steps = batch_size, micro_batches, steps
+        self._share = host_share(mesh, batch_size, micro_batches)
         self._keep_ground_truth, self._lookup = keep_ground_truth, lookup
         replays = config.policy == "replay"
         self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, width)
@@ -95,7 +107,7 @@ class RowSource:
     def next(
         self, step: int, key: PRNGKey, params: Params, teacher_params: Params | None
     ) -> StepRows:
-        """The rows of `step`; `key` is the step's own."""
+        """The rows of `step`; `key` is the step's own, the same on every host."""
         policy_key, rollout_key, replay_key = jax.random.split(key, 3)
         source = choose_source(
             self._config,
@@ -106,7 +118,8 @@ class RowSource:
             buffer_full=self._buffer.full,
         )
         if source == "replay":
-            rows = self._split(self._buffer.sample(replay_key, self._size))
+            rows = self._buffer.sample(replay_key, self._size)
+            rows = self._split(jax.tree.map(lambda leaf: leaf[self._share], rows))
             return StepRows(self._put(rows), source, self._not_cached)
         host = self._split(next(self._batches))
         ground_truth = self._put(host)
@@ -175,7 +188,8 @@ class RowSource:
         return (None,) * self._parts
 
     def _finish(self, rows: Rows) -> Rows:
-        host = self._add_spans(jax.device_get(rows))
-        if self._config.policy == "replay":
-            self._buffer.push(host)
-        return put_batch(self._mesh, host)
+        """With spans, which each host finds in its own rows."""
+        rows = put_batch(self._mesh, self._add_spans(fetch_rows(rows)))
+        if self._config.policy == "replay":  # the same buffer on every host
+            self._buffer.push(fetch_whole(rows))
+        return rows

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.decode import (
@@ -38,6 +39,7 @@ from mgsr_jax.decode import (
 )
 from mgsr_jax.losses import forward_kl
 from mgsr_jax.rows import Rows
+from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
 
 CANDIDATES = 4
@@ -231,6 +233,8 @@ def _detect(
 
     Each model comes with its head, and with what it made of the same rows.
     """
+    # Put together once, and not for every chunk.
+    teacher = teacher[0], constrain(teacher[1], P("tensor"))
     kl = _score(
         (*student, written.hidden),
         (*teacher, heard.hidden),

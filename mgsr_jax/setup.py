@@ -83,13 +83,15 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
 
 def read_inputs(config: TrainConfig, *, console: Console) -> Setup:
     """Models' shapes, the tokenizer and the data of a checked `config`."""
-    student = models.from_config(config.student)
-    teacher = models.from_config(config.teacher) if config.teacher else None
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    # What vocabularies are padded to depends on it; it is kept with the run.
+    sizes = dataclasses.replace(sizes, tensor=mesh.shape["tensor"])
+    config = dataclasses.replace(config, mesh=sizes)
+    student, teacher = read_models(config)
     tokenizer = hf.load_tokenizer(config.student)
     vocab_size = _shared_vocabulary(config, student, teacher, tokenizer)
-    _check_lengths(config, student, teacher)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    _check_micro_batch(config, mesh)
+    check_sizes(config, student, teacher, mesh)
     spec, rejected = config.data, []
 
     def load(path: str, split: str) -> datasets.Dataset:
@@ -122,6 +124,28 @@ def read_inputs(config: TrainConfig, *, console: Console) -> Setup:
         rejected=tuple(rejected),
         steps=steps,
     )
+
+
+def read_models(
+    config: TrainConfig,
+) -> tuple[models.LanguageModel, models.LanguageModel | None]:
+    """Student and teacher, with vocabularies padded to one number of rows.
+
+    On the mesh it depends as little as can be: a run may go on on another one.
+    """
+    student = models.from_config(config.student)
+    teacher = models.from_config(config.teacher) if config.teacher else None
+    both = [model for model in (student, teacher) if model is not None]
+    most = max(model.config.vocab_size for model in both)
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, config.mesh.tensor)
+    rows = multiple * math.ceil(most / multiple)
+    sizes: dict[str, Any] = dict(vocab_rows=rows, tensor=config.mesh.tensor)
+    student = dataclasses.replace(student, remat=config.remat, **sizes)
+    return student, teacher and dataclasses.replace(teacher, **sizes)
+
+
+_VOCABULARY_MULTIPLE = 128
+"""Every tensor axis of a power of two divides it, and so do an accelerator's tiles."""
 
 
 def origin_of(setup: Setup) -> Origin:
@@ -283,6 +307,16 @@ def _shared_vocabulary(
     return size
 
 
+def check_sizes(config: TrainConfig, student: Any, teacher: Any, mesh: Mesh) -> None:
+    """Rows are no longer than the models allow, and divide over the mesh.
+
+    Raises:
+      ValueError: they are, or do not.
+    """
+    _check_lengths(config, student, teacher)
+    _check_micro_batch(config, mesh)
+
+
 def _check_lengths(config: TrainConfig, student: Any, teacher: Any) -> None:
     width = config.data.max_length
     for role, model in (("student", student), ("teacher", teacher)):
@@ -294,12 +328,12 @@ def _check_lengths(config: TrainConfig, student: Any, teacher: Any) -> None:
 
 
 def _check_micro_batch(config: TrainConfig, mesh: Mesh) -> None:
-    size, parts = config.batch_size // config.micro_batches, mesh.size
-    if size % parts:
+    size = config.batch_size // config.micro_batches
+    if size % (parts := sharding.row_parts(mesh)):
         raise ValueError(
             f"a micro-batch of {size} rows (batch_size={config.batch_size} / "
-            f"micro_batches={config.micro_batches}) does not divide over the mesh of "
-            f"{parts} devices {dict(mesh.shape)}; use a multiple of {parts}"
+            f"micro_batches={config.micro_batches}) does not divide over the {parts} "
+            f"parts of the mesh {dict(mesh.shape)}; use a multiple of {parts}"
         )
 
 
@@ -308,8 +342,10 @@ _MAY_CHANGE = (
     "resume",
     "output",
     "mesh",
+    "distributed",
     "micro_batches",
     "chunk_size",
+    "remat",
     "log_every",
     "save_every",
     "keep_checkpoints",

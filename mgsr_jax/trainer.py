@@ -4,27 +4,32 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import yaml
-from jax.sharding import PartitionSpec as P
+from jax.experimental import multihost_utils
 from rich.console import Console
 
-from mgsr_jax import data, sharding
+from mgsr_jax import data, distributed, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
-from mgsr_jax.losses import Sum, init_clip_network, masked_sum
+from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.metrics import Means, MetricsLog, StepProgress
 from mgsr_jax.objective import DIVERGENCES
-from mgsr_jax.rollout import make_rollout, with_spans
-from mgsr_jax.row_source import RowSource, StepRows
+from mgsr_jax.programs import (
+    STUDENT,
+    make_clip_network,
+    make_programs,
+    state_shardings,
+)
+from mgsr_jax.rollout import with_spans
+from mgsr_jax.row_source import RowSource, StepRows, host_share
 from mgsr_jax.rows import Rows
 from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.setup import CONFIG_FILE, Setup, prepare
@@ -34,14 +39,10 @@ from mgsr_jax.train_step import (
     TrainState,
     init_state,
     learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-    make_validation_step,
 )
 from mgsr_jax.typing import Params
 
 CHECKPOINTS = "checkpoints"
-STUDENT = "student"
 REJECTED = "rejected.txt"
 
 
@@ -72,8 +73,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         data or a checkpoint folder, before anything is written.
       Diverged: a loss that is not finite; the last checkpoint is left as it is.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not distributed.is_lead())
     setup = prepare(config, console=console)
+    distributed.barrier("prepared")  # no process finds what another one has written
     with jax.set_mesh(setup.mesh):
         return _Run(setup, console).to_the_end()
 
@@ -85,37 +87,28 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.console = setup, config, console
         self.output = Path(config.output)
-        dtype = jnp.dtype(config.dtype)
-        shared: dict[str, Any] = dict(vocab_size=setup.vocab_size, dtype=dtype)
-        pair = (setup.student, setup.teacher)
-        self.optimizer = make_optimizer(config.optimizer, setup.steps)
-        chunked = shared | dict(chunk_size=config.chunk_size)
-        self.train_step = make_train_step(
-            *pair, self.optimizer, config.objective, **chunked
-        )
-        watched = config.objective
+        # Not the state's, which is the same: the host need not wait for the device.
+        self.key = jax.random.key(config.seed)
         if setup.teacher is not None and not setup.runs_teacher:
-            watched = dataclasses.replace(watched, token=0.0, span=0.0)
             console.print(
                 "the teacher is not loaded: every step reads the teacher cache, and "
                 "validation measures the student's cross-entropy alone"
             )
-        self.validation_step = make_validation_step(*pair, watched, **chunked)
+        self.programs = make_programs(
+            config,
+            setup.student,
+            setup.teacher,
+            mesh=setup.mesh,
+            vocab_size=setup.vocab_size,
+            eos_ids=setup.eos_ids,
+            steps=setup.steps,
+            teacher_validates=setup.runs_teacher,
+        )
         self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
-        rollout = None
-        if setup.teacher is not None and config.rollout.policy != "off":
-            rollout = make_rollout(
-                setup.student,
-                setup.teacher,
-                config.rollout,
-                eos_ids=setup.eos_ids,
-                prefill_width=config.data.max_prompt_length,
-                **shared,
-            )
         self.source = RowSource(
             _batches(setup),
             config.rollout,
-            rollout,
+            self.programs.rollout,
             self._add_spans,
             mesh=setup.mesh,
             batch_size=config.batch_size,
@@ -136,10 +129,7 @@ class _Run:
                 self.state = self._restored()
             start = int(self.state.step)
             self._write_config()
-            log = MetricsLog(
-                self.output, step=start, tensorboard=self.config.tensorboard
-            )
-            with log, stop_signals() as stopped:
+            with self._open_log(start) as log, stop_signals() as stopped:
                 validation = self._loop(start, log, stopped)
         step = int(self.state.step)
         student = self.output / STUDENT
@@ -155,6 +145,11 @@ class _Run:
             finished=step == self.setup.steps,
         )
 
+    def _open_log(self, step: int) -> MetricsLog:
+        # What is written on other hosts, which know the same, nobody reads.
+        folder = self.output if distributed.is_lead() else None
+        return MetricsLog(folder, step=step, tensorboard=self.config.tensorboard)
+
     def _loop(self, start: int, log: MetricsLog, stopped: Any) -> dict[str, float]:
         steps, config = self.setup.steps, self.config
         means, began, pending = Means(), time.monotonic(), None
@@ -166,11 +161,11 @@ class _Run:
             for step in range(start, steps):
                 rows = self.source.next(
                     step,
-                    jax.random.fold_in(self.state.key, step),
+                    jax.random.fold_in(self.key, step),
                     self.state.params[STUDENT],
                     self.teacher_params,
                 )
-                self.state, metrics = self.train_step(
+                self.state, metrics = self.programs.train_step(
                     self.state, self.teacher_params, rows.micro_batches, rows.cached
                 )
                 done = step + 1
@@ -179,7 +174,7 @@ class _Run:
                 self._settle(pending, means)
                 pending = (done, step_metrics(metrics, rows))
                 progress.advance(done)
-                ends = done == steps or stopped()
+                ends = stopped(done) or done == steps
                 if ends or self._pauses(done):
                     self._settle(pending, means)
                     pending = None
@@ -204,15 +199,14 @@ class _Run:
         params = {
             STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
         }
-        if config.objective.needs_clip_network:
-            key = jax.random.fold_in(jax.random.key(config.seed), setup.steps)
-            params["clip_network"] = jax.device_put(
-                init_clip_network(key, num_candidates=config.objective.num_candidates),
-                sharding.replicated(setup.mesh),
-            )
+        key = jax.random.fold_in(jax.random.key(config.seed), setup.steps)
+        params |= jax.device_put(
+            make_clip_network(config, key), sharding.replicated(setup.mesh)
+        )
+        optimizer = self.programs.optimizer
         state = jax.jit(
-            lambda params: init_state(params, self.optimizer, config.seed),
-            out_shardings=state_shardings(setup, params, self.optimizer),
+            lambda params: init_state(params, optimizer, config.seed),
+            out_shardings=state_shardings(setup.mesh, setup.student, params, optimizer),
             donate_argnums=0,
         )(params)
         if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
@@ -266,11 +260,12 @@ class _Run:
             self.setup.valid,
             config.batch_size // config.micro_batches,
             width=config.data.max_length,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share=sharding.host_rows(
+                self.setup.mesh, config.batch_size // config.micro_batches
+            ),
         ):
             means.add(
-                self.validation_step(
+                self.programs.validation_step(
                     self.state.params,
                     self.teacher_params,
                     sharding.put_batch(self.setup.mesh, rows),
@@ -351,6 +346,8 @@ class _Run:
         self.console.print(f"student: {target}")
 
     def _write_config(self) -> None:
+        if not distributed.is_lead():
+            return
         text = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
         # Whole or not at all: a run cannot be resumed without it.
         unfinished = self.output / f".{CONFIG_FILE}"
@@ -363,19 +360,6 @@ class _Run:
 
 
 _SCORED = ("sft", *DIVERGENCES)
-
-
-def state_shardings(
-    setup: Setup, params: Params, optimizer: optax.GradientTransformation
-) -> Any:
-    """Where every leaf of the train state lives; moments as their parameters."""
-    rules = setup.student.partition_rules
-    if "clip_network" in params:
-        rules = (("clip_network/", P()), *rules)
-    abstract = jax.eval_shape(
-        lambda params: init_state(params, optimizer, setup.config.seed), params
-    )
-    return sharding.shardings(setup.mesh, rules, abstract)
 
 
 def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
@@ -394,8 +378,14 @@ def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Any]:
-    """SIGTERM or the first Ctrl-C ends the run after the step at hand, saved."""
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """SIGTERM or the first Ctrl-C ends the run after the step at hand, saved.
+
+    Of several processes one SIGTERM, to any of them, ends all after the same step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     caught: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -408,7 +398,7 @@ def stop_signals() -> Iterator[Any]:
     except ValueError:  # only the main thread may listen
         old = {}
     try:
-        yield lambda: bool(caught)
+        yield lambda step: bool(caught)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -425,6 +415,5 @@ def _batches(setup: Setup) -> Any:
         config.batch_size,
         width=config.data.max_length,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=host_share(setup.mesh, config.batch_size, config.micro_batches),
     )

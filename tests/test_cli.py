@@ -9,7 +9,8 @@ import pytest
 import tiny
 import yaml
 
-from mgsr_jax.cli import COMMANDS, DIVERGED, DONE, MISTAKE, main
+from mgsr_jax.cli import main
+from mgsr_jax.commands import COMMANDS, DIVERGED, DONE, MISTAKE
 
 
 @pytest.fixture(scope="module")

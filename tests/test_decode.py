@@ -20,6 +20,7 @@ from mgsr_jax.decode import (
     start,
     unread,
 )
+from mgsr_jax.plan import collectives
 
 EOS = (1, 3)
 
@@ -289,6 +290,37 @@ def test_mesh_changes_nothing(student, slots):
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
         got = generate(model, placed, batch, **settings)
     assert as_lists(jax.device_get(got)) == as_lists(jax.device_get(want))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 2, 4)])
+def test_no_step_of_decoding_moves_weights_between_devices(sizes):
+    model, _ = tiny.llama(width=64, intermediate_size=128)
+    model = dataclasses.replace(model, tensor=sizes[2], vocab_rows=32)
+    mesh = sharding.make_mesh(*sizes)
+    params = model.init(jax.random.key(0))
+    placed = jax.device_put(
+        params, sharding.shardings(mesh, model.partition_rules, params)
+    )
+    rows = jax.tree.map(np.asarray, tiny.prompts((3,) * 16))
+    settings = dict(max_length=14, eos_ids=EOS, vocab_size=tiny.VOCAB)
+    with jax.set_mesh(mesh):
+        copy = jax.jit(lambda p: model.decode_params(p, jnp.float32))(placed)
+        state = jax.jit(lambda p, r: start(model, p, r))(
+            placed, sharding.put_batch(mesh, rows)
+        )
+
+        def run(copy, state):
+            keys = row_keys(jax.random.key(0), state.rows.example, 0, 0)
+            return decode(model, copy, state, keys=keys, **settings)
+
+        text = jax.jit(run).lower(copy, state).compile().as_text()
+    smallest = 64 * 64 * 4 // sizes[2]  # bytes of a device's part of a matrix
+    for line in text.splitlines():
+        for kind, (_, size) in collectives(line).items():
+            assert size < smallest, (kind, line)
+    # Over the tensor axis alone: fsdp holds whole copies.
+    for leaf in jax.tree.leaves(copy):
+        assert "fsdp" not in str(leaf.sharding.spec)
 
 
 def test_sample_follows_the_distribution():

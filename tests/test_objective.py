@@ -651,9 +651,12 @@ def test_a_step_never_has_the_logits_of_all_tokens():
     assert logits_at_once(7) < 2 * 7 < tokens <= logits_at_once(tokens + 1)
 
 
-def test_sharded_transformers_do_not_change_the_gradient():
-    """Two copies, each split over four devices, in two micro-batches; one device."""
-    model = models.from_config(LLAMA)
+# Of the last, four tensor parts share each of two key and value heads.
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8), (1, 2, 4)])
+def test_sharded_transformers_do_not_change_the_gradient(sizes):
+    """Copies that are split in every way, in two micro-batches; one device."""
+    model = models.from_config(LLAMA | {"num_attention_heads": 8})
+    model = dataclasses.replace(model, tensor=sizes[2])
     params = jax.jit(model.init)(jax.random.key(0))
     teacher_params = jax.tree.map(lambda p: p[..., ::-1], params)
     rows = tiny.complete([*LENGTHS, *[(3, 4)] * 8], width=12)
@@ -664,7 +667,7 @@ def test_sharded_transformers_do_not_change_the_gradient():
     settings["teacher_params"] = teacher_params
     whole = gradient_of(split(rows, 1), **settings)
 
-    mesh = sharding.make_mesh(2, 4)
+    mesh = sharding.make_mesh(*sizes)
     places = sharding.shardings(mesh, model.partition_rules, params)
     settings["params"] = {
         "student": jax.device_put(params, places),

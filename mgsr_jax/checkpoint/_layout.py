@@ -14,6 +14,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 
+_BY_TOKEN = {"embed/embedding", "head/embedding"}  # a row for every token
+
 
 def is_stacked(row: KeyRow) -> bool:
     return row.path.startswith(f"{LAYERS}/")
@@ -34,6 +36,14 @@ def file_shape(row: KeyRow, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def path_name(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def stored_shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
+    """Our parameters' shapes without the rows that pad the vocabulary."""
+    shapes = flat_shapes(model.abstract_params())
+    vocab_size = model.config.vocab_size
+    padded = {name: (vocab_size, *shapes[name][1:]) for name in _BY_TOKEN & set(shapes)}
+    return shapes | padded
 
 
 def flat_shapes(abstract: Params) -> dict[str, tuple[int, ...]]:

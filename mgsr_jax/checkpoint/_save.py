@@ -22,6 +22,7 @@ from mgsr_jax.checkpoint._layout import (
     flat_shapes,
     is_stacked,
     path_name,
+    stored_shapes,
     tensor_names,
 )
 from mgsr_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
@@ -190,7 +191,7 @@ def _full_names(row: KeyRow, model: LanguageModel) -> list[str]:
 
 def _file_sizes(model: LanguageModel, dtype: np.dtype) -> dict[str, int]:
     """Bytes of every tensor, in the order of `_file_tensors`."""
-    shapes = flat_shapes(model.abstract_params())
+    shapes = stored_shapes(model)
     sizes = {}
     for rows in _file_rows(model).values():
         shape = file_shape(rows[0], shapes[rows[0].path])
@@ -202,11 +203,15 @@ def _file_sizes(model: LanguageModel, dtype: np.dtype) -> dict[str, int]:
 def _file_tensors(
     model: LanguageModel, params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as the file has it; one of our parameters on the host at a time."""
+    """Every tensor as the file has it; one of our parameters on the host at a time.
+
+    Rows that pad the vocabulary are left out.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     values = {path_name(key_path): leaf for key_path, leaf in leaves}
+    shapes = stored_shapes(model)
     for rows in _file_rows(model).values():
-        hosts = [_to_host(values[row.path]) for row in rows]
+        hosts = [_to_host(values[row.path])[: shapes[row.path][0]] for row in rows]
         for i, name in enumerate(_full_names(rows[0], model)):
             parts = [host[i] if is_stacked(rows[0]) else host for host in hosts]
             value = np.concatenate(parts, axis=-1)

@@ -24,6 +24,7 @@ from mgsr_jax.checkpoint._layout import (
     flat_shapes,
     is_stacked,
     path_name,
+    stored_shapes,
     tensor_names,
 )
 from mgsr_jax.checkpoint._save import save_pretrained
@@ -67,12 +68,14 @@ class _Source:
     Attributes:
       row: how it is kept there.
       shape: ours; with the leading layer axis if stacked.
+      rows: of these the checkpoint has the first so many; the others are zero.
       tensors: one, or one a layer.
       non_finite: names of tensors whose values, as read, were not all finite.
     """
 
     row: KeyRow
     shape: tuple[int, ...]
+    rows: int
     tensors: tuple[_Tensor, ...]
     non_finite: set[str]
 
@@ -80,7 +83,11 @@ class _Source:
         """`parameter[index]`, reading no more of the file than that."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
         if not is_stacked(self.row):
-            return self._read(self.tensors[0], bounds, dtype)
+            (start, stop), *others = bounds
+            held = min(start, self.rows), min(stop, self.rows)
+            values = self._read(self.tensors[0], [held, *others], dtype)
+            padding = [(0, stop - start - len(values))] + [(0, 0)] * len(others)
+            return np.pad(values, padding) if any(padding[0]) else values
         out = np.empty([stop - start for start, stop in bounds], dtype)
         for i, tensor in enumerate(self.tensors[slice(*bounds[0])]):
             out[i] = self._read(tensor, bounds[1:], dtype)
@@ -115,7 +122,7 @@ def load_params(
     Args:
       path: folder with model.safetensors, or model.safetensors.index.json and shards;
         float32, bfloat16 or float16.
-      model: from `models.from_config(path)`.
+      model: from `models.from_config(path)`; rows that pad its vocabulary are zero.
       mesh: the mesh to load onto by the model's partition rules; None: plain arrays
         on the default device.
       dtype: of every parameter.
@@ -238,19 +245,20 @@ def _match(
             duplicate.append(f"{tensor.name} (also {found[bare].name})")
         found[bare] = tensor
     head = found.pop(HEAD, None) if model.config.tie_word_embeddings else None
-    sources, used = {}, set()
+    sources, used, stored = {}, set(), stored_shapes(model)
     for row in model.architecture.key_rows(model.config):
         shape, names = shapes[row.path], tensor_names(row, model)
         used.update(names)
         missing += [name for name in names if name not in found]
         present = tuple(found[name] for name in names if name in found)
-        expected = file_shape(row, shape)
+        expected = file_shape(row, stored[row.path])
         for tensor in present:
             if tensor.shape != expected:
                 misshapen.append(f"{tensor.name} {tensor.shape}, expected {expected}")
             elif tensor.dtype not in _DTYPES:
                 misshapen.append(f"{tensor.name} of dtype {tensor.dtype}")
-        sources[row.path] = _Source(row, shape, present, non_finite)
+        rows = stored[row.path][0]
+        sources[row.path] = _Source(row, shape, rows, present, non_finite)
     unmapped = [tensor.name for bare, tensor in found.items() if bare not in used]
     _raise_misfits(
         folder,

@@ -6,6 +6,8 @@ whole, or not there.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +94,7 @@ def restore_params(
       FileNotFoundError: no such step.
       ValueError: the step holds other parameters than asked for.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(
-        Path(folder).absolute(), item_names=("state",), options=options
-    ) as manager:
-        steps = sorted(manager.all_steps())
-        wanted = steps[-1] if steps and step is None else step
-        if wanted not in steps:
-            name = "" if step is None else f" {step}"
-            raise FileNotFoundError(
-                f"no checkpoint{name} in {folder}; it holds {steps or 'none'}"
-            )
+    with _opened(folder, step) as (manager, wanted):
         tree = {"params": params}
         try:
             _check_stored(manager.directory / str(wanted) / "state", tree)
@@ -121,17 +113,49 @@ def restore_params(
     return found["state"]["params"]
 
 
+def params_shapes(
+    folder: str | os.PathLike[str], step: int | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of `step` or the latest, by '/'-joined name.
+
+    Raises:
+      FileNotFoundError: no such step, or it has lost its metadata.
+    """
+    with _opened(folder, step) as (manager, wanted):
+        stored = _stored(manager.directory / str(wanted) / "state")
+    return {
+        name.removeprefix("params/"): tuple(leaf.shape)
+        for name, leaf in stored.items()
+        if name.startswith("params/")
+    }
+
+
+@contextmanager
+def _opened(
+    folder: str | os.PathLike[str], step: int | None
+) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A run's checkpoints, to be read alone, and the step that is asked for."""
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(
+        Path(folder).absolute(), item_names=("state",), options=options
+    ) as manager:
+        steps = sorted(manager.all_steps())
+        wanted = steps[-1] if steps and step is None else step
+        if wanted is None or wanted not in steps:
+            name = "" if step is None else f" {step}"
+            raise FileNotFoundError(
+                f"no checkpoint{name} in {folder}; it holds {steps or 'none'}"
+            )
+        yield manager, wanted
+
+
 def _check_stored(item: Any, want: Any) -> None:
     """What is asked for is there, by name, shape and dtype.
 
     orbax casts a wrong dtype, returns numpy arrays of any shape, and where a part is
     read leaves what it does not find as it was; all of it silently.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = reader.metadata(item).item_metadata
-    if metadata is None:
-        raise FileNotFoundError(f"{item} is missing or has lost its metadata")
-    stored = _by_name(metadata.tree)
+    stored = _stored(item)
     for name, leaf in _by_name(want).items():
         if name not in stored:
             raise ValueError(f"{name} is not in it")
@@ -143,6 +167,14 @@ def _check_stored(item: Any, want: Any) -> None:
                 f"{name} is {got.dtype}{list(got.shape)}, "
                 f"expected {leaf.dtype}{list(leaf.shape)}"
             )
+
+
+def _stored(item: Any) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(item).item_metadata
+    if metadata is None:
+        raise FileNotFoundError(f"{item} is missing or has lost its metadata")
+    return _by_name(metadata.tree)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def chunked(
     overlap: int = 1,
     where: Bool[Array, "*B"] | None = None,
     batch_axes: str | tuple[str, ...] = (),
+    shared_specs: PyTree = None,
 ) -> tuple[Float[Array, ""], PyTree]:
     """A sum over tokens, chunk by chunk, with the gradients formed on the way.
 
@@ -67,8 +68,12 @@ def chunked(
         first, in their order, and chunks that hold none of them are left out.
       batch_axes: mesh axes that the first axis of `tokens` is split over. The loop then
         runs on each device for its own tokens, and sums meet once, after it. Rows must
-        be whole: a device reads nothing of the next one's. On Explicit axes it is read
+        be whole: a device reads nothing of the next one's. In a shard_map over them
+        the gradient of `shared` is the device's own where `shared` is (`lax.pcast`);
+        without them it is summed over all axes of `tokens`. On Explicit axes it is read
         from the type, and `fn` names `vocab_axis` where the head is split.
+      shared_specs: PartitionSpecs of `shared`, or of its first levels, over other axes
+        than those: a head that is split over V. `fn` then names `vocab_axis`.
 
     Returns:
       The float32 sum, differentiable in `shared` and `tokens`, and the metrics' sums.
@@ -95,13 +100,16 @@ def chunked(
     _check_aux(tokens, aux)
     aux = aux, where
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    places = _placement(axes, shared, tokens, aux)
+    manual = _manual_axes()
+    if manual.issuperset(axes):  # within the caller's shard_map, if in any
+        axes = ()
+    places = _placement(axes, shared_specs, shared, tokens, aux)
     if places.explicit:
         shared, tokens, aux = jax.tree.map(
             reshard, (shared, tokens, aux), (places.shared, places.tokens, places.aux)
         )
-    elif AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        # In the caller's shard_map: what all devices share is summed over them once.
+    elif manual and not batch_axes:
+        # What all devices share is summed over them once.
         shared = jax.tree.map(lambda x: varying_as(x, tokens), shared)
     run = functools.partial(_run, fn, chunk_size, overlap, places)
 
@@ -126,13 +134,14 @@ def chunked(
     return loss(shared, tokens, aux)
 
 
-def default_chunk_size(columns: int) -> int:
+def default_chunk_size(columns: int, platform: str | None = None) -> int:
     """Tokens whose logits fill 24 MiB on a CPU and 256 MiB elsewhere; at least 64.
 
+    `columns` are those that a device holds; `platform` is by default the one at hand.
     Few tokens a chunk and the head's gradient is added up often; many and their logits
     are what fills the memory.
     """
-    size = (24 if jax.default_backend() == "cpu" else 256) * 2**20
+    size = (24 if (platform or jax.default_backend()) == "cpu" else 256) * 2**20
     return max(64, size // (4 * columns))
 
 
@@ -155,9 +164,13 @@ class _Placement(NamedTuple):
 
 
 def _placement(
-    batch_axes: tuple[str, ...], shared: PyTree, tokens: Array, aux: PyTree
+    batch_axes: tuple[str, ...],
+    shared_specs: PyTree,
+    shared: PyTree,
+    tokens: Array,
+    aux: PyTree,
 ) -> _Placement:
-    """From `batch_axes`, or from the types where they tell of Explicit axes."""
+    """From the arguments, or from the types where they tell of Explicit axes."""
     leaves = jax.tree.leaves((shared, tokens, aux))
     explicit = any(any(jax.typeof(x).sharding.spec) for x in leaves)
     if explicit:
@@ -165,10 +178,19 @@ def _placement(
 
     def whole(x: Array) -> P:
         kept = [tuple(n for n in _names([s]) if n not in batch_axes) for s in _spec(x)]
-        return P(*(names or None for names in kept)) if explicit else P()
+        return P(*(names or None for names in kept))
 
+    if explicit:
+        of_shared = jax.tree.map(whole, shared)
+    else:
+        of_shared = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: spec, part),
+            P() if shared_specs is None else shared_specs,
+            shared,
+            is_leaf=_is_spec,
+        )
     rows = P(batch_axes or None)
-    specs = (jax.tree.map(whole, shared), rows, jax.tree.map(lambda _: rows, aux))
+    specs = (of_shared, rows, jax.tree.map(lambda _: rows, aux))
     named = _names(
         [part for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for part in spec]
     )
@@ -378,6 +400,13 @@ def _check_aux(tokens: Array, aux: PyTree) -> None:
                 f"{tokens.shape}; expected the leading axes {leading}: what every "
                 "chunk reads whole, such as the teacher's head, belongs into shared"
             )
+
+
+def _manual_axes() -> set[str]:
+    """The axes of the shard_map that this is called in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Manual}
 
 
 def _is_spec(x: Any) -> bool:

@@ -178,7 +178,7 @@ def add_product(
 
     rows, width = total.shape
     block = min(rows, max(1, _BLOCK // (4 * width)))
-    if block == rows or jax.default_backend() != "cpu" or _placed_by_xla():
+    if block == rows or _placed_by_xla():
         return total + product(d_logits)
 
     def add(i: Any, total: Array) -> Array:
@@ -190,7 +190,12 @@ def add_product(
         old = lax.dynamic_slice_in_dim(total, start, block)
         return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=0)
 
-    return lax.fori_loop(0, -(-rows // block), add, total)
+    return lax.platform_dependent(
+        total,
+        d_logits,
+        cpu=lambda total, d_logits: lax.fori_loop(0, -(-rows // block), add, total),
+        default=lambda total, d_logits: total + product(d_logits),
+    )
 
 
 def _placed_by_xla() -> bool:

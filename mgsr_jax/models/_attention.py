@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.models._hf_config import HfConfig, require_supported
 from mgsr_jax.models._linear import linear
+from mgsr_jax.sharding import axis_size, constrain
+from mgsr_jax.typing import BATCH_AXES
 
 LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 """Keys and values of one layer; a head's lie together, as its products read them."""
@@ -141,9 +144,21 @@ def write_cache(
     the last slot of a full row.
     """
     positions = jnp.broadcast_to(positions, (values.shape[0], values.shape[2]))
-    return jax.vmap(lambda c, i, x: c.at[:, i].set(x, mode="drop"))(
+    written = jax.vmap(lambda c, i, x: c.at[:, i].set(x, mode="drop"))(
         cache, positions, values.astype(cache.dtype)
     )
+    # Else XLA splits it as the queries are, and puts it together for every token.
+    return place_cache(written)
+
+
+def place_cache(cache: Any) -> Any:
+    """Splits rows over the mesh, and heads over its tensor axis where they divide."""
+
+    def place(x: Float[Array, "B K S H"]) -> Float[Array, "B K S H"]:
+        divides = x.shape[1] % axis_size("tensor") == 0
+        return constrain(x, P(BATCH_AXES, "tensor" if divides else None))
+
+    return jax.tree.map(place, cache)
 
 
 def attend_to_cache(

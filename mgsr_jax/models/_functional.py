@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from mgsr_jax import sharding
 from mgsr_jax.losses import project
-from mgsr_jax.models._attention import attention_mask, write_cache
+from mgsr_jax.models._attention import attention_mask, place_cache, write_cache
 from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
 
 LAYERS = "layers"
@@ -66,6 +66,10 @@ def _arrays(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.split(module)[1])
 
 
+def _ends_of(params: Params) -> Params:
+    return {name: tree for name, tree in params.items() if name != LAYERS}
+
+
 def _transposed(layer: Params) -> Params:
     """The matrices of one layer between [in, out] and decoding's [out, in]."""
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, layer)
@@ -82,16 +86,6 @@ def _written(cache: Cache, new: Any, positions: Any) -> Cache:
     return jax.tree.map(write, cache, tuple(new))
 
 
-def _constrain_to_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Splits the batch over the context mesh; whole where there is none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # Inside shard_map the batch axes are Manual and x is one shard already.
-    if any(kinds.get(axis) != AxisType.Auto for axis in BATCH_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
-
-
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A causal language model as pure functions; hashable, static under `jax.jit`.
@@ -100,11 +94,25 @@ class LanguageModel:
       config: the family's frozen config.
       architecture: the family's modules and tables.
       remat: recompute a layer whole in the backward pass, its products too.
+      vocab_rows: of the embedding and the head, which may be padded beyond the
+        config's vocab_size; None is that.
+      tensor: parts that heads, MLPs and the vocabulary are split into.
     """
 
     config: Any
     architecture: Architecture
     remat: bool = False
+    vocab_rows: int | None = None
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        heads = self.config.num_heads
+        if heads % self.tensor:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"{heads} attention heads do not divide over mesh.tensor={self.tensor};"
+                f" use one of {fits}"
+            )
 
     @functools.cached_property
     def _graphs(self) -> tuple[Any, Any]:
@@ -112,7 +120,7 @@ class LanguageModel:
 
         def graph(module: Callable[..., Any]) -> Any:
             return nnx.split(
-                nnx.eval_shape(lambda: module(self.config, rngs=nnx.Rngs(0)))
+                nnx.eval_shape(lambda: module(self._padded_config, rngs=nnx.Rngs(0)))
             )[0]
 
         return graph(self.architecture.ends), graph(self.architecture.block)
@@ -124,7 +132,7 @@ class LanguageModel:
         def layer(key: PRNGKey) -> Params:
             return _arrays(self.architecture.block(self.config, rngs=nnx.Rngs(key)))
 
-        ends = self.architecture.ends(self.config, rngs=nnx.Rngs(ends_key))
+        ends = self.architecture.ends(self._padded_config, rngs=nnx.Rngs(ends_key))
         keys = jax.random.split(layers_key, self.config.num_layers)
         return {**_arrays(ends), LAYERS: jax.vmap(layer)(keys)}
 
@@ -134,8 +142,23 @@ class LanguageModel:
 
     @property
     def partition_rules(self) -> tuple[tuple[str, P], ...]:
-        """Ordered (regex, PartitionSpec) rows over the axes data, fsdp and tensor."""
-        return self.architecture.partition_rules(self.config)
+        """Ordered (regex, PartitionSpec) rows over the axes data, fsdp and tensor.
+
+        Key and value heads that do not divide over the tensor axis are on all of it.
+        """
+        rules = self.architecture.partition_rules(self.config)
+        if self._splits_kv_heads:
+            return rules
+        return ((r"attention/(key|value)/kernel$", P(None, "fsdp")), *rules)
+
+    @property
+    def _splits_kv_heads(self) -> bool:
+        return self.config.num_kv_heads % self.tensor == 0
+
+    @property
+    def _padded_config(self) -> Any:
+        rows = self.vocab_rows or self.config.vocab_size
+        return dataclasses.replace(self.config, vocab_size=rows)
 
     def forward(
         self,
@@ -158,13 +181,14 @@ class LanguageModel:
         slots = None if cache is None else length
         where = _Where.of(tokens, positions, slots, self._windows(length))
         ends_graph, block_graph = self._graphs
-        ends = nnx.merge(ends_graph, {k: v for k, v in params.items() if k != LAYERS})
-        x_BTD = _constrain_to_batch(ends.begin(tokens, where.positions))
+        ends = nnx.merge(ends_graph, self._gathered(_ends_of(params)))
+        rows = P(BATCH_AXES)
+        x_BTD = sharding.constrain(ends.begin(tokens, where.positions), rows)
 
         def layer(x: Any, layer_params: Params, window: Any, layer_cache: Any) -> Any:
             block = nnx.merge(block_graph, layer_params)
             x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
-            return _constrain_to_batch(x), layer_cache
+            return sharding.constrain(x, rows), layer_cache
 
         kept = None if self.remat else KEPT
         layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
@@ -189,7 +213,7 @@ class LanguageModel:
                 x_BTD, of_tokens = layer(x_BTD, of_layer, window, layer_cache)
                 new.append(of_tokens)
         if cache is not None:
-            cache = _written(cache, new, positions)
+            cache = place_cache(_written(cache, new, positions))
         return ends.finish(x_BTD), cache
 
     def head_params(self, params: Params) -> Params:
@@ -209,32 +233,43 @@ class LanguageModel:
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """An empty cache: for every layer keys and values, each [B, K, S, H].
 
+        On a mesh rows are split, and heads over the tensor axis where they divide.
+
         Raises:
           ValueError: `length` is beyond the model's position limit.
         """
         self._check_length(length)
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return tuple(
-            (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-            for _ in range(self.config.num_layers)
+        return place_cache(
+            tuple(
+                (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+                for _ in range(self.config.num_layers)
+            )
         )
 
     def decode_params(self, params: Params, dtype: Any) -> Params:
         """A copy for decoding: cast, a tuple with one subtree a layer for the stack.
 
-        Matrices of the layers are [out, in], as `kernel_first` reads them.
+        Matrices of the layers are [out, in], as `kernel_first` reads them. On a mesh
+        the copy is split over the tensor axis alone: no token waits for weights.
         """
 
         def copy(x: Array) -> Array:
             # Even where the dtype stays: the trainer donates the originals.
             return jnp.array(x, dtype, copy=True)
 
-        ends = {name: tree for name, tree in params.items() if name != LAYERS}
+        params = self._gathered(jax.tree.map(copy, params))
         layers = tuple(
-            _transposed(jax.tree.map(lambda x, i=i: copy(x[i]), params[LAYERS]))
+            _transposed(jax.tree.map(lambda x, i=i: x[i], params[LAYERS]))
             for i in range(self.config.num_layers)
         )
-        return {**jax.tree.map(copy, ends), LAYERS: layers}
+        return {**params, LAYERS: layers}
+
+    def _gathered(self, params: Params) -> Params:
+        """`params`, or their ends alone, whole over the fsdp axis."""
+        rules = sharding.gathered(self.partition_rules)
+        specs = sharding.partition_specs(rules, params, strict=False)
+        return sharding.constrain(params, specs)
 
     def _windows(self, length: int) -> tuple[int, ...] | None:
         """Window of every layer, None where none is shorter than a row."""

@@ -1,5 +1,6 @@
 """Hugging Face folders: what is read, how little of it at a time, what is refused."""
 
+import dataclasses
 import json
 import os
 
@@ -158,6 +159,23 @@ def test_onto_a_mesh_reads_each_shard_by_itself(tmp_path, monkeypatch):
     assert count == 4  # once a shard, not once a replica
     kernel = loaded["layers"]["attention"]["query"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 6, 24)}
+
+
+def test_rows_that_pad_the_vocabulary_are_zero_and_not_written(tmp_path):
+    config = LLAMA | {"tie_word_embeddings": False, "num_attention_heads": 8}
+    model = models.from_config(config)
+    hf.save_pretrained(tmp_path / "a", model, model.init(jax.random.key(0)))
+    plain = hf.load_params(tmp_path / "a", model)
+    padded = dataclasses.replace(model, vocab_rows=64)
+    for mesh in (None, sharding.make_mesh(1, 4, 2)):
+        loaded = hf.load_params(tmp_path / "a", padded, mesh=mesh)
+        for name in ("embed", "head"):
+            table = np.asarray(loaded[name]["embedding"])
+            np.testing.assert_array_equal(table[:61], plain[name]["embedding"])
+            assert table.shape == (64, 24) and not np.any(table[61:])
+    hf.save_pretrained(tmp_path / "b", padded, loaded)
+    again = hf.load_params(tmp_path / "b", models.from_config(tmp_path / "b"))
+    jax.tree.map(np.testing.assert_array_equal, again, plain)
 
 
 def test_a_mesh_that_does_not_divide_is_refused(tmp_path):

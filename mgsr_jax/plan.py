@@ -1,0 +1,429 @@
+"""`mgsr plan`: whether a run fits a machine that is not here, and what it would send.
+
+The run's own programs, the rollout and the training step, are compiled for the target
+by its own compiler; memory and collectives are read from what comes out. What that
+cannot tell: speed, numbers, fragmentation.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+from rich.table import Table
+
+from mgsr_jax import sharding
+from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.models import LanguageModel
+from mgsr_jax.programs import (
+    CLIP_NETWORK,
+    STUDENT,
+    abstract_state,
+    make_clip_network,
+    make_programs,
+    state_shardings,
+)
+from mgsr_jax.rows import Rows
+from mgsr_jax.setup import check_sizes, read_models
+from mgsr_jax.targets import GIB, Target
+
+MARGIN = 0.92
+"""Of a device's memory; the rest is left to fragments and to what a driver keeps."""
+
+_STEPS = 1000  # the learning rate's schedule does not change a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program, in bytes of one device.
+
+    Attributes:
+      name: what it is.
+      seconds: that compiling took here.
+      peak: the most that is alive at once, with what waits beside it.
+      arguments: of the peak, what goes in.
+      temporaries: of the peak, what lives within the program alone.
+      aliased: what goes out in the memory of what went in.
+      collectives: kind -> (number, bytes); the body of a loop counts once.
+      text: the optimised program.
+    """
+
+    name: str
+    seconds: float
+    peak: int
+    arguments: int
+    temporaries: int
+    aliased: int
+    collectives: dict[str, tuple[int, int]]
+    text: str = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a machine.
+
+    Attributes:
+      target: the machine.
+      mesh: its devices as the run divides them.
+      micro_batches: that a step's batch is computed in.
+      parts: name -> bytes of one device, of what stays in its memory.
+      programs: those that were compiled.
+      failure: why the next one does not fit, in the compiler's words; None if all do.
+    """
+
+    target: Target
+    mesh: Mesh
+    micro_batches: int
+    parts: dict[str, int]
+    programs: tuple[Program, ...]
+    failure: str | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device at the worst moment of those that were compiled."""
+        return max((program.peak for program in self.programs), default=0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that leaves the margin free."""
+        return self.failure is None and self.peak <= MARGIN * self.target.memory
+
+
+def plan(config: TrainConfig, target: Target) -> Plan:
+    """Compiles the rollout and the training step of `config` for `target`.
+
+    Of checkpoints config.json alone is read, and no data.
+
+    Raises:
+      ValueError: settings that cannot work, there or anywhere.
+    """
+    return _planner(config, target).plan()
+
+
+def search(
+    config: TrainConfig, target: Target, tell: Callable[[Plan], None]
+) -> Plan | None:
+    """The smallest mesh.fsdp and the fewest micro_batches that fit, or None.
+
+    Each copy of the models on as few devices as can hold it, then micro-batches as
+    large as fit beside it; mesh.tensor stays as it is. `tell` hears of every trial.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+    shared = len(target.devices) // max(1, config.mesh.tensor)
+    for fsdp in [n for n in range(1, shared + 1) if shared % n == 0]:
+        for micro_batches in _divisors(config.batch_size):
+            sizes = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
+            trial = dataclasses.replace(config, mesh=sizes, micro_batches=micro_batches)
+            if config.batch_size // micro_batches % shared:
+                break  # fewer rows than devices
+            planner = _planner(trial, target)
+            if not planner.has_room:
+                break  # what stays in memory is too much already
+            found = planner.plan()
+            tell(found)
+            if found.fits:
+                return found
+    return None
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _planner(config: TrainConfig, target: Target) -> "_Planner":
+    check(config)
+    sizes = config.mesh
+    mesh = sharding.make_mesh(
+        sizes.data, sizes.fsdp, sizes.tensor, devices=target.devices
+    )
+    sizes = dataclasses.replace(sizes, tensor=mesh.shape["tensor"])
+    config = dataclasses.replace(config, mesh=sizes)
+    student, teacher = read_models(config)
+    check_sizes(config, student, teacher, mesh)
+    return _Planner(config, target, mesh, student, teacher)
+
+
+class _Planner:
+    """One plan in the making."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        target: Target,
+        mesh: Mesh,
+        student: LanguageModel,
+        teacher: LanguageModel | None,
+    ):
+        self.config, self.target, self.mesh = config, target, mesh
+        self.student, self.teacher = student, teacher
+        both = [model for model in (student, teacher) if model is not None]
+        stop = student.config.eos_token_id
+        stop = stop if isinstance(stop, tuple | list) else (stop or 0,)
+        self.run = make_programs(
+            config,
+            student,
+            teacher,
+            mesh=mesh,
+            vocab_size=min(model.config.vocab_size for model in both),
+            eos_ids=tuple(stop),
+            steps=config.steps or _STEPS,
+        )
+        self.state = self._state()
+        self.teacher_params = self._teacher()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what stays in memory leaves any for a program."""
+        return sum(self._parts().values()) < MARGIN * self.target.memory
+
+    def plan(self) -> Plan:
+        """Compiles one program after the other, until one does not fit."""
+        programs, failure = [], None
+        try:
+            with jax.set_mesh(self.mesh):
+                rows = (self._rows(),) * self.config.micro_batches
+                cached: tuple[Any, ...] = ()
+                if self.run.rollout is not None:
+                    program, outputs = self._rollout(rows)
+                    programs.append(program)
+                    rows, cached = self._generated(rows, outputs)
+                programs.append(self._train_step(rows, cached))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            failure = _in_short(str(error))
+        micro_batches = self.config.micro_batches
+        return Plan(
+            self.target,
+            self.mesh,
+            micro_batches,
+            self._parts(),
+            tuple(programs),
+            failure,
+        )
+
+    def _rollout(self, rows: tuple[Rows, ...]) -> tuple[Program, Any]:
+        # The optimizer's moments wait beside it.
+        waiting = _device_bytes(self.state.opt_state)
+        return _compiled(
+            "rollout",
+            self.run.rollout,
+            (self.state.params[STUDENT], self.teacher_params, rows, _KEY),
+            waiting,
+        )
+
+    def _train_step(self, rows: tuple[Rows, ...], cached: tuple[Any, ...]) -> Program:
+        arguments = (self.state, self.teacher_params, rows, cached)
+        return _compiled("train step", self.run.train_step, arguments)[0]
+
+    def _generated(
+        self, rows: tuple[Rows, ...], outputs: Any
+    ) -> tuple[tuple[Rows, ...], tuple[Any, ...]]:
+        """The largest step's rows: the student's, and the data's where they count."""
+        samples, _, heard = outputs
+        if not self.config.objective.sft:
+            return samples, heard
+        return rows + samples, (None,) * len(rows) + heard
+
+    def _state(self) -> Any:
+        params = {STUDENT: self.student.abstract_params()}
+        params |= jax.eval_shape(lambda key: make_clip_network(self.config, key), _KEY)
+        optimizer = self.run.optimizer
+        places = state_shardings(self.mesh, self.student, params, optimizer)
+        return _placed(abstract_state(params, optimizer), places)
+
+    def _teacher(self) -> Any:
+        if self.teacher is None:
+            return None
+        dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
+        places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
+        return _placed(jax.tree.map(lambda x: x.update(dtype=dtype), params), places)
+
+    def _rows(self) -> Rows:
+        """A micro-batch of the data."""
+        size = self.config.batch_size // self.config.micro_batches
+        width, place = self.config.data.max_length, sharding.batch_sharding(self.mesh)
+
+        def shape(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *more), dtype, sharding=place)
+
+        one, row = shape(jnp.int32), shape(jnp.int32, width)
+        return Rows(
+            tokens=row,
+            prompt_lengths=one,
+            lengths=one,
+            span_ids=row,
+            example=one,
+            ground_truth=shape(jnp.bool),
+        )
+
+    def _parts(self) -> dict[str, int]:
+        """What stays in a device's memory, or is there all through a rollout."""
+        dtype = jnp.dtype(self.config.dtype)
+        parts = {
+            "student, float32": _device_bytes(self.state.params[STUDENT]),
+            "optimizer": _device_bytes(self.state.opt_state),
+        }
+        if CLIP_NETWORK in self.state.params:
+            network = self.state.params[CLIP_NETWORK]
+            parts["clip network"] = _device_bytes(network)
+        if self.teacher is not None:
+            name = f"teacher, {self.config.teacher_dtype}"
+            parts[name] = _device_bytes(self.teacher_params)
+        if self.run.rollout is not None:
+            parts[f"decoder's copy, {dtype.name}"] = self._copy_bytes(dtype)
+            parts["cache of the student"] = self._cache_bytes(self.student, dtype)
+        return parts
+
+    def _copy_bytes(self, dtype: np.dtype) -> int:
+        params = self.student.abstract_params()
+        rules = sharding.gathered(self.student.partition_rules)
+        cast = jax.tree.map(lambda x: x.update(dtype=dtype), params)
+        return _device_bytes(_placed(cast, sharding.shardings(self.mesh, rules, cast)))
+
+    def _cache_bytes(self, model: LanguageModel, dtype: np.dtype) -> int:
+        """Keys and values of all rows of a step."""
+        rows = self.config.batch_size // sharding.row_parts(self.mesh)
+        width = self.config.data.max_length
+        cache = jax.eval_shape(lambda: model.init_cache(rows, width, dtype))
+        split = model.config.num_kv_heads % model.tensor == 0
+        size = sum(math.prod(x.shape) * dtype.itemsize for x in jax.tree.leaves(cache))
+        return size // (model.tensor if split else 1)
+
+
+_KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+
+    def of_leaf(x: Any) -> int:
+        shape = x.shape
+        if isinstance(x.sharding, NamedSharding):
+            shape = x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(of_leaf, jax.tree.leaves(tree)))
+
+
+def _compiled(
+    name: str, jitted: Any, arguments: tuple[Any, ...], waiting: int = 0
+) -> tuple[Program, Any]:
+    """The program, and its outputs as shapes with their places."""
+    began = time.monotonic()
+    lowered = jitted.lower(*arguments)
+    compiled = lowered.compile()
+    seconds = time.monotonic() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = Program(
+        name,
+        seconds,
+        peak=memory.peak_memory_in_bytes + waiting,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        collectives=collectives(text),
+        text=text,
+    )
+    return program, _placed(lowered.out_info, compiled.output_shardings)
+
+
+_COLLECTIVE = re.compile(
+    r"= (\(?[^=]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-broadcast|collective-permute|send|recv)(-start)?\("
+)
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Kind -> (number, bytes that come out) of the collectives in a program's text.
+
+    >>> collectives("%x = bf16[8,4]{1,0} all-gather(%y), dimensions={0}")
+    {'all-gather': (1, 64)}
+    """
+    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+    for line in text.splitlines():
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        results, kind, started = match.groups()
+        sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(results)]
+        # What was started carries its operand along.
+        size = max(sizes, default=0) if started else sum(sizes)
+        count, total = found[kind]
+        found[kind] = count + 1, total + size
+    return dict(sorted(found.items()))
+
+
+def _bytes_of(dtype: str, dimensions: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype) or 0)
+    return math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
+
+
+def _in_short(message: str) -> str:
+    """The line of XLA's report that has the numbers."""
+    lines = message.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()
+    said = [line for line in lines if re.search(r"\d[GM]\b.*hbm", line, re.I)]
+    return (said or lines)[0].strip().rstrip(".")
+
+
+def print_plan(found: Plan, console: Console) -> None:
+    """Tables of memory, programs and collectives, and the verdict on a line."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in found.mesh.shape.items())
+    console.print(
+        f"{found.target.name}: {found.mesh.size} devices as {shape}, "
+        f"{found.micro_batches} micro-batches"
+    )
+    memory = Table("in each device's memory", "GiB")
+    for name, size in found.parts.items():
+        memory.add_row(name, _gib(size))
+    console.print(memory)
+    programs = Table("program", "peak GiB", "of it temporary", "compiled in s")
+    traffic = Table("program", "collective", "number", "GiB (a loop's body once)")
+    for program in found.programs:
+        programs.add_row(
+            program.name,
+            _gib(program.peak),
+            _gib(program.temporaries),
+            f"{program.seconds:.1f}",
+        )
+        for kind, (count, size) in program.collectives.items():
+            traffic.add_row(program.name, kind, str(count), _gib(size))
+    if programs.row_count:
+        console.print(programs)
+    if traffic.row_count:
+        console.print(traffic)
+    console.print(verdict(found), soft_wrap=True)
+
+
+def verdict(found: Plan) -> str:
+    """One line: fits, or by how much it does not and what to try."""
+    room = f"{_gib(found.target.memory)} GiB a device"
+    if found.fits:
+        share = found.peak / found.target.memory
+        return f"fits: {_gib(found.peak)} of {room} at the peak ({share:.0%})"
+    why = found.failure or (
+        f"{_gib(found.peak)} of {room} at the peak, more than {MARGIN:.0%}"
+    )
+    return (
+        f"does not fit: {why}; more micro_batches, remat: true, a larger mesh.fsdp or "
+        "more devices lower it"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,130 @@
+"""Machines that are not here, for their own compilers: `v5p:4x4x4`, `h200:1x1x8`.
+
+JAX compiles for a description of a machine as for the machine itself. TPUs need libtpu
+(the plan-tpu extra), GPUs the CUDA plugin (plan-gpu); neither needs a driver.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A machine to compile for.
+
+    Attributes:
+      name: as it was asked for.
+      devices: that compile and cannot run.
+      memory: bytes of one device; what the compiler or the driver keeps is in it.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    memory: int
+
+
+# Memory of one device in GiB: of a chip, but v2, v3 and tpu7x have two devices a chip.
+_TPUS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gpu:
+    memory: int  # bytes
+    bandwidth: int  # bytes a second
+
+
+_GPUS = {
+    "h100": _Gpu(84_942_979_072, 3_352_320_000_000),
+    "h200": _Gpu(151_397_597_184, 4_800_000_000_000),
+}
+
+# XLA's description of a GPU, without which it looks for one. Both have Hopper's core.
+_DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  device_vendor: "NVIDIA Corporation" runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0" driver_version: "12.8.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+
+
+def describe(name: str, *, slices: int = 1) -> Target:
+    """The machine of that name: KIND:AxB or KIND:AxBxC.
+
+    The numbers are a TPU slice's torus, or SLICESxHOSTSxGPUS of a GPU cluster. `slices`
+    TPU slices are joined by the data centre's network.
+
+    Raises:
+      ValueError: no such kind or shape.
+      ImportError: the extra that brings the compiler is not installed.
+    """
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)+)", name)
+    kind, shape = match.groups() if match else ("", "")
+    if kind in _GPUS and shape.count("x") == 2 and slices == 1:
+        gpu = _GPUS[kind]
+        text = _DESCRIPTION.format(name=kind.upper(), **dataclasses.asdict(gpu))
+        devices = _topology(
+            "cuda", "", "plan-gpu", name, target_config=text, topology=shape
+        )
+        return Target(name, devices, gpu.memory)
+    if kind in _TPUS:
+        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if set(shape.split("x")) == {"1"}:  # else a host has four chips
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if kind == "v4":  # else it has two devices a chip
+            options["chip_config_name"] = "megacore"
+        devices = _topology("tpu", name, "plan-tpu", name, **options)
+        return Target(name, devices, _TPUS[kind] * GIB)
+    raise ValueError(
+        f"target={name!r}, slices={slices}; expected KIND:SHAPE such as v5p:4x4x4 or "
+        f"v6e:16x16 ({', '.join(_TPUS)}), or SLICESxHOSTSxGPUS such as h200:1x2x8 "
+        f"({', '.join(_GPUS)})"
+    )
+
+
+def use_no_device() -> None:
+    """Keeps this process from the devices that are here: it only compiles.
+
+    To be called before a device is used.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    # libtpu asks a metadata server for its slice, and locks out a second process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def _topology(
+    platform: str, topology_name: str, extra: str, name: str, **options: Any
+) -> tuple[Any, ...]:
+    try:
+        found = topologies.get_topology_desc(
+            platform=platform, topology_name=topology_name, **options
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"target={name!r} cannot be described: {reason}. Is it a real shape, and "
+            f"is the compiler here (pip install 'mgsr_jax[{extra}]')?"
+        ) from error
+    return tuple(found.devices)

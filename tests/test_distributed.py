@@ -1,0 +1,245 @@
+"""Several real processes: how they meet, and that they compute what one computes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from mgsr_jax import distributed
+from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint import state as checkpoint_state
+from mgsr_jax.distributed import DistributedConfig
+from mgsr_jax.models import from_config
+
+TIMEOUT = 300
+MEET = """
+import jax
+from mgsr_jax import distributed
+distributed.start(distributed.DistributedConfig(timeout=60))
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(devices, **more):
+    """Nothing of this machine's launcher, `devices` CPU devices."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_"))
+    }
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return kept | settings | more
+
+
+def together(command, environments):
+    """One process for each environment; what they print."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for env in environments
+    ]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, said) in zip(running, outputs, strict=True):
+        assert process.returncode == 0, said[-3000:]
+    return [out for out, _ in outputs]
+
+
+def by_variables(i, port):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(i),
+    }
+
+
+def by_slurm(i, port):
+    return {
+        "SLURM_JOB_ID": "123",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def by_open_mpi(i, port):
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:5555",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("launcher", [by_variables, by_slurm, by_open_mpi])
+def test_two_processes_meet(launcher):
+    port = free_port()
+    found = together(
+        ["-c", MEET], [environment(2, **launcher(i, port)) for i in (0, 1)]
+    )
+    # Gloo prints too.
+    assert [out.splitlines()[-1] for out in found] == ["0 2 4", "1 2 4"]
+
+
+def test_a_process_on_its_own_needs_no_launcher():
+    (out,) = together(["-c", MEET], [environment(3)])
+    assert out.split() == ["0", "1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DistributedConfig(num_processes=2), "coordinator_address"),
+        (DistributedConfig("127.0.0.1:1"), "JAX_NUM_PROCESSES"),
+        (DistributedConfig("127.0.0.1:1", 2), "process_id"),
+        (DistributedConfig("127.0.0.1:1", 2, 2), "process_id=2, num_processes=2"),
+    ],
+)
+def test_settings_of_which_some_are_missing_are_refused(config, message, monkeypatch):
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        distributed.start(config)
+
+
+def test_a_variable_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID='one'"):
+        distributed.start(DistributedConfig())
+
+
+# The same run, in one process and in two
+
+
+LAYOUTS = {
+    "one device": (1, 1, {}),
+    "eight devices": (1, 8, {"fsdp": 4}),
+    "two processes": (2, 4, {"fsdp": 2, "tensor": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny.project(tmp_path_factory.mktemp("project"))
+
+
+def train(project, output, layout, **settings):
+    """Runs `mgsr train`; returns the lines of its metrics."""
+    processes, devices, mesh = LAYOUTS[layout]
+    config = {
+        "student": str(project / "student"),
+        "teacher": str(project / "teacher"),
+        "output": str(output),
+        "data": {
+            "train": str(project / "train.jsonl"),
+            "valid": str(project / "valid.jsonl"),
+            "max_prompt_length": 64,
+            "max_length": 96,
+            "cache_dir": str(project / "cache"),
+        },
+        "steps": 4,
+        "batch_size": 16,
+        "micro_batches": 2,
+        "objective": {"num_candidates": 16},
+        "rollout": {"policy": "replay", "initial_ratio": 1.0, "capacity": 24},
+        "mesh": mesh,
+        "log_every": 1,
+        "save_every": 2,
+        "keep_checkpoints": 9,
+        "tensorboard": False,
+        **settings,
+    }
+    file = project / f"{output.name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    port = free_port()
+    environments = [
+        environment(devices, **(by_variables(i, port) if processes > 1 else {}))
+        for i in range(processes)
+    ]
+    together(["-m", "mgsr_jax", "train", "--config", str(file)], environments)
+    text = (output / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(project):
+    return {
+        layout: (
+            project / layout.replace(" ", "_"),
+            train(project, project / layout.replace(" ", "_"), layout),
+        )
+        for layout in LAYOUTS
+    }
+
+
+def replayed(output):
+    """The replay buffer of the last checkpoint."""
+    with checkpoint_state.open_manager(output / "checkpoints") as manager:
+        import orbax.checkpoint as ocp
+
+        found = manager.restore(
+            4, args=ocp.args.Composite(replay=ocp.args.StandardRestore())
+        )
+    return jax.tree.map(np.asarray, found["replay"])
+
+
+def assert_close(found, expected):
+    """Of every step the same numbers, but for the clock."""
+    assert len(found) == len(expected)
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"train/tokens_per_second"}:
+            np.testing.assert_allclose(
+                line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("layout", ["eight devices", "two processes"])
+def test_rollouts_and_losses_do_not_depend_on_hosts_and_devices(runs, layout):
+    (reference, expected), (output, found) = runs["one device"], runs[layout]
+    assert any("rollout/corrected" in line for line in expected)
+    assert_close(found, expected)
+    ours, theirs = replayed(output), replayed(reference)
+    assert np.any(theirs["lengths"] > 1)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_only_the_lead_process_writes(runs):
+    output, lines = runs["two processes"]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    student = output / "student"
+    loaded = hf.load_params(student, from_config(student))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loaded))
+
+
+def test_a_run_of_two_processes_goes_on_in_one(runs, project):
+    output, straight = runs["two processes"]
+    resumed = project / "resumed"
+    shutil.copytree(output, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    found = train(project, resumed, "eight devices", resume=True)
+    assert_close(found, straight)
