@@ -22,7 +22,6 @@ OPT = OPT | {"init_std": 0.3}
 FAMILIES = {
     "gpt2": GPT2,
     "opt": OPT,
-    "opt_350m": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 8},
     "llama": LLAMA,
     "mistral_windows": LLAMA | {"model_type": "mistral", "sliding_window": 4},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 8},
