@@ -21,6 +21,7 @@ from rich.console import Console
 from mgsr_jax import data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.models import lora
 from mgsr_jax.spans import Chunker
 from mgsr_jax.teacher_cache import Origin, TeacherCache
 
@@ -46,6 +47,7 @@ class Setup:
       rejected: a line for every record that is not used as it stands.
       steps: of the whole run.
       teacher_cache: what the teacher says of the training data; None to run it.
+      student_digest: of the student's folder, where adapters are trained on it.
     """
 
     config: TrainConfig
@@ -62,6 +64,7 @@ class Setup:
     rejected: tuple[str, ...]
     steps: int
     teacher_cache: TeacherCache | None = None
+    student_digest: str | None = None
 
     @property
     def runs_teacher(self) -> bool:
@@ -76,6 +79,9 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
     check(config)
     _check_output(config)
     setup = read_inputs(config, console=console)
+    if config.lora.rank:
+        digest = _checkpoint_digest(Path(config.student))
+        setup = dataclasses.replace(setup, student_digest=digest)
     if config.teacher_cache is None:
         return setup
     return dataclasses.replace(setup, teacher_cache=_open_cache(setup, console))
@@ -83,7 +89,9 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
 
 def read_inputs(config: TrainConfig, *, console: Console) -> Setup:
     """Models' shapes, the tokenizer and the data of a checked `config`."""
-    student = models.from_config(config.student)
+    student = dataclasses.replace(models.from_config(config.student), lora=config.lora)
+    if config.lora.rank:
+        lora.targeted(student, config.lora)  # checks itself
     teacher = models.from_config(config.teacher) if config.teacher else None
     tokenizer = hf.load_tokenizer(config.student)
     vocab_size = _shared_vocabulary(config, student, teacher, tokenizer)
@@ -174,7 +182,7 @@ def _checkpoint_digest(folder: Path) -> str:
     """Of a checkpoint's config.json and every byte of its weights."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise FileNotFoundError(f"no .safetensors weights in teacher {folder}")
+        raise FileNotFoundError(f"no .safetensors weights in {folder}")
 
     def digest(file: Path) -> bytes:
         with open(file, "rb") as stream:

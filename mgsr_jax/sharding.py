@@ -99,6 +99,12 @@ def batch_shards() -> int:
     return int(np.prod([mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
 
 
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the context's mesh that rows are split over."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over data and fsdp; every other axis whole."""
     return NamedSharding(mesh, BATCH)

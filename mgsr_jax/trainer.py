@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import yaml
-from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from mgsr_jax import data, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
-from mgsr_jax.losses import Sum, init_clip_network, masked_sum
+from mgsr_jax.loading import STUDENT, load_state, load_teacher
+from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.models import lora
 from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import make_rollout, with_spans
 from mgsr_jax.row_source import RowSource, StepRows
@@ -32,16 +32,13 @@ from mgsr_jax.train_step import (
     Diverged,
     Metrics,
     TrainState,
-    init_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
     make_validation_step,
 )
-from mgsr_jax.typing import Params
 
 CHECKPOINTS = "checkpoints"
-STUDENT = "student"
 REJECTED = "rejected.txt"
 
 
@@ -91,7 +88,11 @@ class _Run:
         self.optimizer = make_optimizer(config.optimizer, setup.steps)
         chunked = shared | dict(chunk_size=config.chunk_size)
         self.train_step = make_train_step(
-            *pair, self.optimizer, config.objective, **chunked
+            *pair,
+            self.optimizer,
+            config.objective,
+            dropout=config.lora.dropout > 0,
+            **chunked,
         )
         watched = config.objective
         if setup.teacher is not None and not setup.runs_teacher:
@@ -128,7 +129,8 @@ class _Run:
 
     def to_the_end(self) -> TrainResult:
         """Loads, trains, exports. Nothing is written before the weights are read."""
-        self.state, self.teacher_params = self._load()
+        self.state = load_state(self.setup, self.optimizer)
+        self.teacher_params = load_teacher(self.setup)
         with checkpoint_state.open_manager(
             self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
         ) as self.manager:
@@ -167,7 +169,7 @@ class _Run:
                 rows = self.source.next(
                     step,
                     jax.random.fold_in(self.state.key, step),
-                    self.state.params[STUDENT],
+                    self.state.whole[STUDENT],
                     self.teacher_params,
                 )
                 self.state, metrics = self.train_step(
@@ -198,30 +200,6 @@ class _Run:
                     break
         return validation
 
-    def _load(self) -> tuple[TrainState, Params | None]:
-        """The state at step 0 and the teacher where it is run, on the mesh."""
-        config, setup = self.config, self.setup
-        params = {
-            STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
-        }
-        if config.objective.needs_clip_network:
-            key = jax.random.fold_in(jax.random.key(config.seed), setup.steps)
-            params["clip_network"] = jax.device_put(
-                init_clip_network(key, num_candidates=config.objective.num_candidates),
-                sharding.replicated(setup.mesh),
-            )
-        state = jax.jit(
-            lambda params: init_state(params, self.optimizer, config.seed),
-            out_shardings=state_shardings(setup, params, self.optimizer),
-            donate_argnums=0,
-        )(params)
-        if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
-            return state, None
-        dtype = jnp.dtype(config.teacher_dtype)
-        return state, hf.load_params(
-            config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype
-        )
-
     def _restored(self) -> TrainState:
         """The latest checkpoint's state; the row source goes on from there too."""
         step = self.manager.latest_step()
@@ -232,7 +210,7 @@ class _Run:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=leaf.sharding
             ),
-            self.state,
+            self.state.changing,
         )
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
@@ -243,17 +221,26 @@ class _Run:
                 f"checkpoint {step} of {self.output} was made from; a resumed run must "
                 "see the same ones"
             )
+        if host.get("student_digest") != self.setup.student_digest:
+            raise ValueError(
+                f"resume: the student at {self.config.student} is not the one that the "
+                f"adapters of checkpoint {step} of {self.output} were trained on; put "
+                "it back"
+            )
         self.source.restore(host, replay)
         self.console.print(f"resumed from step {step}")
-        return state
+        return dataclasses.replace(self.state, **state)
 
     def _save(self) -> None:
         checkpoint_state.save(
             self.manager,
             int(self.state.step),
-            state=self.state,
+            state=self.state.changing,
             host=self.source.host_state()
-            | {"data_fingerprint": self.setup.train_fingerprint},
+            | {
+                "data_fingerprint": self.setup.train_fingerprint,
+                "student_digest": self.setup.student_digest,
+            },
             replay=self.source.replay_rows,
         )
 
@@ -271,7 +258,7 @@ class _Run:
         ):
             means.add(
                 self.validation_step(
-                    self.state.params,
+                    self.state.whole,
                     self.teacher_params,
                     sharding.put_batch(self.setup.mesh, rows),
                 )
@@ -344,7 +331,7 @@ class _Run:
         hf.save_pretrained(
             target,
             self.setup.student,
-            self.state.params[STUDENT],
+            lora.merged(self.state.whole[STUDENT], self.config.lora),
             tokenizer_from=self.config.student,
             overwrite=True,
         )
@@ -363,19 +350,6 @@ class _Run:
 
 
 _SCORED = ("sft", *DIVERGENCES)
-
-
-def state_shardings(
-    setup: Setup, params: Params, optimizer: optax.GradientTransformation
-) -> Any:
-    """Where every leaf of the train state lives; moments as their parameters."""
-    rules = setup.student.partition_rules
-    if "clip_network" in params:
-        rules = (("clip_network/", P()), *rules)
-    abstract = jax.eval_shape(
-        lambda params: init_state(params, optimizer, setup.config.seed), params
-    )
-    return sharding.shardings(setup.mesh, rules, abstract)
 
 
 def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
