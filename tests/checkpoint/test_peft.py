@@ -6,7 +6,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file
 from tiny import GPT2, LLAMA, OPT
 
@@ -15,9 +18,6 @@ from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint.peft import save_adapter
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -62,7 +62,6 @@ def our_logits(model, params):
     ],
 )
 def test_peft_s_logits_are_ours(family, targets, tmp_path):
-    peft = pytest.importorskip("peft")
     model, params, adapters = trained(family, targets=targets)
     hf.save_pretrained(tmp_path / "base", model, params)
     save_adapter(tmp_path / "adapter", model, adapters, base_model=tmp_path / "base")

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import tiny
+import torch
+import transformers
 import yaml
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -236,7 +239,7 @@ def test_mesh_and_micro_batches_do_not_change_the_losses(project):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding.jax, "devices", lambda d=devices: d)
             settings = dict(steps=2, mesh=mesh, micro_batches=parts, lora=ADAPTERS)
-            run(config(project, name, **settings))
+            run(sft(project, name, **settings))
         lines = (project / name / "metrics.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in lines]
         seen.append([line["train/loss"] for line in lines if "train/loss" in line])
@@ -274,8 +277,6 @@ def logits_of(folder, ids):
 
 def test_the_exports_are_the_student(project, straight, tmp_path):
     """Merged at the end of the run and by export; adapters alone for peft."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
     settings, result = straight
     export(settings.output, tmp_path / "merged")
     export(settings.output, tmp_path / "adapter", adapter=True)
@@ -296,7 +297,6 @@ def test_the_exports_are_the_student(project, straight, tmp_path):
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     np.testing.assert_allclose(theirs(load(result.student)), want, atol=1e-4)
-    peft = pytest.importorskip("peft")
     adapted = peft.PeftModel.from_pretrained(
         load(settings.student), tmp_path / "adapter"
     )
