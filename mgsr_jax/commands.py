@@ -222,37 +222,31 @@ def evaluate(
 
 
 def export(
-    run: str, output: str, *, step: int | None = None, dtype: Dtype = "float32"
+    run: str,
+    output: str,
+    *,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+    adapter: bool = False,
 ) -> int:
     """Writes a checkpoint of a run as a Hugging Face folder.
+
+    LoRA's adapters are merged into the student's weights.
 
     Args:
       run: folder of a training run.
       output: the folder to make; must be new.
       step: of the checkpoint; default: the latest.
       dtype: of the weights written.
+      adapter: of a run with LoRA write the adapters alone, as peft loads them onto the
+        student that the run began with.
     """
-    import jax
     import jax.numpy as jnp
 
-    from mgsr_jax import models
-    from mgsr_jax.checkpoint import hf
-    from mgsr_jax.checkpoint.state import params_shapes, restore_params
-    from mgsr_jax.setup import read_run_config
-    from mgsr_jax.trainer import CHECKPOINTS, STUDENT
+    from mgsr_jax.exporting import export
 
     _new_folder(output)
-    source, checkpoints = read_run_config(run)["student"], Path(run) / CHECKPOINTS
-    rows = params_shapes(checkpoints, step)[f"{STUDENT}/embed/embedding"][0]
-    model = dataclasses.replace(models.from_config(source), vocab_rows=rows)
-    params = restore_params(checkpoints, step, {STUDENT: model.abstract_params()})
-    hf.save_pretrained(
-        output,
-        model,
-        jax.tree.map(jnp.asarray, params[STUDENT]),
-        tokenizer_from=source,
-        dtype=jnp.dtype(dtype),
-    )
+    export(run, output, step=step, dtype=jnp.dtype(dtype), adapter=adapter)
     print(output)
     return DONE
 

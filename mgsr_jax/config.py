@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mgsr_jax.distributed import DistributedConfig
 from mgsr_jax.encoding import Encoding
+from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import SETTINGS, Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.train_step import OptimizerConfig
@@ -98,13 +100,15 @@ class TrainConfig:
       chunk_size: tokens whose logits are in a device's memory at once; none: as many as
         fill 24 MiB on a CPU and 256 MiB elsewhere.
       seed: of data order, rollouts and the clip network.
-      dtype: of computation; parameters, optimizer and losses are float32.
+      dtype: of computation, and of the student's weights where lora leaves them as they
+        are; what is trained, the optimizer and the losses are float32.
       teacher_dtype: of the teacher's parameters.
       remat: keep only what goes into each layer of the student for the backward pass
         and compute the rest again; less memory, more time.
       objective: the three losses and their weights.
       rollout: where a step's rows come from.
       optimizer: of the student and of the clip network.
+      lora: adapters that are trained in place of the student's own weights.
       mesh: device mesh.
       distributed: how several processes find each other, where no launcher says so.
       validate_every: steps between validations; 0: only at the start and the end.
@@ -132,6 +136,7 @@ class TrainConfig:
     objective: Objective = dataclasses.field(default_factory=Objective)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(
         default_factory=DistributedConfig
@@ -177,6 +182,7 @@ def check(config: TrainConfig) -> None:
         )
     _check_validation(config)
     _check_objective(config)
+    _check_lora(config.lora)
     if config.teacher_cache is not None:
         _check_teacher_cache(config)
 
@@ -236,6 +242,7 @@ def _check_signs(config: TrainConfig) -> None:
         "objective.temperature": objective.temperature,
         "optimizer.learning_rate": optimizer.learning_rate,
         "optimizer.clip_norm": optimizer.clip_norm,
+        "lora.alpha": config.lora.alpha,
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -243,6 +250,7 @@ def _check_signs(config: TrainConfig) -> None:
     not_negative = {
         "validate_every": config.validate_every,
         "save_every": config.save_every,
+        "lora.rank": config.lora.rank,
         "rollout.top_k": rollout.top_k,
         "objective.prior_weight": objective.prior_weight,
         "optimizer.final_learning_rate": optimizer.final_learning_rate,
@@ -316,6 +324,23 @@ def _check_divergence(objective: Objective) -> None:
         raise ValueError(
             "objective.divergence='taid' needs objective.mix, the teacher's share from "
             "0 to 1"
+        )
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if not 0 <= lora.dropout < 1:
+        raise ValueError(f"lora.dropout must lie in [0, 1), got {lora.dropout}")
+    try:
+        re.compile(lora.targets)
+    except re.error as error:
+        raise ValueError(
+            f"lora.targets={lora.targets!r} is no regular expression ({error}); "
+            "expected one such as attention/(query|value)$"
+        ) from error
+    if lora.rank == 0 and lora != LoraConfig():
+        raise ValueError(
+            f"lora.rank=0 trains all weights and reads no other setting of {lora}; set "
+            "lora.rank, or leave lora out"
         )
 
 

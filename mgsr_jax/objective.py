@@ -30,7 +30,7 @@ from mgsr_jax.losses import Projection, Sum, TopKTeacher, masked_sum
 from mgsr_jax.losses._chunked import default_chunk_size
 from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START, at_bound
 from mgsr_jax.rows import NextTokenView, Rows, next_token_view
-from mgsr_jax.typing import Leaf, Model, Params
+from mgsr_jax.typing import Leaf, Model, Params, RowKeys
 
 Divergence = Literal[
     "dac_kl",
@@ -173,6 +173,7 @@ def micro_batch_loss(
     dtype: Any = jnp.float32,
     chunk_size: int | None = None,
     score_teacher: bool = False,
+    dropout_keys: RowKeys | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Sum]]:
     """The weighted sum of the three losses over `rows` [B, S], and metrics as sums.
 
@@ -181,20 +182,20 @@ def micro_batch_loss(
     teacher: its classes at each position of `next_token_view`, or its hidden states at
     each of `rows`. `score_teacher` adds its cross-entropy on the labels to the metrics.
     Logits exist for `chunk_size` tokens on each device at a time; None: our choice.
+    `dropout_keys`, one a row, are for a student whose forward pass takes them.
 
     Raises:
       ValueError: a part compares with a teacher and there is none, or K classes.
     """
     view = next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(dtype), params["student"])
-    hidden, _ = student.forward(cast, view.inputs)
+    own: Any = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
+    hidden, _ = student.forward(cast, view.inputs, **own)
     said, teacher_head = _teacher_of(teacher, teacher_params, view, objective, cached)
+    head = student.head_params(params["student"])
     shared = {
         # Not the cast copy: each chunk's gradient is added up in float32.
-        "head": jax.tree.map(
-            lambda p: Projection(p) if p.ndim == 2 else p,
-            student.head_params(params["student"]),
-        ),
+        "head": jax.tree.map(lambda p: Projection(p) if p.ndim == 2 else p, head),
         "teacher_head": teacher_head,
         "clip_network": params.get("clip_network"),
     }
@@ -345,8 +346,6 @@ def token_loss(
     **columns: Any,
 ) -> tuple[Float[Array, "*B"], dict[str, Sum]]:
     """The chosen divergence at every scored position, and what DAC-KL kept.
-
-    `columns` are the losses' vocab_size and vocab_axis.
 
     Raises:
       ValueError: an unknown divergence.

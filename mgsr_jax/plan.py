@@ -26,14 +26,14 @@ from mgsr_jax.models import LanguageModel
 from mgsr_jax.programs import (
     CLIP_NETWORK,
     STUDENT,
-    abstract_state,
-    make_clip_network,
+    init_trained,
     make_programs,
     state_shardings,
 )
 from mgsr_jax.rows import Rows
 from mgsr_jax.setup import check_sizes, read_models
 from mgsr_jax.targets import GIB, Target
+from mgsr_jax.train_step import init_state
 
 MARGIN = 0.92
 """Of a device's memory; the rest is left to fragments and to what a driver keeps."""
@@ -218,7 +218,7 @@ class _Planner:
         return _compiled(
             "rollout",
             self.run.rollout,
-            (self.state.params[STUDENT], self.teacher_params, rows, _KEY),
+            (self.state.whole[STUDENT], self.teacher_params, rows, _KEY),
             waiting,
         )
 
@@ -236,18 +236,28 @@ class _Planner:
         return rows + samples, (None,) * len(rows) + heard
 
     def _state(self) -> Any:
-        params = {STUDENT: self.student.abstract_params()}
-        params |= jax.eval_shape(lambda key: make_clip_network(self.config, key), _KEY)
-        optimizer = self.run.optimizer
-        places = state_shardings(self.mesh, self.student, params, optimizer)
-        return _placed(abstract_state(params, optimizer), places)
+        config, student = self.config, self.student
+        weights, frozen = student.abstract_params(), {}
+        params = jax.eval_shape(lambda: init_trained(config, student, _STEPS))
+        if config.lora.rank:
+            frozen = {STUDENT: _cast(weights, config.dtype)}
+        else:
+            params[STUDENT] = weights
+        state = jax.eval_shape(
+            lambda params, frozen: init_state(
+                params, self.run.optimizer, config.seed, frozen=frozen
+            ),
+            params,
+            frozen,
+        )
+        return _placed(state, state_shardings(self.mesh, student, state))
 
     def _teacher(self) -> Any:
         if self.teacher is None:
             return None
         dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
         places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
-        return _placed(jax.tree.map(lambda x: x.update(dtype=dtype), params), places)
+        return _placed(_cast(params, dtype), places)
 
     def _rows(self) -> Rows:
         """A micro-batch of the data."""
@@ -270,10 +280,13 @@ class _Planner:
     def _parts(self) -> dict[str, int]:
         """What stays in a device's memory, or is there all through a rollout."""
         dtype = jnp.dtype(self.config.dtype)
+        trained = "adapters" if self.config.lora.rank else "student"
         parts = {
-            "student, float32": _device_bytes(self.state.params[STUDENT]),
+            f"{trained}, float32": _device_bytes(self.state.params[STUDENT]),
             "optimizer": _device_bytes(self.state.opt_state),
         }
+        if self.state.frozen:
+            parts[f"student, {dtype.name}"] = _device_bytes(self.state.frozen)
         if CLIP_NETWORK in self.state.params:
             network = self.state.params[CLIP_NETWORK]
             parts["clip network"] = _device_bytes(network)
@@ -288,7 +301,7 @@ class _Planner:
     def _copy_bytes(self, dtype: np.dtype) -> int:
         params = self.student.abstract_params()
         rules = sharding.gathered(self.student.partition_rules)
-        cast = jax.tree.map(lambda x: x.update(dtype=dtype), params)
+        cast = _cast(params, dtype)
         return _device_bytes(_placed(cast, sharding.shardings(self.mesh, rules, cast)))
 
     def _cache_bytes(self, model: LanguageModel, dtype: np.dtype) -> int:
@@ -302,6 +315,10 @@ class _Planner:
 
 
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _cast(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), shapes)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

@@ -14,18 +14,18 @@ from mgsr_jax import sharding
 from mgsr_jax.config import TrainConfig
 from mgsr_jax.losses import init_clip_network
 from mgsr_jax.losses._chunked import default_chunk_size
-from mgsr_jax.models import LanguageModel
+from mgsr_jax.models import LanguageModel, lora
+from mgsr_jax.models.lora import LORA
 from mgsr_jax.rollout import Rollout, make_rollout
 from mgsr_jax.train_step import (
     Metrics,
     TrainState,
     TrainStep,
-    init_state,
     make_optimizer,
     make_train_step,
     make_validation_step,
 )
-from mgsr_jax.typing import Params, PRNGKey
+from mgsr_jax.typing import Params
 
 STUDENT, CLIP_NETWORK = "student", "clip_network"
 
@@ -84,46 +84,50 @@ def make_programs(
         )
     return Programs(
         optimizer,
-        make_train_step(student, teacher, optimizer, config.objective, **chunked),
+        make_train_step(
+            student,
+            teacher,
+            optimizer,
+            config.objective,
+            dropout=config.lora.dropout > 0,
+            **chunked,
+        ),
         make_validation_step(student, teacher, watched, **chunked),
         rollout,
     )
 
 
-def make_clip_network(config: TrainConfig, key: PRNGKey) -> Params:
-    """The clip network where limits are learned, as a part of the parameters."""
-    if not config.objective.needs_clip_network:
-        return {}
-    candidates = config.objective.num_candidates
-    return {CLIP_NETWORK: init_clip_network(key, num_candidates=candidates)}
+def init_trained(config: TrainConfig, student: LanguageModel, steps: int) -> Params:
+    """What is trained beside a student's own weights, or, with LoRA, in their place.
+
+    The adapters under the student's name, and the clip network where limits are
+    learned. Their keys are none of a step's.
+    """
+    run, found = jax.random.key(config.seed), {}
+    if config.lora.rank:
+        key = jax.random.fold_in(run, steps + 1)
+        found[STUDENT] = {LORA: lora.init(key, student, config.lora)}
+    if config.objective.needs_clip_network:
+        candidates = config.objective.num_candidates
+        found[CLIP_NETWORK] = init_clip_network(
+            jax.random.fold_in(run, steps), num_candidates=candidates
+        )
+    return found
 
 
-def state_shardings(
-    mesh: Mesh,
-    student: LanguageModel,
-    params: Params,
-    optimizer: optax.GradientTransformation,
-) -> Any:
-    """Where every leaf of the train state lives; moments as their parameters."""
+def partition_rules(student: LanguageModel, trained: Params) -> sharding.Rules:
+    """Rows for a student, and for what `init_trained` gave."""
     rules = student.partition_rules
-    if CLIP_NETWORK in params:
+    if LORA in trained.get(STUDENT, {}):
+        rules = (*lora.partition_rules(rules, trained[STUDENT][LORA]), *rules)
+    if CLIP_NETWORK in trained:
         rules = ((f"{CLIP_NETWORK}/", P()), *rules)
-    abstract = abstract_state(params, optimizer)
-    return sharding.shardings(mesh, rules, abstract)
+    return rules
 
 
-def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> Any:
-    """Shapes of the state at step 0."""
-    return jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
+def state_shardings(mesh: Mesh, student: LanguageModel, state: TrainState) -> Any:
+    """Where every leaf of a train state, or of its shapes, lives.
 
-
-__all__ = [
-    "CLIP_NETWORK",
-    "STUDENT",
-    "Programs",
-    "TrainState",
-    "abstract_state",
-    "make_clip_network",
-    "make_programs",
-    "state_shardings",
-]
+    Moments lie as their parameters do.
+    """
+    return sharding.shardings(mesh, partition_rules(student, state.params), state)

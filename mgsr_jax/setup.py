@@ -21,6 +21,7 @@ from rich.console import Console
 from mgsr_jax import data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.models import lora
 from mgsr_jax.spans import Chunker
 from mgsr_jax.teacher_cache import Origin, TeacherCache
 
@@ -46,6 +47,7 @@ class Setup:
       rejected: a line for every record that is not used as it stands.
       steps: of the whole run.
       teacher_cache: what the teacher says of the training data; None to run it.
+      student_digest: of the student's folder, where adapters are trained on it.
     """
 
     config: TrainConfig
@@ -62,6 +64,7 @@ class Setup:
     rejected: tuple[str, ...]
     steps: int
     teacher_cache: TeacherCache | None = None
+    student_digest: str | None = None
 
     @property
     def runs_teacher(self) -> bool:
@@ -76,6 +79,9 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
     check(config)
     _check_output(config)
     setup = read_inputs(config, console=console)
+    if config.lora.rank:
+        digest = _checkpoint_digest(Path(config.student))
+        setup = dataclasses.replace(setup, student_digest=digest)
     if config.teacher_cache is None:
         return setup
     return dataclasses.replace(setup, teacher_cache=_open_cache(setup, console))
@@ -140,7 +146,10 @@ def read_models(
     multiple = math.lcm(_VOCABULARY_MULTIPLE, config.mesh.tensor)
     rows = multiple * math.ceil(most / multiple)
     sizes: dict[str, Any] = dict(vocab_rows=rows, tensor=config.mesh.tensor)
-    student = dataclasses.replace(student, remat=config.remat, **sizes)
+    sizes_of_student = sizes | dict(remat=config.remat, lora=config.lora)
+    student = dataclasses.replace(student, **sizes_of_student)
+    if config.lora.rank:
+        lora.targeted(student, config.lora)  # checks itself
     return student, teacher and dataclasses.replace(teacher, **sizes)
 
 
@@ -198,7 +207,7 @@ def _checkpoint_digest(folder: Path) -> str:
     """Of a checkpoint's config.json and every byte of its weights."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise FileNotFoundError(f"no .safetensors weights in teacher {folder}")
+        raise FileNotFoundError(f"no .safetensors weights in {folder}")
 
     def digest(file: Path) -> bytes:
         with open(file, "rb") as stream:

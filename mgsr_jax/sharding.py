@@ -96,6 +96,15 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     Raises:
       ValueError: as `partition_specs`; or a dimension that does not divide, by name.
     """
+    return placed(mesh, tree, partition_specs(rules, tree))
+
+
+def placed(mesh: Mesh, tree: Any, specs: Any) -> Any:
+    """`specs` of the leaves of `tree` on a mesh, checked.
+
+    Raises:
+      ValueError: a dimension that does not divide, by name.
+    """
 
     def place(path: Any, leaf: Any, spec: P) -> NamedSharding:
         sharding = NamedSharding(mesh, spec)
@@ -110,7 +119,7 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
             ) from error
         return sharding
 
-    return jax.tree_util.tree_map_with_path(place, tree, partition_specs(rules, tree))
+    return jax.tree_util.tree_map_with_path(place, tree, specs)
 
 
 def gathered(rules: Rules) -> Rules:

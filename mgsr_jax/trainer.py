@@ -19,15 +19,12 @@ from mgsr_jax import data, distributed, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
+from mgsr_jax.loading import load_state, load_teacher
 from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.models import lora
 from mgsr_jax.objective import DIVERGENCES
-from mgsr_jax.programs import (
-    STUDENT,
-    make_clip_network,
-    make_programs,
-    state_shardings,
-)
+from mgsr_jax.programs import STUDENT, make_programs
 from mgsr_jax.rollout import with_spans
 from mgsr_jax.row_source import RowSource, StepRows, host_share
 from mgsr_jax.rows import Rows
@@ -37,10 +34,8 @@ from mgsr_jax.train_step import (
     Diverged,
     Metrics,
     TrainState,
-    init_state,
     learning_rate_schedule,
 )
-from mgsr_jax.typing import Params
 
 CHECKPOINTS = "checkpoints"
 REJECTED = "rejected.txt"
@@ -121,7 +116,8 @@ class _Run:
 
     def to_the_end(self) -> TrainResult:
         """Loads, trains, exports. Nothing is written before the weights are read."""
-        self.state, self.teacher_params = self._load()
+        self.state = load_state(self.setup, self.programs.optimizer)
+        self.teacher_params = load_teacher(self.setup)
         with checkpoint_state.open_manager(
             self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
         ) as self.manager:
@@ -162,7 +158,7 @@ class _Run:
                 rows = self.source.next(
                     step,
                     jax.random.fold_in(self.key, step),
-                    self.state.params[STUDENT],
+                    self.state.whole[STUDENT],
                     self.teacher_params,
                 )
                 self.state, metrics = self.programs.train_step(
@@ -193,29 +189,6 @@ class _Run:
                     break
         return validation
 
-    def _load(self) -> tuple[TrainState, Params | None]:
-        """The state at step 0 and the teacher where it is run, on the mesh."""
-        config, setup = self.config, self.setup
-        params = {
-            STUDENT: hf.load_params(config.student, setup.student, mesh=setup.mesh)
-        }
-        key = jax.random.fold_in(jax.random.key(config.seed), setup.steps)
-        params |= jax.device_put(
-            make_clip_network(config, key), sharding.replicated(setup.mesh)
-        )
-        optimizer = self.programs.optimizer
-        state = jax.jit(
-            lambda params: init_state(params, optimizer, config.seed),
-            out_shardings=state_shardings(setup.mesh, setup.student, params, optimizer),
-            donate_argnums=0,
-        )(params)
-        if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
-            return state, None
-        dtype = jnp.dtype(config.teacher_dtype)
-        return state, hf.load_params(
-            config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype
-        )
-
     def _restored(self) -> TrainState:
         """The latest checkpoint's state; the row source goes on from there too."""
         step = self.manager.latest_step()
@@ -226,7 +199,7 @@ class _Run:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=leaf.sharding
             ),
-            self.state,
+            self.state.changing,
         )
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
@@ -237,17 +210,26 @@ class _Run:
                 f"checkpoint {step} of {self.output} was made from; a resumed run must "
                 "see the same ones"
             )
+        if host.get("student_digest") != self.setup.student_digest:
+            raise ValueError(
+                f"resume: the student at {self.config.student} is not the one that the "
+                f"adapters of checkpoint {step} of {self.output} were trained on; put "
+                "it back"
+            )
         self.source.restore(host, replay)
         self.console.print(f"resumed from step {step}")
-        return state
+        return dataclasses.replace(self.state, **state)
 
     def _save(self) -> None:
         checkpoint_state.save(
             self.manager,
             int(self.state.step),
-            state=self.state,
+            state=self.state.changing,
             host=self.source.host_state()
-            | {"data_fingerprint": self.setup.train_fingerprint},
+            | {
+                "data_fingerprint": self.setup.train_fingerprint,
+                "student_digest": self.setup.student_digest,
+            },
             replay=self.source.replay_rows,
         )
 
@@ -266,7 +248,7 @@ class _Run:
         ):
             means.add(
                 self.programs.validation_step(
-                    self.state.params,
+                    self.state.whole,
                     self.teacher_params,
                     sharding.put_batch(self.setup.mesh, rows),
                 )
@@ -339,7 +321,7 @@ class _Run:
         hf.save_pretrained(
             target,
             self.setup.student,
-            self.state.params[STUDENT],
+            lora.merged(self.state.whole[STUDENT], self.config.lora),
             tokenizer_from=self.config.student,
             overwrite=True,
         )

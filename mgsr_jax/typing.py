@@ -19,6 +19,9 @@ Leaf = Any
 """A field of a record: an array, or what stands for it in a tree of the same form
 (a sharding, a shape, None). Shapes stand in the record's docstring."""
 
+LAYERS = "layers"
+"""Where a model's parameters hold those of its layers."""
+
 BATCH_AXES = ("data", "fsdp")
 """The axes of the trainer's mesh that rows are split over."""
 

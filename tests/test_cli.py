@@ -101,6 +101,20 @@ def test_a_teacher_s_cache_is_made_and_trained_on(project, recipe, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["teacher_cache"]
 
 
+def test_adapters_are_trained_and_exported(project, recipe, capsys):
+    run = project / "lora"
+    train = ["train", "--config", recipe, "--lora.rank", "2", "--lora.dropout", "0.1"]
+    assert main([*train, "--output", str(run)]) == DONE
+    export = ["export", "--run", str(run), "--adapter", "true"]
+    assert main([*export, "--output", str(project / "adapter")]) == DONE
+    assert sorted(path.name for path in (project / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    line = fails(capsys, *export, "--output", str(project / "adapter"))
+    assert "exists" in line
+
+
 def test_an_output_that_exists_is_left_alone(project, recipe, capsys):
     taken = project / "taken"
     taken.mkdir()
@@ -217,6 +231,8 @@ def test_help_explains_every_setting(capsys):
         options = re.findall(r"^  (--[\w.]+)[^\n]*\n?([^\n]*)", out, re.MULTILINE)
         assert options
     assert "--objective.prior_weight" in _help("train", capsys)
+    text = " ".join(_help("train", capsys).split())
+    assert "0: there are none, and all weights are trained" in text
     text = " ".join(_help("cache-teacher", capsys).split())
     assert "Then train reads the folder by --teacher_cache" in text
     assert "objective.span must be 0" in text and "K * 4 + 4 bytes" in text

@@ -47,6 +47,7 @@ def test_the_defaults_are_valid():
         dict(teacher=None, objective__token=0.0, objective__span=0.0),
         dict(batch_size=12, micro_batches=3),
         dict(save_every=0, validate_every=0, optimizer__weight_decay=0.0),
+        dict(lora__rank=16, lora__alpha=0.5, lora__dropout=0.99, lora__targets=""),
         dict(teacher_cache="cache", objective__span=0.0),
         dict(
             teacher_cache="cache",
@@ -105,6 +106,15 @@ def test_what_works_is_let_through(changes):
             dict(objective__token=0.0, objective__span=0.0),
             "a teacher is set, but .* never ask it; leave teacher out",
         ),
+        (dict(lora__rank=-1), "lora.rank must be at least 0, got -1"),
+        (dict(lora__rank=2, lora__alpha=0.0), "lora.alpha must be above 0, got 0.0"),
+        (dict(lora__dropout=1.0), r"lora.dropout must lie in \[0, 1\), got 1.0"),
+        (dict(lora__dropout=-0.1), r"lora.dropout must lie in \[0, 1\), got -0.1"),
+        (
+            dict(lora__rank=2, lora__targets="(query"),
+            r"lora.targets='\(query' is no regular expression \(missing",
+        ),
+        (dict(lora__alpha=32.0), "lora.rank=0 trains all .*alpha=32.0.*set lora.rank"),
         (dict(data__max_prompt_length=512), "max_prompt_length=512 .* max_length=512"),
         (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
         (dict(data__chunker="nltk"), "data.chunker='nltk'; expected textblob, spacy"),

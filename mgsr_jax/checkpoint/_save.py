@@ -211,7 +211,7 @@ def _file_tensors(
     values = {path_name(key_path): leaf for key_path, leaf in leaves}
     shapes = stored_shapes(model)
     for rows in _file_rows(model).values():
-        hosts = [_to_host(values[row.path])[: shapes[row.path][0]] for row in rows]
+        hosts = [to_host(values[row.path])[: shapes[row.path][0]] for row in rows]
         for i, name in enumerate(_full_names(rows[0], model)):
             parts = [host[i] if is_stacked(rows[0]) else host for host in hosts]
             value = np.concatenate(parts, axis=-1)
@@ -219,7 +219,7 @@ def _file_tensors(
             yield name, np.ascontiguousarray(value.astype(dtype))
 
 
-def _to_host(value: jax.Array) -> np.ndarray:
+def to_host(value: jax.Array) -> np.ndarray:
     if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from mgsr_jax import sharding
 from mgsr_jax.losses import project
+from mgsr_jax.models import lora
 from mgsr_jax.models._attention import attention_mask, place_cache, write_cache
-from mgsr_jax.typing import BATCH_AXES, Cache, Params, PRNGKey
-
-LAYERS = "layers"
+from mgsr_jax.models.lora import LORA, LoraConfig
+from mgsr_jax.typing import BATCH_AXES, LAYERS, Cache, Params, PRNGKey, RowKeys
 
 # For the backward pass: what a product of weights gave. Norms, activations and the
 # attention's weights cost little to compute again, and most of the memory to keep.
@@ -67,7 +67,11 @@ def _arrays(module: nnx.Module) -> Params:
 
 
 def _ends_of(params: Params) -> Params:
-    return {name: tree for name, tree in params.items() if name != LAYERS}
+    return {k: tree for k, tree in params.items() if k not in (LAYERS, LORA)}
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
 
 
 def _transposed(layer: Params) -> Params:
@@ -86,6 +90,13 @@ def _written(cache: Cache, new: Any, positions: Any) -> Cache:
     return jax.tree.map(write, cache, tuple(new))
 
 
+def _folded(keys: RowKeys | None, layer: Any) -> RowKeys | None:
+    """Keys of rows in one layer."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A causal language model as pure functions; hashable, static under `jax.jit`.
@@ -97,6 +108,7 @@ class LanguageModel:
       vocab_rows: of the embedding and the head, which may be padded beyond the
         config's vocab_size; None is that.
       tensor: parts that heads, MLPs and the vocabulary are split into.
+      lora: settings of the adapters that parameters may hold under "lora".
     """
 
     config: Any
@@ -104,6 +116,7 @@ class LanguageModel:
     remat: bool = False
     vocab_rows: int | None = None
     tensor: int = 1
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         heads = self.config.num_heads
@@ -167,17 +180,21 @@ class LanguageModel:
         *,
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        dropout_keys: RowKeys | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states after the final norm; attention is causal in `positions`.
 
         With a cache, position p writes slot p and sees the slots up to p; a position
-        at or beyond the cache's length writes nothing.
+        at or beyond the cache's length writes nothing. `dropout_keys`, one a row, are
+        for the adapters in training; without them nothing is left out.
 
         Raises:
-          ValueError: a row, or the cache, is longer than the model's position limit.
+          ValueError: a row, or the cache, is longer than the model's position limit;
+            `params` holds adapters and the model has no settings for them.
         """
         length = tokens.shape[1] if cache is None else cache[0][0].shape[2]
         self._check_length(length)
+        adapters = self._adapters(params)
         slots = None if cache is None else length
         where = _Where.of(tokens, positions, slots, self._windows(length))
         ends_graph, block_graph = self._graphs
@@ -185,8 +202,11 @@ class LanguageModel:
         rows = P(BATCH_AXES)
         x_BTD = sharding.constrain(ends.begin(tokens, where.positions), rows)
 
-        def layer(x: Any, layer_params: Params, window: Any, layer_cache: Any) -> Any:
-            block = nnx.merge(block_graph, layer_params)
+        def layer(
+            x: Any, i: Any, of_layer: Any, adapters: Any, window: Any, layer_cache: Any
+        ) -> Any:
+            block = nnx.merge(block_graph, of_layer)
+            lora.attach(block, adapters, self.lora, _folded(dropout_keys, i))
             x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
             return sharding.constrain(x, rows), layer_cache
 
@@ -202,15 +222,21 @@ class LanguageModel:
                 return x, None if cache is None else new
 
             caches = read and jax.tree.map(lambda *c: jnp.stack(c), *read)
-            x_BTD, new = jax.lax.scan(scanned, x_BTD, (layers, where.windows, caches))
+            layer_count = self.config.num_layers
+            numbers = None if dropout_keys is None else jnp.arange(layer_count)
+            xs = (numbers, layers, adapters, where.windows, caches)
+            x_BTD, new = jax.lax.scan(scanned, x_BTD, xs)
             new = () if cache is None else zip(*new, strict=True)
         else:
             new = []
             for i in range(self.config.num_layers):
                 window = None if where.windows is None else where.windows[i]
                 layer_cache = None if read is None else read[i]
+                of_adapters = jax.tree.map(lambda x, i=i: x[i], adapters)
                 of_layer = _transposed(layers[i])
-                x_BTD, of_tokens = layer(x_BTD, of_layer, window, layer_cache)
+                x_BTD, of_tokens = layer(
+                    x_BTD, i, of_layer, of_adapters, window, layer_cache
+                )
                 new.append(of_tokens)
         if cache is not None:
             cache = place_cache(_written(cache, new, positions))
@@ -250,26 +276,45 @@ class LanguageModel:
     def decode_params(self, params: Params, dtype: Any) -> Params:
         """A copy for decoding: cast, a tuple with one subtree a layer for the stack.
 
-        Matrices of the layers are [out, in], as `kernel_first` reads them. On a mesh
-        the copy is split over the tensor axis alone: no token waits for weights.
+        Matrices of the layers are [out, in], as `kernel_first` reads them. Adapters are
+        merged into them. On a mesh the copy is split over the tensor axis alone: no
+        token waits for weights.
         """
+        adapters = self._adapters(params)
 
         def copy(x: Array) -> Array:
             # Even where the dtype stays: the trainer donates the originals.
             return jnp.array(x, dtype, copy=True)
 
-        params = self._gathered(jax.tree.map(copy, params))
-        layers = tuple(
-            _transposed(jax.tree.map(lambda x, i=i: x[i], params[LAYERS]))
-            for i in range(self.config.num_layers)
-        )
-        return {**params, LAYERS: layers}
+        def layer(i: int) -> Params:
+            own = jax.tree.map(lambda x: x[i], params[LAYERS])
+            of_adapters = jax.tree.map(lambda x: x[i], adapters)
+            # One at a time: merged kernels are float32 until they are cast.
+            merged = lora.merge_layers(own, of_adapters, self.lora)
+            whole = self._gathered({LAYERS: jax.tree.map(copy, merged)})
+            return _transposed(whole[LAYERS])
+
+        ends = self._gathered(jax.tree.map(copy, _ends_of(params)))
+        layers = tuple(layer(i) for i in range(self.config.num_layers))
+        return {**ends, LAYERS: layers}
 
     def _gathered(self, params: Params) -> Params:
-        """`params`, or their ends alone, whole over the fsdp axis."""
+        """The ends of `params`, or one layer, whole over the fsdp axis."""
         rules = sharding.gathered(self.partition_rules)
         specs = sharding.partition_specs(rules, params, strict=False)
+        if LAYERS in params:  # without the leading axis of the stack
+            specs = jax.tree.map(lambda spec: P(*spec[1:]), specs, is_leaf=_is_spec)
         return sharding.constrain(params, specs)
+
+    def _adapters(self, params: Params) -> Params:
+        """Those that `params` holds; none is an empty dict."""
+        adapters = params.get(LORA, {})
+        if adapters and not self.lora.rank:
+            raise ValueError(
+                "params hold adapters and the model's lora.rank is 0; set its field "
+                "lora to their settings, or merge them"
+            )
+        return adapters
 
     def _windows(self, length: int) -> tuple[int, ...] | None:
         """Window of every layer, None where none is shorter than a row."""

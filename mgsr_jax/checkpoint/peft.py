@@ -1,0 +1,133 @@
+"""Adapters to a folder that peft loads onto the model that they were trained on."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from mgsr_jax.checkpoint._layout import PathLike, tensor_names
+from mgsr_jax.checkpoint._save import to_host
+from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
+from mgsr_jax.models.lora import by_path
+from mgsr_jax.typing import Params
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(
+    path: PathLike,
+    model: LanguageModel,
+    adapters: Params,
+    *,
+    base_model: PathLike,
+    dtype: Any = jnp.float32,
+) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads with equal logits.
+
+    peft: y = x W + lora_alpha / r * (x A^T) B^T. Kernels that a Hugging Face file keeps
+    as one tensor (GPT-2's query, key and value) get one adapter there: of n adapters
+    of rank r one of rank n r, with their b in the blocks of B and zeros beside them.
+
+    The folder appears whole or not at all. With several processes all of them call
+    this, and the first one writes.
+
+    Args:
+      path: the folder to make.
+      model: with the adapters' settings in its field `lora`.
+      adapters: as `lora.init` gives them; sharded or not.
+      base_model: the folder that `model` was read from, which peft is told.
+      dtype: of the weights written.
+
+    Raises:
+      FileExistsError: `path` exists and is not an empty folder.
+    """
+    target = Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists and is not empty; choose another folder"
+        )
+    groups = _by_tensor(model, adapters)
+    tensors = _tensors(model, adapters, groups, np.dtype(dtype))
+    if jax.process_index() != 0:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as t:
+        folder = Path(t) / target.name
+        folder.mkdir()
+        config = _config(model, groups, base_model)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        folder.rename(target)
+
+
+def _by_tensor(model: LanguageModel, adapters: Params) -> dict[str, list[KeyRow]]:
+    """Rows of the kernels with an adapter, by the file's tensor; parts together."""
+    paths = {f"{LAYERS}/{path}/kernel" for path in by_path(adapters)}
+    groups: dict[str, list[KeyRow]] = {}
+    for row in model.architecture.key_rows(model.config):
+        if row.path in paths:
+            groups.setdefault(row.name, []).append(row)
+    return groups
+
+
+def _tensors(
+    model: LanguageModel,
+    adapters: Params,
+    groups: dict[str, list[KeyRow]],
+    dtype: np.dtype,
+) -> dict[str, np.ndarray]:
+    """A [r, in] and B [out, r] of every layer, by peft's names."""
+    hosts = jax.tree.map(to_host, by_path(adapters))
+    rank, prefix = model.lora.rank, model.architecture.prefixes[0]
+    tensors = {}
+    for rows in groups.values():
+        own = [hosts[_kernel(row)] for row in rows]
+        width = own[0]["b"].shape[-1]
+        for layer, name in enumerate(tensor_names(rows[0], model)):
+            b = np.zeros((rows[0].parts * width, len(rows) * rank), dtype)
+            for i, (row, adapter) in enumerate(zip(rows, own, strict=True)):
+                outputs = slice(row.part * width, (row.part + 1) * width)
+                b[outputs, i * rank : (i + 1) * rank] = adapter["b"][layer].T
+            a = np.concatenate([adapter["a"][layer].T for adapter in own])
+            module = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.astype(dtype))
+            tensors[f"{module}.lora_B.weight"] = b
+    return tensors
+
+
+def _kernel(row: KeyRow) -> str:
+    return row.path.removeprefix(f"{LAYERS}/").removesuffix("/kernel")
+
+
+def _config(
+    model: LanguageModel, groups: dict[str, list[KeyRow]], base_model: PathLike
+) -> dict[str, Any]:
+    """What peft reads: where the adapters are, and what they are scaled by."""
+    rank, alpha = model.lora.rank, model.lora.alpha
+    modules = {
+        name.partition("{}.")[2].removesuffix(".weight"): rows
+        for name, rows in groups.items()
+    }
+    joined = {name: len(rows) for name, rows in modules.items() if len(rows) > 1}
+    (transposed,) = {row.transposed for rows in groups.values() for row in rows}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": sorted(modules),
+        # As large as the ranks that were joined, so that alpha / r stays.
+        "rank_pattern": {name: count * rank for name, count in joined.items()},
+        "alpha_pattern": {name: count * alpha for name, count in joined.items()},
+        "fan_in_fan_out": not transposed,
+        "bias": "none",
+        "inference_mode": True,
+    }

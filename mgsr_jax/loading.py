@@ -1,0 +1,61 @@
+"""What a run starts from, on its mesh: the state at step 0, and the teacher."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgsr_jax import sharding
+from mgsr_jax.checkpoint import hf
+from mgsr_jax.programs import (
+    STUDENT,
+    init_trained,
+    partition_rules,
+    state_shardings,
+)
+from mgsr_jax.setup import Setup
+from mgsr_jax.train_step import TrainState, init_state
+from mgsr_jax.typing import Params
+
+
+def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
+    """The student's weights, what else is trained, and the optimizer's state.
+
+    With adapters the weights are frozen, and in the precision of computation.
+    """
+    config, student = setup.config, setup.student
+    has_adapters = config.lora.rank > 0
+    dtype = jnp.dtype(config.dtype) if has_adapters else jnp.float32
+    weights = hf.load_params(config.student, student, mesh=setup.mesh, dtype=dtype)
+    params, frozen = _init_trained(setup), {}
+    if has_adapters:
+        frozen = {STUDENT: weights}
+    else:
+        params[STUDENT] = weights
+
+    def init(params: Params, frozen: Params) -> TrainState:
+        return init_state(params, optimizer, config.seed, frozen=frozen)
+
+    abstract = jax.eval_shape(init, params, frozen)
+    places = state_shardings(setup.mesh, student, abstract)
+    return jax.jit(init, out_shardings=places, donate_argnums=(0, 1))(params, frozen)
+
+
+def load_teacher(setup: Setup) -> Params | None:
+    """The teacher's weights, where it is run."""
+    config = setup.config
+    if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
+        return None
+    dtype = jnp.dtype(config.teacher_dtype)
+    return hf.load_params(config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype)
+
+
+def _init_trained(setup: Setup) -> Params:
+    """Drawn where it lives."""
+    init = functools.partial(init_trained, setup.config, setup.student, setup.steps)
+    abstract = jax.eval_shape(init)
+    rules = partition_rules(setup.student, abstract)
+    specs = sharding.partition_specs(rules, abstract, strict=False)
+    places = sharding.placed(setup.mesh, abstract, specs)
+    return jax.jit(init, out_shardings=places)()
