@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 _OF_A_RUN = ("train", "cache-teacher", "plan")  # its settings, and perhaps more
-_UNUSED = ["--output=unused", "--data.train=unused"]
+_UNUSED = ["--output=unused", "--data.train=unused", "--data.valid=unused too"]
 
 
 def _parser() -> jsonargparse.ArgumentParser:

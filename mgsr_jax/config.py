@@ -103,6 +103,8 @@ class TrainConfig:
       dtype: of computation, and of the student's weights where lora leaves them as they
         are; what is trained, the optimizer and the losses are float32.
       teacher_dtype: of the teacher's parameters.
+      attention: of whole rows, in both models: "xla" everywhere, "cudnn" on NVIDIA GPUs
+        (both dtypes bfloat16), "flash" on TPUs.
       remat: keep only what goes into each layer of the student for the backward pass
         and compute the rest again; less memory, more time.
       objective: the three losses and their weights.
@@ -132,6 +134,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "cudnn", "flash"] = "xla"
     remat: bool = False
     objective: Objective = dataclasses.field(default_factory=Objective)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
@@ -183,6 +186,15 @@ def check(config: TrainConfig) -> None:
     _check_validation(config)
     _check_objective(config)
     _check_lora(config.lora)
+    if config.attention == "cudnn" and "float32" in (
+        config.dtype,
+        config.teacher_dtype if config.teacher else config.dtype,
+    ):
+        raise ValueError(
+            f"attention='cudnn' computes in bfloat16, got dtype={config.dtype}, "
+            f"teacher_dtype={config.teacher_dtype}; set both to bfloat16, or attention "
+            "to xla"
+        )
     if config.teacher_cache is not None:
         _check_teacher_cache(config)
 

@@ -5,22 +5,26 @@ by its own compiler; memory and collectives are read from what comes out. What t
 cannot tell: speed, numbers, fragmentation.
 """
 
-import collections
 import dataclasses
 import math
-import re
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from mgsr_jax import sharding
+from mgsr_jax.compiled import (
+    Program,
+    compile_program,
+    device_bytes,
+    in_short,
+    placed,
+)
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.programs import (
@@ -39,31 +43,6 @@ MARGIN = 0.92
 """Of a device's memory; the rest is left to fragments and to what a driver keeps."""
 
 _STEPS = 1000  # the learning rate's schedule does not change a program
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiler says of one program, in bytes of one device.
-
-    Attributes:
-      name: what it is.
-      seconds: that compiling took here.
-      peak: the most that is alive at once, with what waits beside it.
-      arguments: of the peak, what goes in.
-      temporaries: of the peak, what lives within the program alone.
-      aliased: what goes out in the memory of what went in.
-      collectives: kind -> (number, bytes); the body of a loop counts once.
-      text: the optimised program.
-    """
-
-    name: str
-    seconds: float
-    peak: int
-    arguments: int
-    temporaries: int
-    aliased: int
-    collectives: dict[str, tuple[int, int]]
-    text: str = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +180,7 @@ class _Planner:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            failure = _in_short(str(error))
+            failure = in_short(str(error))
         micro_batches = self.config.micro_batches
         return Plan(
             self.target,
@@ -214,17 +193,20 @@ class _Planner:
 
     def _rollout(self, rows: tuple[Rows, ...]) -> tuple[Program, Any]:
         # The optimizer's moments wait beside it.
-        waiting = _device_bytes(self.state.opt_state)
-        return _compiled(
+        waiting = device_bytes(self.state.opt_state)
+        return compile_program(
             "rollout",
             self.run.rollout,
             (self.state.whole[STUDENT], self.teacher_params, rows, _KEY),
-            waiting,
+            options=self.target.compiler_options,
+            waiting=waiting,
         )
 
     def _train_step(self, rows: tuple[Rows, ...], cached: tuple[Any, ...]) -> Program:
         arguments = (self.state, self.teacher_params, rows, cached)
-        return _compiled("train step", self.run.train_step, arguments)[0]
+        options = self.target.compiler_options
+        step = self.run.train_step
+        return compile_program("train step", step, arguments, options=options)[0]
 
     def _generated(
         self, rows: tuple[Rows, ...], outputs: Any
@@ -250,14 +232,14 @@ class _Planner:
             params,
             frozen,
         )
-        return _placed(state, state_shardings(self.mesh, student, state))
+        return placed(state, state_shardings(self.mesh, student, state))
 
     def _teacher(self) -> Any:
         if self.teacher is None:
             return None
         dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
         places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
-        return _placed(_cast(params, dtype), places)
+        return placed(_cast(params, dtype), places)
 
     def _rows(self) -> Rows:
         """A micro-batch of the data."""
@@ -282,17 +264,17 @@ class _Planner:
         dtype = jnp.dtype(self.config.dtype)
         trained = "adapters" if self.config.lora.rank else "student"
         parts = {
-            f"{trained}, float32": _device_bytes(self.state.params[STUDENT]),
-            "optimizer": _device_bytes(self.state.opt_state),
+            f"{trained}, float32": device_bytes(self.state.params[STUDENT]),
+            "optimizer": device_bytes(self.state.opt_state),
         }
         if self.state.frozen:
-            parts[f"student, {dtype.name}"] = _device_bytes(self.state.frozen)
+            parts[f"student, {dtype.name}"] = device_bytes(self.state.frozen)
         if CLIP_NETWORK in self.state.params:
             network = self.state.params[CLIP_NETWORK]
-            parts["clip network"] = _device_bytes(network)
+            parts["clip network"] = device_bytes(network)
         if self.teacher is not None:
             name = f"teacher, {self.config.teacher_dtype}"
-            parts[name] = _device_bytes(self.teacher_params)
+            parts[name] = device_bytes(self.teacher_params)
         if self.run.rollout is not None:
             parts[f"decoder's copy, {dtype.name}"] = self._copy_bytes(dtype)
             parts["cache of the student"] = self._cache_bytes(self.student, dtype)
@@ -302,7 +284,7 @@ class _Planner:
         params = self.student.abstract_params()
         rules = sharding.gathered(self.student.partition_rules)
         cast = _cast(params, dtype)
-        return _device_bytes(_placed(cast, sharding.shardings(self.mesh, rules, cast)))
+        return device_bytes(placed(cast, sharding.shardings(self.mesh, rules, cast)))
 
     def _cache_bytes(self, model: LanguageModel, dtype: np.dtype) -> int:
         """Keys and values of all rows of a step."""
@@ -319,83 +301,6 @@ _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 def _cast(shapes: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), shapes)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes of one device's shards."""
-
-    def of_leaf(x: Any) -> int:
-        shape = x.shape
-        if isinstance(x.sharding, NamedSharding):
-            shape = x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
-
-    return sum(map(of_leaf, jax.tree.leaves(tree)))
-
-
-def _compiled(
-    name: str, jitted: Any, arguments: tuple[Any, ...], waiting: int = 0
-) -> tuple[Program, Any]:
-    """The program, and its outputs as shapes with their places."""
-    began = time.monotonic()
-    lowered = jitted.lower(*arguments)
-    compiled = lowered.compile()
-    seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    program = Program(
-        name,
-        seconds,
-        peak=memory.peak_memory_in_bytes + waiting,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        collectives=collectives(text),
-        text=text,
-    )
-    return program, _placed(lowered.out_info, compiled.output_shardings)
-
-
-_COLLECTIVE = re.compile(
-    r"= (\(?[^=]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-broadcast|collective-permute|send|recv)(-start)?\("
-)
-_SHAPE = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (number, bytes that come out) of the collectives in a program's text.
-
-    >>> collectives("%x = bf16[8,4]{1,0} all-gather(%y), dimensions={0}")
-    {'all-gather': (1, 64)}
-    """
-    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-    for line in text.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match is None:
-            continue
-        results, kind, started = match.groups()
-        sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(results)]
-        # What was started carries its operand along.
-        size = max(sizes, default=0) if started else sum(sizes)
-        count, total = found[kind]
-        found[kind] = count + 1, total + size
-    return dict(sorted(found.items()))
-
-
-def _bytes_of(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype) or 0)
-    return math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
-
-
-def _in_short(message: str) -> str:
-    """The line of XLA's report that has the numbers."""
-    lines = message.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()
-    said = [line for line in lines if re.search(r"\d[GM]\b.*hbm", line, re.I)]
-    return (said or lines)[0].strip().rstrip(".")
 
 
 def print_plan(found: Plan, console: Console) -> None:

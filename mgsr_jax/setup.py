@@ -145,7 +145,9 @@ def read_models(
     most = max(model.config.vocab_size for model in both)
     multiple = math.lcm(_VOCABULARY_MULTIPLE, config.mesh.tensor)
     rows = multiple * math.ceil(most / multiple)
-    sizes: dict[str, Any] = dict(vocab_rows=rows, tensor=config.mesh.tensor)
+    sizes: dict[str, Any] = dict(
+        vocab_rows=rows, tensor=config.mesh.tensor, attention=config.attention
+    )
     sizes_of_student = sizes | dict(remat=config.remat, lora=config.lora)
     student = dataclasses.replace(student, **sizes_of_student)
     if config.lora.rank:
@@ -354,6 +356,7 @@ _MAY_CHANGE = (
     "distributed",
     "micro_batches",
     "chunk_size",
+    "attention",
     "remat",
     "log_every",
     "save_every",

@@ -46,19 +46,24 @@ def make_mesh(
             f"{len(devices)} devices at hand; let the sizes multiply to "
             f"{len(devices)}, or give one of them as -1"
         )
-    types = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 or devices[0].platform != "tpu":
-        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    if devices[0].platform != "tpu":
+        slices = 1
     if shape[0] % slices:
         raise ValueError(
             f"mesh.data={shape[0]} does not divide over {slices} TPU slices, between "
             "which only copies of the models can be placed; use a multiple"
         )
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices
-    )
-    return Mesh(grid, AXES, axis_types=types)
+    within = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(
+            within, devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_specs(rules: Rules, tree: Any, *, strict: bool = True) -> Any:

@@ -23,11 +23,13 @@ class Target:
       name: as it was asked for.
       devices: that compile and cannot run.
       memory: bytes of one device; what the compiler or the driver keeps is in it.
+      compiler_options: XLA's, where the machine's own would ask the machine.
     """
 
     name: str
     devices: tuple[Any, ...]
     memory: int
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # Memory of one device in GiB: of a chip, but v2, v3 and tpu7x have two devices a chip.
@@ -86,14 +88,16 @@ def describe(name: str, *, slices: int = 1) -> Target:
         devices = _topology(
             "cuda", "", "plan-gpu", name, target_config=text, topology=shape
         )
-        return Target(name, devices, gpu.memory)
+        # Products by cuBLAS: the tiles of Triton's are found by trying them on a GPU.
+        options = {"xla_gpu_enable_triton_gemm": False}
+        return Target(name, devices, gpu.memory, options)
     if kind in _TPUS:
-        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        given: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
         if set(shape.split("x")) == {"1"}:  # else a host has four chips
-            options["chips_per_host_bounds"] = (1, 1, 1)
+            given["chips_per_host_bounds"] = (1, 1, 1)
         if kind == "v4":  # else it has two devices a chip
-            options["chip_config_name"] = "megacore"
-        devices = _topology("tpu", name, "plan-tpu", name, **options)
+            given["chip_config_name"] = "megacore"
+        devices = _topology("tpu", name, "plan-tpu", name, **given)
         return Target(name, devices, _TPUS[kind] * GIB)
     raise ValueError(
         f"target={name!r}, slices={slices}; expected KIND:SHAPE such as v5p:4x4x4 or "

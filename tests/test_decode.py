@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from mgsr_jax import sharding
+from mgsr_jax.compiled import collectives
 from mgsr_jax.decode import (
     STUDENT,
     decode,
@@ -20,7 +21,6 @@ from mgsr_jax.decode import (
     start,
     unread,
 )
-from mgsr_jax.plan import collectives
 
 EOS = (1, 3)
 

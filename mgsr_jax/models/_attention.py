@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mgsr_jax.models._causal_attention import Kind, causal_attention
 from mgsr_jax.models._hf_config import HfConfig, require_supported
 from mgsr_jax.models._linear import linear
 from mgsr_jax.sharding import axis_size, constrain
@@ -200,6 +201,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.rope = config.head_dim, rope
+        self.kind: Kind = "xla"
         query, kv = (
             heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
         )
@@ -238,10 +240,10 @@ class Attention(nnx.Module):
             q_BTNH = self.rope.rotate(q_BTNH, positions)
             k_BTKH = self.rope.rotate(k_BTKH, positions)
         new = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        if cache is None:
-            out_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=mask is None
-            )
+        if cache is None and mask is None:
+            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.kind)
+        elif cache is None:  # a window
+            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask)
         else:
             assert mask is not None  # a cache's slots are more than what is seen
             k_BKSH, v_BKSH = (

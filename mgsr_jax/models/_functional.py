@@ -15,6 +15,7 @@ from mgsr_jax import sharding
 from mgsr_jax.losses import project
 from mgsr_jax.models import lora
 from mgsr_jax.models._attention import attention_mask, place_cache, write_cache
+from mgsr_jax.models._causal_attention import Kind
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.typing import BATCH_AXES, LAYERS, Cache, Params, PRNGKey, RowKeys
 
@@ -109,6 +110,7 @@ class LanguageModel:
         config's vocab_size; None is that.
       tensor: parts that heads, MLPs and the vocabulary are split into.
       lora: settings of the adapters that parameters may hold under "lora".
+      attention: what computes it where a row is read whole; see `causal_attention`.
     """
 
     config: Any
@@ -117,6 +119,7 @@ class LanguageModel:
     vocab_rows: int | None = None
     tensor: int = 1
     lora: LoraConfig = LoraConfig()
+    attention: Kind = "xla"
 
     def __post_init__(self) -> None:
         heads = self.config.num_heads
@@ -206,6 +209,7 @@ class LanguageModel:
             x: Any, i: Any, of_layer: Any, adapters: Any, window: Any, layer_cache: Any
         ) -> Any:
             block = nnx.merge(block_graph, of_layer)
+            block.attention.kind = self.attention
             lora.attach(block, adapters, self.lora, _folded(dropout_keys, i))
             x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
             return sharding.constrain(x, rows), layer_cache

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Trains on TPUs or GPUs of the cloud that has them, as a managed job of SkyPilot.
+#
+#   BUCKET=b launch/skypilot.sh [--dry-run] -- \
+#     --config configs/X.yaml --output /bucket/run ...
+#   BUCKET=b ACCELERATOR=H100:8 NODES=2 launch/skypilot.sh -- ...
+#
+# What follows -- goes to `mgsr train`. The rest stands in skypilot.yaml, beside this.
+# `sky jobs queue`, `sky jobs logs` and `sky jobs cancel` look after the job.
+
+set -euo pipefail
+
+BUCKET=${BUCKET:-}                    # Cloud Storage bucket, mounted as /bucket
+ACCELERATOR=${ACCELERATOR:-tpu-v6e-8} # of a node: tpu-v6e-32 (all its hosts), H100:8, ...
+NODES=${NODES:-1}                     # nodes with those; 1 for TPUs
+SPOT=${SPOT:-true}                    # true: cheap, may be taken away; false: on demand
+NAME=${NAME:-mgsr}                    # of the job
+
+fail() { echo "$0: $1" >&2 && exit 2; }
+
+dry_run=false
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
+    --) shift && break ;;
+    *) fail "unknown option $1; what is meant for mgsr train follows --" ;;
+  esac
+  shift
+done
+if [[ -z $BUCKET ]]; then fail "BUCKET is not set; see --help"; fi
+
+run() {
+  if $dry_run; then
+    printf -v line '%q ' "$@" && echo "${line% }"
+  else
+    "$@"
+  fi
+}
+
+spot=--use-spot
+if ! $SPOT; then spot=--no-use-spot; fi
+printf -v arguments '%q ' "$@"
+run cd "$(dirname "$0")/.." # its workdir
+run sky jobs launch launch/skypilot.yaml --name="$NAME" --gpus="$ACCELERATOR" \
+  --num-nodes="$NODES" "$spot" --env="BUCKET=$BUCKET" \
+  --env="ACCELERATOR=$ACCELERATOR" --env="ARGUMENTS=${arguments% }" --yes

@@ -1,0 +1,113 @@
+"""What `mgsr plan` makes of a compiler's answer; the compilers are in tests/aot."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+import tiny
+
+from mgsr_jax import sharding, targets
+from mgsr_jax.compiled import Program, collectives
+from mgsr_jax.config import DataConfig, MeshConfig, TrainConfig
+from mgsr_jax.models.lora import LoraConfig
+from mgsr_jax.objective import Objective
+from mgsr_jax.plan import Plan, plan, search, verdict
+from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.targets import GIB, Target
+
+HERE = Target("here", tuple(jax.devices()), GIB)
+
+
+@pytest.fixture
+def config(tmp_path):
+    for name, layers in (("student", 1), ("teacher", 2)):
+        shape = tiny.LLAMA | {"num_hidden_layers": layers, "eos_token_id": 1}
+        (tmp_path / f"{name}.json").write_text(json.dumps(shape))
+    return TrainConfig(
+        student=str(tmp_path / "student.json"),
+        teacher=str(tmp_path / "teacher.json"),
+        output="",
+        data=DataConfig("", max_length=12, max_prompt_length=4),
+        batch_size=16,
+        micro_batches=2,
+        steps=3,
+        objective=Objective(num_candidates=8),
+        rollout=RolloutConfig("on"),
+        mesh=MeshConfig(fsdp=2, tensor=2),
+    )
+
+
+def test_the_parts_are_what_a_device_holds(config):
+    found = plan(config, HERE)
+    assert [program.name for program in found.programs] == ["rollout", "train step"]
+    assert found.fits and verdict(found).startswith("fits: ")
+    # 128 rows of the padded vocabulary, twice, over fsdp and tensor.
+    tables = 2 * 128 * 16 * 4 // 4
+    assert found.parts["student, float32"] > tables
+    assert found.parts["optimizer"] >= 2 * found.parts["student, float32"]
+    step = found.programs[1]
+    names = ("student, float32", "optimizer", "clip network")
+    assert step.aliased >= sum(found.parts[name] for name in names)
+    assert step.collectives and step.peak > step.arguments
+
+
+def test_with_adapters_the_students_weights_are_frozen(config):
+    lora = LoraConfig(rank=2, alpha=4.0)
+    found = plan(dataclasses.replace(config, lora=lora), HERE)
+    whole = plan(config, HERE)
+    assert found.parts["adapters, float32"] < whole.parts["student, float32"] / 4
+    assert found.parts["student, float32"] == whole.parts["student, float32"]
+
+
+def test_a_run_without_rollouts_has_one_program(config):
+    found = plan(dataclasses.replace(config, rollout=RolloutConfig("off")), HERE)
+    assert [program.name for program in found.programs] == ["train step"]
+
+
+def made(peak, failure=None, memory=100 * GIB):
+    program = Program("train step", 1.0, peak, 0, 0, 0, {}, "")
+    mesh = sharding.make_mesh()
+    return Plan(Target("t", (), memory), mesh, 2, {}, (program,), failure)
+
+
+def test_the_verdict_is_one_line():
+    assert verdict(made(50 * GIB)).startswith("fits: 50.00 of 100.00 GiB")
+    tight = verdict(made(95 * GIB))
+    assert tight.startswith("does not fit: 95.00 of 100.00 GiB") and "fsdp" in tight
+    failed = verdict(made(0, failure="Used 20G of 15G hbm"))
+    assert failed.startswith("does not fit: Used 20G") and "\n" not in failed
+
+
+def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(config):
+    trials = []
+    needed = plan(dataclasses.replace(config, micro_batches=1), HERE).peak
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    roomy = dataclasses.replace(HERE, memory=4 * needed)
+    found = search(config, roomy, trials.append)
+    assert found is not None and found.mesh.shape["fsdp"] == 1
+    assert found.micro_batches == 1 and trials == [found]
+    assert search(config, dataclasses.replace(HERE, memory=1000), trials.append) is None
+    assert trials == [found]  # what stays in memory was too much: nothing was compiled
+
+
+def test_collectives_are_counted_with_what_comes_out():
+    text = """
+      %a = f32[4,8]{1,0} all-reduce(%x), to_apply=%add
+      %b = (bf16[2,8], bf16[16,8]) all-gather-start(%y), dimensions={0}
+      %c = bf16[16,8] all-gather-done(%b)
+      %d = (f32[2], pred[3]) all-to-all(%u, %v)
+    """
+    assert collectives(text) == {
+        "all-gather": (1, 256),
+        "all-reduce": (1, 128),
+        "all-to-all": (1, 11),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["v5p", "h200", "h200:8", "v9z:2x2", "V5P:2x2x1", "h200:1x8", ""]
+)
+def test_a_target_that_does_not_exist_is_named(name):
+    with pytest.raises(ValueError, match="expected KIND:SHAPE such as v5p:4x4x4"):
+        targets.describe(name)
