@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import yaml
@@ -72,11 +73,19 @@ class Stage:
     def launch(self, script, *arguments, **variables):
         return self.bash(f"launch/{script}.sh", *arguments, **variables)
 
-    def start(self, script, *arguments, **variables):
-        return subprocess.Popen(
+    @contextmanager
+    def started(self, script, *arguments, **variables):
+        """A launcher at work; whatever it leaves is ended."""
+        with subprocess.Popen(
             ["bash", LAUNCH / f"{script}.sh", *arguments],
             env=self.settings(**variables),
-        )
+            start_new_session=True,
+        ) as running:
+            try:
+                yield running
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
 
     def calls(self):
         """Words of every call so far, sorted; the list is emptied."""
@@ -216,10 +225,10 @@ def test_a_signal_is_passed_on_and_all_may_save(stage, sent):
         """trap 'sleep 0.3; exit 42' TERM; touch "$HOME/ready$JAX_PROCESS_ID"
         while true; do sleep 0.05; done""",
     )
-    running = stage.start("local_gpus", PROCESSES="2")
-    stage.wait_for("ready0", "ready1")
-    running.send_signal(sent)
-    assert running.wait(20) == STOPPED
+    with stage.started("local_gpus", PROCESSES="2") as running:
+        stage.wait_for("ready0", "ready1")
+        running.send_signal(sent)
+        assert running.wait(20) == STOPPED
 
 
 def test_the_slurm_script_submits_itself(stage):
@@ -411,7 +420,7 @@ def test_skypilot_goes_on_after_42_alone():
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [STOPPED]}
     assert TASK["file_mounts"]["/bucket"] == {
         "source": "gs://${BUCKET}",
-        "mode": "MOUNT",
+        "mode": "MOUNT_CACHED",
     }
 
 
