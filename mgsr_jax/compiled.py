@@ -60,7 +60,7 @@ def compile_program(
         collectives=collectives(text),
         text=text,
     )
-    return program, placed(lowered.out_info, compiled.output_shardings)
+    return program, with_places(lowered.out_info, compiled.output_shardings)
 
 
 _COLLECTIVE = re.compile(
@@ -114,6 +114,6 @@ def device_bytes(tree: Any) -> int:
     return sum(map(of_leaf, jax.tree.leaves(tree)))
 
 
-def placed(shapes: Any, places: Any) -> Any:
+def with_places(shapes: Any, places: Any) -> Any:
     """Shapes that know where they lie."""
     return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)

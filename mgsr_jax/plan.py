@@ -23,7 +23,7 @@ from mgsr_jax.compiled import (
     compile_program,
     device_bytes,
     in_short,
-    placed,
+    with_places,
 )
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.models import LanguageModel
@@ -232,14 +232,14 @@ class _Planner:
             params,
             frozen,
         )
-        return placed(state, state_shardings(self.mesh, student, state))
+        return with_places(state, state_shardings(self.mesh, student, state))
 
     def _teacher(self) -> Any:
         if self.teacher is None:
             return None
         dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
         places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
-        return placed(_cast(params, dtype), places)
+        return with_places(_cast(params, dtype), places)
 
     def _rows(self) -> Rows:
         """A micro-batch of the data."""
@@ -284,7 +284,9 @@ class _Planner:
         params = self.student.abstract_params()
         rules = sharding.gathered(self.student.partition_rules)
         cast = _cast(params, dtype)
-        return device_bytes(placed(cast, sharding.shardings(self.mesh, rules, cast)))
+        return device_bytes(
+            with_places(cast, sharding.shardings(self.mesh, rules, cast))
+        )
 
     def _cache_bytes(self, model: LanguageModel, dtype: np.dtype) -> int:
         """Keys and values of all rows of a step."""
