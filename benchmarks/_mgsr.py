@@ -103,7 +103,7 @@ class Training:
                 add_spans,
                 mesh=mesh,
                 batch_size=batch_size,
-                width=width,
+                widths=[width],
                 micro_batches=micro_batches,
                 steps=STEPS,
                 keep_ground_truth=objective.sft > 0,

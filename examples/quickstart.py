@@ -29,6 +29,7 @@ from rich.table import Table
 
 import mgsr_jax
 from mgsr_jax import data, models, report, sharding
+from mgsr_jax.batching import prompt_batches
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import DataConfig, TrainConfig
 from mgsr_jax.evaluate import EvaluationResult, evaluate
@@ -262,7 +263,7 @@ class Quickstart:
         """Mean total variation to the teacher over the references' tokens."""
         total = count = 0.0
         with jax.set_mesh(self.mesh):
-            for rows in data.prompt_batches(
+            for rows in prompt_batches(
                 self.test,
                 EVALUATION_BATCH,
                 width=self.data_config.max_length,

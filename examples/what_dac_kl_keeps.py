@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 
 from mgsr_jax import data, losses, models
+from mgsr_jax.batching import eval_batches
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.encoding import Encoding
 from mgsr_jax.rows import next_token_view
@@ -48,7 +49,7 @@ def distributions(args, tokenizer):
 
     found, before = [], []
     chosen = rows.select(range(min(args.examples, len(rows))))
-    for batch in data.eval_batches(chosen, 4, width=width):
+    for batch in eval_batches(chosen, 4, widths=[width]):
         view = next_token_view(batch)
         log_p, at = jax.device_get(
             log_probs(params, view.inputs, batch.prompt_lengths - 1)

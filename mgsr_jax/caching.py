@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from mgsr_jax import data, sharding, teacher_cache
+from mgsr_jax import sharding, teacher_cache
+from mgsr_jax.batching import eval_batches
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.losses import TopKTeacher, top_k_teacher
@@ -197,28 +198,15 @@ def _by_example(rows: Rows, teacher: TopKTeacher) -> dict[int, CachedExample]:
 
 
 def _batches(setup: Setup, examples: range) -> Iterator[Rows]:
-    """The examples' rows, sorted into widths: the whole, its half, its quarter, ..."""
-    config, chosen = setup.config, setup.train.select(examples)
-    lengths = np.array(
-        [
-            len(prompt) + len(response)
-            for prompt, response in zip(
-                chosen["prompt"], chosen["response"], strict=True
-            )
-        ]
-    )
-    narrowest = 0
-    for width in _widths(config.data.max_length):
-        inside = np.flatnonzero((lengths > narrowest) & (lengths <= width))
-        narrowest = width
-        for rows in data.eval_batches(
-            chosen.select(inside),
-            config.batch_size // config.micro_batches,
-            width=width,
-        ):
-            # Of the selection's selection; -1 stays what fills up a batch.
-            own = np.append(inside + examples.start, -1).astype(np.int32)
-            yield dataclasses.replace(rows, example=own[rows.example])
+    """The examples' rows, in widths of the longest, its half, its quarter, ..."""
+    config = setup.config
+    own = np.array([*examples, -1], np.int32)  # -1 stays what fills up a batch
+    for rows in eval_batches(
+        setup.train.select(examples),
+        config.batch_size // config.micro_batches,
+        widths=_widths(config.data.max_length),
+    ):
+        yield dataclasses.replace(rows, example=own[rows.example])
 
 
 def _widths(longest: int) -> list[int]:

@@ -28,7 +28,10 @@ class DataConfig:
       template: "alpaca", or "chat" for the tokenizer's own chat template.
       add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
       max_prompt_length: longest prompt in tokens.
-      max_length: longest prompt and response in tokens; the width of every row.
+      max_length: longest prompt and response in tokens; the width of rows.
+      buckets: narrower widths, ascending: batches are made of examples of like length,
+        and steps on the data's or on replayed rows are as wide as these need. Each
+        width compiles the step anew.
       too_long: "drop" longer examples, or "truncate" them; both are counted.
       max_bad_fraction: share of malformed records above which the run refuses to start.
       chunker: "textblob", "spacy" (needs the extra and a model), or your own as
@@ -46,11 +49,17 @@ class DataConfig:
     add_special_tokens: bool = True
     max_prompt_length: int = 256
     max_length: int = 512
+    buckets: tuple[int, ...] = ()
     too_long: Literal["drop", "truncate"] = "drop"
     max_bad_fraction: float = 0.05
     chunker: str = "textblob"
     spacy_model: str = "en_core_web_sm"
     cache_dir: str | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that rows may have, ascending."""
+        return (*self.buckets, self.max_length)
 
     @property
     def encoding(self) -> Encoding:
@@ -167,6 +176,7 @@ def check(config: TrainConfig) -> None:
             f"epochs={config.epochs}"
         )
     _check_signs(config)
+    _check_widths(config.data)
     if config.batch_size % config.micro_batches:
         raise ValueError(
             f"batch_size={config.batch_size} does not divide into "
@@ -197,6 +207,15 @@ def check(config: TrainConfig) -> None:
         )
     if config.teacher_cache is not None:
         _check_teacher_cache(config)
+
+
+def _check_widths(spec: DataConfig) -> None:
+    widths = spec.widths
+    if min(widths) < 2 or sorted(set(widths)) != list(widths):
+        raise ValueError(
+            f"data.buckets={list(spec.buckets)}; expected widths that ascend, from 2 "
+            f"to below data.max_length={spec.max_length}"
+        )
 
 
 def _check_validation(config: TrainConfig) -> None:

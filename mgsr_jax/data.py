@@ -1,4 +1,4 @@
-"""Instruction data: records -> tokens, once and cached; batches in a fixed order.
+"""Instruction data: records -> tokens, once and cached.
 
 Nothing is cut or left out silently: every record that is not used as it stands is
 counted and named.
@@ -10,14 +10,14 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import datasets.config
-import grain
 import numpy as np
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -31,7 +31,6 @@ from mgsr_jax.encoding import (
     eos_id,
 )
 from mgsr_jax.records import Example, Rejected
-from mgsr_jax.rows import Rows, from_lists
 
 _COLUMNS = datasets.Features(
     {name: datasets.List(datasets.Value("int32")) for name in ("prompt", "response")}
@@ -40,10 +39,6 @@ _COLUMNS = datasets.Features(
     | {"kept": datasets.Value("bool")}
 )
 _SLAB = 256  # records that are tokenised and chunked together
-Share = slice | np.ndarray
-"""Which rows of every batch a process takes."""
-_WHOLE: Share = slice(None)
-_FILLER = -1  # the example index of a row that only fills up the last batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +298,16 @@ def load_prompts(
     return prompts, report
 
 
+def lengths(dataset: datasets.Dataset) -> np.ndarray:
+    """Tokens of prompt and response of every example."""
+    table = dataset.with_format("arrow")[:]
+
+    def of(column: str) -> np.ndarray:
+        return pc.call_function("list_value_length", [table[column]]).to_numpy()
+
+    return of("prompt") + of("response")
+
+
 def fingerprint(dataset: datasets.Dataset) -> str:
     """A digest of the tokens and spans themselves, in their order."""
     digest = hashlib.blake2b(digest_size=16)
@@ -310,103 +315,3 @@ def fingerprint(dataset: datasets.Dataset) -> str:
         for row in dataset[column]:
             digest.update(np.asarray(row, np.int32).tobytes() + b";")
     return digest.hexdigest()
-
-
-def batches(
-    dataset: datasets.Dataset,
-    batch_size: int,
-    *,
-    width: int,
-    seed: int,
-    shuffle: bool = True,
-    share: Share = _WHOLE,
-    epochs: int | None = None,
-) -> grain.DatasetIterator:
-    """This process's `Rows` of every training batch, with an exact position.
-
-    The order depends on `seed` and `batch_size` alone: each process takes its share of
-    the same global batch, however many processes there are. Every epoch is shuffled
-    anew and leaves out the examples that do not fill a batch. `rows.example` is the
-    index in `dataset`. `get_state()` is plain JSON, `set_state()` goes on from it.
-
-    Args:
-      batch_size: rows of the global batch.
-      width: S of the rows, at least the data set's `max_length`.
-      share: which rows of a batch this process takes.
-      epochs: None: without end.
-
-    Raises:
-      ValueError: the data set is smaller than a batch.
-    """
-    if len(dataset) < batch_size:
-        raise ValueError(
-            f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
-            "smaller batch or more data"
-        )
-    order = grain.MapDataset.range(len(dataset)).seed(seed)
-    if shuffle:
-        order = order.shuffle()
-    indices = order.batch(batch_size, drop_remainder=True).repeat(epochs)
-    rows = indices.map(lambda batch: _dataset_rows(dataset, batch[share], width))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(rows.to_iter_dataset(options))
-
-
-def eval_batches(
-    dataset: datasets.Dataset,
-    batch_size: int,
-    *,
-    width: int,
-    share: Share = _WHOLE,
-) -> Iterator[Rows]:
-    """This process's `Rows` of the whole data set, once, in its order.
-
-    The last batch is filled up with rows that have no response (`lengths ==
-    prompt_lengths`: everything is masked) and `example` -1.
-    """
-    for indices in _filled(len(dataset), batch_size):
-        yield _dataset_rows(dataset, indices[share], width)
-
-
-def prompt_batches(
-    prompts: Sequence[Prompt],
-    batch_size: int,
-    *,
-    width: int,
-    with_response: bool = False,
-    share: Share = _WHOLE,
-) -> Iterator[Rows]:
-    """As `eval_batches`, for prompts: with the first reference, or no response."""
-    for indices in _filled(len(prompts), batch_size):
-        own = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
-        # A filler is as long as the row: generation finds it done and waits for none.
-        yield from_lists(
-            [list(p.tokens) if p else [0] * width for p in own],
-            [list(p.response) if p and with_response else [] for p in own],
-            width=width,
-            examples=[p.example if p else _FILLER for p in own],
-        )
-
-
-def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, total, batch_size):
-        indices = np.arange(start, start + batch_size)
-        yield np.where(indices < total, indices, _FILLER)
-
-
-def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) -> Rows:
-    examples = indices.tolist()
-    found = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
-    filler = ([0], [], [])
-    picked = [filler if i == _FILLER else next(found) for i in examples]
-    prompts, responses, span_ids = zip(*picked, strict=True)
-    return from_lists(
-        prompts, responses, width=width, span_ids=span_ids, examples=examples
-    )
-
-
-def _columns(dataset: datasets.Dataset, indices: list[int]) -> Iterable[tuple]:
-    if not indices:
-        return []
-    rows = dataset[indices]
-    return zip(rows["prompt"], rows["response"], rows["span_ids"], strict=True)

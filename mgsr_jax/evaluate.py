@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float
 from rouge_score.rouge_scorer import RougeScorer
 
 from mgsr_jax import losses, sharding
-from mgsr_jax.data import Prompt, prompt_batches
+from mgsr_jax.batching import prompt_batches
+from mgsr_jax.data import Prompt
 from mgsr_jax.decode import generate
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Model, Params

@@ -5,7 +5,7 @@ checkpoint, so that a resumed run sees the rows that it would have seen.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from mgsr_jax.rollout import (
     Source,
     choose_source,
 )
-from mgsr_jax.rows import Rows
+from mgsr_jax.rows import Rows, narrowest, with_width
 from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
 from mgsr_jax.typing import Params, PRNGKey
@@ -62,10 +62,11 @@ class RowSource:
     """Makes the rows of one step after the other.
 
     Args:
-      batches: iterator of host rows, as `data.batches` gives them for `host_share`.
+      batches: iterator of host rows, as `train_batches` gives them for `host_share`.
       config: the policy.
       rollout: from `rollout.make_rollout`; None where the policy is "off".
       add_spans: marks the phrases of generated host rows.
+      widths: that rows may have, ascending; a step that generates needs the last.
       lookup: `TeacherCache.lookup`, for the data's own rows; None runs the teacher.
       micro_batches: parts that a batch is split into.
       steps: of the whole run.
@@ -84,7 +85,7 @@ class RowSource:
         *,
         mesh: Mesh,
         batch_size: int,
-        width: int,
+        widths: Sequence[int],
         micro_batches: int,
         steps: int,
         keep_ground_truth: bool,
@@ -100,8 +101,9 @@ class RowSource:
         self._size, self._parts, self._steps = batch_size, micro_batches, steps
         self._share = host_share(mesh, batch_size, micro_batches)
         self._keep_ground_truth, self._lookup = keep_ground_truth, lookup
+        self._widths = widths
         replays = config.policy == "replay"
-        self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, width)
+        self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, widths[-1])
         self._ratio = AdaptiveRatio(config.initial_ratio)
 
     def next(
@@ -119,12 +121,15 @@ class RowSource:
         )
         if source == "replay":
             rows = self._buffer.sample(replay_key, self._size)
+            rows = with_width(rows, narrowest(self._widths, rows.lengths))
             rows = self._split(jax.tree.map(lambda leaf: leaf[self._share], rows))
             return StepRows(self._put(rows), source, self._not_cached)
-        host = self._split(next(self._batches))
-        ground_truth = self._put(host)
+        rows = next(self._batches)
         if source == "data" or self._rollout is None:  # the second: policy "off"
-            return StepRows(ground_truth, source, self._look_up(host))
+            host = self._split(rows)
+            return StepRows(self._put(host), source, self._look_up(host))
+        host = self._split(with_width(rows, self._widths[-1]))
+        ground_truth = self._put(host)
         samples, corrections, heard = self._rollout(
             params, teacher_params, ground_truth, rollout_key
         )

@@ -134,6 +134,39 @@ def _check_sizes(
         raise ValueError(f"{len(prompts)} prompts, {listed}; give one of each a row")
 
 
+def narrowest(widths: Sequence[int], lengths: np.ndarray) -> int:
+    """The first of `widths`, which ascend, that rows of these lengths fit into.
+
+    >>> narrowest((128, 256, 512), np.array([90, 130]))
+    256
+
+    Raises:
+      ValueError: they fit into none.
+    """
+    longest = int(lengths.max())
+    for width in widths:
+        if longest <= width:
+            return width
+    raise ValueError(f"a row of {longest} tokens fits into no width of {widths}")
+
+
+def with_width(rows: Rows, width: int) -> Rows:
+    """Host rows, padded to another width, or cut to it where that is padding alone.
+
+    Raises:
+      ValueError: a row is longer.
+    """
+    narrowest([width], rows.lengths)
+
+    def fit(leaf: np.ndarray, padding: int) -> np.ndarray:
+        more = max(0, width - leaf.shape[1])
+        return np.pad(leaf[:, :width], ((0, 0), (0, more)), constant_values=padding)
+
+    return dataclasses.replace(
+        rows, tokens=fit(rows.tokens, 0), span_ids=fit(rows.span_ids, NO_SPAN)
+    )
+
+
 def prompts_only(rows: Rows) -> Rows:
     """The rows cut back to their prompts, as a start for generation."""
     cut = dataclasses.replace(

@@ -252,7 +252,7 @@ class TeacherCache:
         Aligned with `next_token_view(rows)`; zeros where nothing is scored.
 
         Args:
-          rows: ground-truth rows as `data.batches` and `data.eval_batches` give them,
+          rows: ground-truth rows as `train_batches` and `eval_batches` give them,
             of any width. [B, S]
 
         Returns:

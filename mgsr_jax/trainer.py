@@ -15,7 +15,8 @@ import yaml
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from mgsr_jax import data, distributed, sharding
+from mgsr_jax import distributed, sharding
+from mgsr_jax.batching import eval_batches, train_batches
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
@@ -107,7 +108,7 @@ class _Run:
             self._add_spans,
             mesh=setup.mesh,
             batch_size=config.batch_size,
-            width=config.data.max_length,
+            widths=config.data.widths,
             micro_batches=config.micro_batches,
             steps=setup.steps,
             keep_ground_truth=config.objective.sft > 0,
@@ -238,10 +239,10 @@ class _Run:
         if self.setup.valid is None:
             return {}
         means, config = Means(), self.config
-        for rows in data.eval_batches(
+        for rows in eval_batches(
             self.setup.valid,
             config.batch_size // config.micro_batches,
-            width=config.data.max_length,
+            widths=config.data.widths,
             share=sharding.host_rows(
                 self.setup.mesh, config.batch_size // config.micro_batches
             ),
@@ -392,10 +393,10 @@ def _due(step: int, every: int) -> bool:
 
 def _batches(setup: Setup) -> Any:
     config = setup.config
-    return data.batches(
+    return train_batches(
         setup.train,
         config.batch_size,
-        width=config.data.max_length,
+        widths=config.data.widths,
         seed=config.seed,
         share=host_share(setup.mesh, config.batch_size, config.micro_batches),
     )

@@ -48,6 +48,7 @@ def test_the_defaults_are_valid():
         dict(batch_size=12, micro_batches=3),
         dict(save_every=0, validate_every=0, optimizer__weight_decay=0.0),
         dict(lora__rank=16, lora__alpha=0.5, lora__dropout=0.99, lora__targets=""),
+        dict(data__buckets=(64, 128)),
         dict(teacher_cache="cache", objective__span=0.0),
         dict(
             teacher_cache="cache",
@@ -67,6 +68,9 @@ def test_what_works_is_let_through(changes):
     [
         (dict(steps=None), "exactly one of steps and epochs, got steps=None, epochs=N"),
         (dict(epochs=1.0), "exactly one of steps and epochs, got steps=10, epochs=1.0"),
+        (dict(data__buckets=(512,)), r"buckets=\[512\]; .* data.max_length=512"),
+        (dict(data__buckets=(128, 64)), r"buckets=\[128, 64\]; .* ascend"),
+        (dict(data__buckets=(0, 64)), r"buckets=\[0, 64\]; .* from 2"),
         (
             dict(batch_size=10, micro_batches=4),
             "batch_size=10 does not divide into .*4",

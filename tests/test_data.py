@@ -1,17 +1,17 @@
-"""Data: one tokenisation path, a report that survives the cache, a fixed order."""
+"""Data: one tokenisation path, a report that survives the cache."""
 
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import data, spans
+from mgsr_jax.batching import train_batches
 from mgsr_jax.encoding import Encoding, alpaca_prompt, encode_prompt, encode_response
 from mgsr_jax.rows import next_token_view
 
@@ -185,7 +185,7 @@ def test_rows_of_the_data_set(tmp_path):
 
 def test_end_of_sequence_is_scored_though_padding_is_the_same_id(dataset):
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id
-    rows = next(data.batches(dataset, 4, width=300, seed=0))
+    rows = next(train_batches(dataset, 4, widths=[300], seed=0))
     view = next_token_view(jax.tree.map(jnp.asarray, rows))
     for b in range(4):
         scored = view.labels[b][view.where[b]].tolist()
@@ -332,101 +332,6 @@ def test_prompts_for_evaluation(tmp_path):
     assert second.references == ("y" * 900, "z")
     assert (second.example, second.scored, second.source) == (1, False, "some.jsonl:3")
     assert len(second.tokens) + len(second.response) == 300
-
-
-# Order and position
-
-
-def share(process, processes):
-    """What one of several equal processes takes of a batch of 8."""
-    return np.arange(8).reshape(processes, -1)[process]
-
-
-def global_batches(dataset, processes, count, **options):
-    iterators = [
-        data.batches(dataset, 8, width=300, share=share(p, processes), **options)
-        for p in range(processes)
-    ]
-    return [
-        np.concatenate([next(it).example for it in iterators]) for _ in range(count)
-    ]
-
-
-def test_order_does_not_depend_on_the_number_of_hosts(dataset):
-    expected = global_batches(dataset, 1, 5, seed=3)
-    for processes in (2, 4):
-        found = global_batches(dataset, processes, 5, seed=3)
-        np.testing.assert_array_equal(found, expected)
-    other = global_batches(dataset, 1, 5, seed=4)
-    assert not np.array_equal(other, expected)
-
-
-def test_an_epoch_shows_no_example_twice_and_the_next_is_shuffled_anew(dataset):
-    first, second, third, fourth = global_batches(dataset, 1, 4, seed=0, epochs=2)
-    for epoch in ([first, second], [third, fourth]):
-        assert len(set(np.concatenate(epoch).tolist())) == 16
-    assert first.tolist() != third.tolist()
-    iterator = data.batches(dataset, 8, width=300, seed=0, epochs=2)
-    assert len(list(iterator)) == 4
-
-
-def test_without_shuffling_the_order_is_the_data_sets(dataset):
-    (first,) = global_batches(dataset, 2, 1, seed=0, shuffle=False)
-    assert first.tolist() == list(range(8))
-
-
-def test_position_is_json_and_resumes_exactly(dataset):
-    options = {"width": 300, "seed": 1, "share": share(1, 2)}
-    iterator = data.batches(dataset, 8, **options)
-    for _ in range(3):
-        next(iterator)
-    state = json.loads(json.dumps(iterator.get_state()))
-    expected = [next(iterator) for _ in range(3)]
-    resumed = data.batches(dataset, 8, **options)
-    next(resumed)
-    resumed.set_state(state)
-    for rows in expected:
-        jax.tree.map(np.testing.assert_array_equal, next(resumed), rows)
-
-
-def test_batches_that_cannot_be_made_raise(dataset):
-    with pytest.raises(ValueError, match="22 examples do not fill a batch of 24"):
-        data.batches(dataset, 24, width=300, seed=0)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_validation_counts_every_example_once(dataset, processes):
-    shares = [
-        list(data.eval_batches(dataset, 8, width=300, share=share(p, processes)))
-        for p in range(processes)
-    ]
-    batches = [
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        for parts in zip(*shares, strict=True)
-    ]
-    assert [len(rows.tokens) for rows in batches] == [8, 8, 8]
-    examples = np.concatenate([rows.example for rows in batches])
-    assert examples.tolist() == [*range(22), -1, -1]
-    scored = sum(
-        int(next_token_view(jax.tree.map(jnp.asarray, rows)).where.sum())
-        for rows in batches
-    )
-    assert scored == sum(len(response) for response in dataset["response"])
-
-
-def test_prompt_batches(tmp_path):
-    prompts, _ = data.load_prompts(write(tmp_path, records(5)), TOKENIZER, LONG)
-    first, second = data.prompt_batches(prompts, 3, width=300)
-    np.testing.assert_array_equal(first.lengths, first.prompt_lengths)
-    assert first.example.tolist() == [0, 1, 2] and second.example.tolist() == [3, 4, -1]
-    _, second = data.prompt_batches(prompts, 3, width=300, with_response=True)
-    assert (second.lengths - second.prompt_lengths).tolist() == [
-        len(prompts[3].response),
-        len(prompts[4].response),
-        0,
-    ]
-    start, end = second.prompt_lengths[1], second.lengths[1]
-    assert second.tokens[1, start:end].tolist() == list(prompts[4].response)
 
 
 @pytest.mark.parametrize(

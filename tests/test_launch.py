@@ -80,6 +80,8 @@ class Stage:
             ["bash", LAUNCH / f"{script}.sh", *arguments],
             env=self.settings(**variables),
             start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as running:
             try:
                 yield running

@@ -21,13 +21,13 @@ MARK = 7  # the span id that stands for "the chunker was here"
 
 
 class Batches:
-    """Batch n has the examples 8n ... 8n + 7, as `data.batches` gives them."""
+    """Batch n has the examples 8n ... 8n + 7, as `train_batches` gives them."""
 
-    def __init__(self):
-        self.position = 0
+    def __init__(self, width=WIDTH):
+        self.position, self.width = 0, width
 
     def __next__(self):
-        rows = tiny.complete([(2, 3)] * BATCH, width=WIDTH, seed=self.position)
+        rows = tiny.complete([(2, 3)] * BATCH, width=self.width, seed=self.position)
         example = np.arange(BATCH, dtype=np.int32) + BATCH * self.position
         self.position += 1
         return dataclasses.replace(jax.tree.map(np.asarray, rows), example=example)
@@ -75,22 +75,22 @@ def lookup(rows):
     """Says of every position which example it is of."""
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(rows))
     assert rows.ground_truth.all()
-    shape = (len(rows.example), WIDTH - 1, 3)
+    shape = (len(rows.example), rows.tokens.shape[1] - 1, 3)
     example = np.broadcast_to(rows.example[:, None, None], shape)
     logits, indices = example.astype(np.float16), example.astype(np.uint16)
     return TopKTeacher(logits, indices, logits[..., 0].astype(np.float32))
 
 
-def make(policy="on", *, parts=2, mesh=None, lookup=None, **settings):
+def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **settings):
     keep = settings.pop("keep_ground_truth", True)
     return RowSource(
-        Batches(),
+        Batches(widths[0]),
         RolloutConfig(policy, **settings),
         None if policy == "off" else rollout,
         add_spans,
         mesh=mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4]),
         batch_size=BATCH,
-        width=WIDTH,
+        widths=widths,
         micro_batches=parts,
         steps=STEPS,
         keep_ground_truth=keep,
@@ -207,6 +207,31 @@ def test_without_a_cache_the_teacher_is_run_on_the_data_s_rows():
         assert_heard(rows, part, found)
 
 
+def test_only_a_step_that_generates_needs_the_whole_width():
+    """Rows of 5 tokens are 6 wide where nothing is written behind them."""
+    settings = dict(initial_ratio=0.7, capacity=16, lookup=lookup)
+    narrow, wide = (
+        make("replay", widths=(6, WIDTH), **settings),
+        make("replay", **settings),
+    )
+    widths = {"data": 6, "generate": WIDTH, "replay": 6}
+    sources = set()
+    for number in range(STEPS):
+        found, expected = step(narrow, number), step(wide, number)
+        assert found.source == expected.source
+        sources.add(found.source)
+        assert_cached(found)
+        width = widths[found.source]
+        for own, whole in zip(found.micro_batches, expected.micro_batches, strict=True):
+            assert own.tokens.shape[1] == width
+            for name in ("tokens", "span_ids"):
+                np.testing.assert_array_equal(
+                    getattr(own, name), getattr(whole, name)[:, :width]
+                )
+            np.testing.assert_array_equal(own.example, whole.example)
+    assert sources == set(widths)
+
+
 def test_what_is_drawn_depends_on_the_step_s_key_alone():
     first, second = step(make(), 0), step(make(), 0)
     other = step(make(), 1)
@@ -288,7 +313,7 @@ def test_a_policy_that_generates_needs_a_rollout():
             add_spans,
             mesh=sharding.make_mesh(),
             batch_size=BATCH,
-            width=WIDTH,
+            widths=[WIDTH],
             micro_batches=1,
             steps=STEPS,
             keep_ground_truth=True,

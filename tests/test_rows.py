@@ -9,8 +9,10 @@ from mgsr_jax.rows import (
     NO_SPAN,
     blank_padding,
     from_lists,
+    narrowest,
     next_token_view,
     prompts_only,
+    with_width,
 )
 
 
@@ -87,6 +89,16 @@ def test_leading_axes_change_nothing(ragged):
             flat,
             more,
         )
+
+
+def test_width_is_padding_alone():
+    rows = from_lists([[5, 6], [7]], [[8], [9, 2]], width=4, span_ids=[[3], [4, 4]])
+    wide = from_lists([[5, 6], [7]], [[8], [9, 2]], width=7, span_ids=[[3], [4, 4]])
+    jax.tree.map(np.testing.assert_array_equal, with_width(rows, 7), wide)
+    jax.tree.map(np.testing.assert_array_equal, with_width(wide, 4), rows)
+    assert narrowest((3, 4, 7), rows.lengths) == 3
+    with pytest.raises(ValueError, match="a row of 3 tokens fits into no width"):
+        with_width(rows, 2)
 
 
 def test_from_lists_lays_rows_out_from_the_left():

@@ -246,6 +246,23 @@ def test_sft_needs_no_teacher(project):
     assert "train/dac_kl" not in lines[-1]
 
 
+def test_narrow_rows_have_the_losses_of_wide_ones(project, two_devices, monkeypatch):
+    """All examples have 50 tokens; rows are 56 wide, or 50 with a bucket of that."""
+    put, first, widths = sharding.put_batch, [], set()
+    monkeypatch.setattr(
+        "mgsr_jax.row_source.put_batch",
+        lambda mesh, rows: widths.add(rows.tokens.shape[1]) or put(mesh, rows),
+    )
+    for name, buckets in (("wide", ()), ("narrow", (30, 50))):
+        settings = sft(project, name, steps=2, mesh=MeshConfig())
+        spec = dataclasses.replace(settings.data, buckets=buckets)
+        run(dataclasses.replace(settings, data=spec))
+        first.append(metrics(project, name)[0]["valid/loss"])
+        assert widths == ({50} if buckets else {56})
+        widths.clear()
+    np.testing.assert_allclose(*first, rtol=1e-6)
+
+
 @pytest.fixture
 def two_devices(monkeypatch):
     """Programs for two compile sooner than for eight."""
