@@ -1,11 +1,14 @@
 """Several real processes: how they meet, and that they compute what one computes."""
 
+import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
@@ -39,7 +42,9 @@ def environment(devices, **more):
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_"))
+        if not name.startswith(
+            ("SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_", "MEGASCALE_")
+        )
     }
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return kept | settings | more
@@ -103,6 +108,79 @@ def test_two_processes_meet(launcher):
         ["-c", MEET], [environment(2, **launcher(i, port)) for i in (0, 1)]
     )
     # Gloo prints too.
+    assert [out.splitlines()[-1] for out in found] == ["0 2 4", "1 2 4"]
+
+
+# What JAX finds out when it is imported on a TPU host.
+ON_A_TPU_HOST = """
+import os
+import jax
+from jax._src.clusters import cloud_tpu_cluster, cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True
+os.environ.pop("TPU_SKIP_MDS_QUERY", None)
+"""
+
+
+@contextmanager
+def metadata_server(**attributes):
+    """What a Cloud TPU host asks who it is; its address."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = "/computeMetadata/v1/instance/attributes/"
+            found = attributes.get(self.path.removeprefix(path).replace("-", "_"))
+            self.send_response(404 if found is None else 200)
+            self.end_headers()
+            self.wfile.write((found or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def by_cloud_tpu(i, port):
+    """Nothing but what the metadata server says."""
+    return {"JAX_COORDINATOR_PORT": str(port)}
+
+
+def by_gke(i, port):
+    """One slice of two hosts."""
+    return by_cloud_tpu(i, port) | {
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "TPU_WORKER_ID": str(i),
+    }
+
+
+def by_gke_slices(i, port):
+    """Two slices of one host."""
+    return by_cloud_tpu(i, port) | {
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": str(i),
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    }
+
+
+@pytest.mark.parametrize("launcher", [by_cloud_tpu, by_gke, by_gke_slices])
+def test_two_tpu_hosts_meet(launcher):
+    port, environments = free_port(), []
+    with ExitStack() as stack:
+        for i in (0, 1):
+            address = stack.enter_context(
+                metadata_server(
+                    agent_worker_number=str(i) if launcher is by_cloud_tpu else None,
+                    worker_network_endpoints="localhost,localhost",
+                    tpu_env="ACCELERATOR_TYPE: 'v5p-16'",
+                )
+            )
+            more = launcher(i, port) | {"GCE_METADATA_IP": address}
+            environments.append(environment(2, **more))
+        found = together(["-c", ON_A_TPU_HOST + MEET], environments)
     assert [out.splitlines()[-1] for out in found] == ["0 2 4", "1 2 4"]
 
 
