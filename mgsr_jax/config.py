@@ -160,6 +160,12 @@ class TrainConfig:
     resume: bool = False
     tensorboard: bool = True
 
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether any step asks the teacher itself: then its weights are loaded."""
+        cached = self.teacher_cache is not None and self.rollout.policy == "off"
+        return self.teacher is not None and not cached
+
 
 def check(config: TrainConfig) -> None:
     """Finds settings that cannot work together, before anything is read.

@@ -46,6 +46,7 @@ def start(config: DistributedConfig) -> None:
     Raises:
       ValueError: settings of which some are missing or no number.
       ConnectionError: the others were not there in time.
+      RuntimeError: devices are in use, and there are others to join.
     """
     if jax.distributed.is_initialized():
         return
@@ -68,10 +69,13 @@ def start(config: DistributedConfig) -> None:
             f"the processes of this run did not meet within {config.timeout} s, with "
             f"{found or 'what the launcher says'}: {error}"
         ) from error
-    except RuntimeError:
-        # Called from Python where devices are in use: who began there has joined too.
-        if found:
-            raise
+    except RuntimeError as error:
+        # Called from Python where devices are in use. A TPU's processes have met then.
+        if found or _launched():
+            raise RuntimeError(
+                "distributed: devices were used before this process joined the run's "
+                "others; call distributed.start first, or jax.distributed.initialize"
+            ) from error
 
 
 def barrier(name: str) -> None:
@@ -95,6 +99,14 @@ def _settings(config: DistributedConfig) -> dict[str, Any]:
         if value is not None:
             found[name] = value
     return found
+
+
+def _launched() -> bool:
+    """Whether SLURM or OpenMPI has started more processes than this one."""
+    return any(
+        _number(name, os.environ.get(name, "1")) > 1
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    )
 
 
 def _number(variable: str, text: str) -> int:

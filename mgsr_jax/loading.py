@@ -45,7 +45,7 @@ def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainSt
 def load_teacher(setup: Setup) -> Params | None:
     """The teacher's weights, where it is run."""
     config = setup.config
-    if setup.teacher is None or config.teacher is None or not setup.runs_teacher:
+    if setup.teacher is None or config.teacher is None or not config.runs_teacher:
         return None
     dtype = jnp.dtype(config.teacher_dtype)
     return hf.load_params(config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype)

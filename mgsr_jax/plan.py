@@ -26,6 +26,7 @@ from mgsr_jax.compiled import (
     with_places,
 )
 from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.programs import (
     CLIP_NETWORK,
@@ -171,11 +172,11 @@ class _Planner:
         try:
             with jax.set_mesh(self.mesh):
                 rows = (self._rows(),) * self.config.micro_batches
-                cached: tuple[Any, ...] = ()
+                cached = (self._said(),) * self.config.micro_batches
                 if self.run.rollout is not None:
                     program, outputs = self._rollout(rows)
                     programs.append(program)
-                    rows, cached = self._generated(rows, outputs)
+                    rows, cached = self._generated(rows, cached, outputs)
                 programs.append(self._train_step(rows, cached))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -209,13 +210,13 @@ class _Planner:
         return compile_program("train step", step, arguments, options=options)[0]
 
     def _generated(
-        self, rows: tuple[Rows, ...], outputs: Any
+        self, rows: tuple[Rows, ...], cached: tuple[Any, ...], outputs: Any
     ) -> tuple[tuple[Rows, ...], tuple[Any, ...]]:
         """The largest step's rows: the student's, and the data's where they count."""
         samples, _, heard = outputs
         if not self.config.objective.sft:
             return samples, heard
-        return rows + samples, (None,) * len(rows) + heard
+        return rows + samples, cached + heard
 
     def _state(self) -> Any:
         config, student = self.config, self.student
@@ -235,28 +236,41 @@ class _Planner:
         return with_places(state, state_shardings(self.mesh, student, state))
 
     def _teacher(self) -> Any:
-        if self.teacher is None:
+        if self.teacher is None or not self.config.runs_teacher:
             return None
         dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
         places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
         return with_places(_cast(params, dtype), places)
 
+    def _of_rows(self, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        """The shape of what there is of every row of a micro-batch."""
+        size = self.config.batch_size // self.config.micro_batches
+        place = sharding.batch_sharding(self.mesh)
+        return jax.ShapeDtypeStruct((size, *more), dtype, sharding=place)
+
+    def _said(self) -> TopKTeacher | None:
+        """What a teacher cache of no more classes than it needs says of such rows."""
+        if self.config.teacher_cache is None:
+            return None
+        positions = self.config.data.max_length - 1
+        classes = self.config.objective.num_candidates
+        return TopKTeacher(
+            logits=self._of_rows(jnp.float16, positions, classes),
+            indices=self._of_rows(jnp.uint32, positions, classes),
+            logsumexp=self._of_rows(jnp.float32, positions),
+        )
+
     def _rows(self) -> Rows:
         """A micro-batch of the data."""
-        size = self.config.batch_size // self.config.micro_batches
-        width, place = self.config.data.max_length, sharding.batch_sharding(self.mesh)
-
-        def shape(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((size, *more), dtype, sharding=place)
-
-        one, row = shape(jnp.int32), shape(jnp.int32, width)
+        width = self.config.data.max_length
+        one, row = self._of_rows(jnp.int32), self._of_rows(jnp.int32, width)
         return Rows(
             tokens=row,
             prompt_lengths=one,
             lengths=one,
             span_ids=row,
             example=one,
-            ground_truth=shape(jnp.bool),
+            ground_truth=self._of_rows(jnp.bool),
         )
 
     def _parts(self) -> dict[str, int]:
@@ -272,7 +286,7 @@ class _Planner:
         if CLIP_NETWORK in self.state.params:
             network = self.state.params[CLIP_NETWORK]
             parts["clip network"] = device_bytes(network)
-        if self.teacher is not None:
+        if self.teacher_params is not None:
             name = f"teacher, {self.config.teacher_dtype}"
             parts[name] = device_bytes(self.teacher_params)
         if self.run.rollout is not None:

@@ -66,13 +66,6 @@ class Setup:
     teacher_cache: TeacherCache | None = None
     student_digest: str | None = None
 
-    @property
-    def runs_teacher(self) -> bool:
-        """Whether any step asks the teacher itself: then its weights are loaded."""
-        return self.teacher is not None and (
-            self.teacher_cache is None or self.config.rollout.policy != "off"
-        )
-
 
 def prepare(config: TrainConfig, *, console: Console) -> Setup:
     """Everything that can fail before weights are loaded or files written."""

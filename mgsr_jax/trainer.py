@@ -85,7 +85,7 @@ class _Run:
         self.output = Path(config.output)
         # Not the state's, which is the same: the host need not wait for the device.
         self.key = jax.random.key(config.seed)
-        if setup.teacher is not None and not setup.runs_teacher:
+        if setup.teacher is not None and not config.runs_teacher:
             console.print(
                 "the teacher is not loaded: every step reads the teacher cache, and "
                 "validation measures the student's cross-entropy alone"
@@ -98,7 +98,7 @@ class _Run:
             vocab_size=setup.vocab_size,
             eos_ids=setup.eos_ids,
             steps=setup.steps,
-            teacher_validates=setup.runs_teacher,
+            teacher_validates=config.runs_teacher,
         )
         self.learning_rate = learning_rate_schedule(config.optimizer, setup.steps)
         self.source = RowSource(

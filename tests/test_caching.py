@@ -315,9 +315,9 @@ def test_the_teacher_is_needed_where_the_student_writes(project, made):
             teacher_cache=made[0].output,
             rollout=RolloutConfig(policy),
         )
-        assert prepare(settings, console=quiet()).runs_teacher is runs
+        assert prepare(settings, console=quiet()).config.runs_teacher is runs
         without = dataclasses.replace(settings, teacher_cache=None)
-        assert prepare(without, console=quiet()).runs_teacher
+        assert prepare(without, console=quiet()).config.runs_teacher
 
 
 def test_what_is_held_is_told_and_little_is_warned_of(project, made, one_width):

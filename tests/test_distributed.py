@@ -204,6 +204,16 @@ def test_settings_of_which_some_are_missing_are_refused(config, message, monkeyp
         distributed.start(config)
 
 
+def test_devices_in_use_are_no_way_around_a_launcher(monkeypatch):
+    """Every process would be a run of its own, in one folder."""
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    jax.devices()
+    distributed.start(DistributedConfig())
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(RuntimeError, match="call distributed.start first"):
+        distributed.start(DistributedConfig())
+
+
 def test_a_variable_that_is_no_number_is_named(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID='one'"):

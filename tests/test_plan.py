@@ -65,6 +65,21 @@ def test_a_run_without_rollouts_has_one_program(config):
     assert [program.name for program in found.programs] == ["train step"]
 
 
+def test_a_teacher_that_no_step_asks_is_not_there(config):
+    cached = dataclasses.replace(
+        config,
+        teacher_cache="cache",
+        objective=Objective(num_candidates=8, span=0.0),
+        rollout=RolloutConfig("off"),
+    )
+    found = plan(cached, HERE)
+    assert found.fits and "teacher, float32" not in found.parts
+    # What the cache says is among the arguments.
+    live = plan(dataclasses.replace(cached, teacher_cache=None), HERE)
+    saved = live.programs[0].arguments - found.programs[0].arguments
+    assert 0 < saved < live.parts["teacher, float32"]
+
+
 def made(peak, failure=None, memory=100 * GIB):
     program = Program("train step", 1.0, peak, 0, 0, 0, {}, "")
     mesh = sharding.make_mesh()
