@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from mgsr_jax import sharding, teacher_cache
 from mgsr_jax.batching import eval_batches
-from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
+from mgsr_jax.loading import load_teacher
 from mgsr_jax.losses import TopKTeacher, top_k_teacher
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.setup import Setup, check_candidates, origin_of, read_inputs
@@ -139,14 +139,8 @@ def _check(config: TrainConfig) -> None:
 def _write(
     folder: Path, recipe: Recipe, missing: list[int], setup: Setup, console: Console
 ) -> None:
-    config, teacher = setup.config, setup.teacher
-    assert teacher is not None and config.teacher is not None
-    params = hf.load_params(
-        config.teacher,
-        teacher,
-        mesh=setup.mesh,
-        dtype=jnp.dtype(config.teacher_dtype),
-    )
+    teacher, params = setup.teacher, load_teacher(setup)
+    assert teacher is not None
     step = make_top_k_step(
         teacher, top_k=recipe.top_k, vocab_size=recipe.vocab_size, mesh=setup.mesh
     )

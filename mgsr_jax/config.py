@@ -111,7 +111,8 @@ class TrainConfig:
       seed: of data order, rollouts and the clip network.
       dtype: of computation, and of the student's weights where lora leaves them as they
         are; what is trained, the optimizer and the losses are float32.
-      teacher_dtype: of the teacher's parameters.
+      teacher_dtype: of the teacher's parameters and computation; int8: its layers'
+        matrices alone, the rest bfloat16 (the extra mgsr_jax[int8]).
       attention: of whole rows, in both models: "xla" everywhere, "cudnn" on NVIDIA GPUs
         (both dtypes bfloat16), "flash" on TPUs.
       remat: keep only what goes into each layer of the student for the backward pass
@@ -142,7 +143,7 @@ class TrainConfig:
     chunk_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     attention: Literal["xla", "cudnn", "flash"] = "xla"
     remat: bool = False
     objective: Objective = dataclasses.field(default_factory=Objective)
@@ -208,8 +209,8 @@ def check(config: TrainConfig) -> None:
     ):
         raise ValueError(
             f"attention='cudnn' computes in bfloat16, got dtype={config.dtype}, "
-            f"teacher_dtype={config.teacher_dtype}; set both to bfloat16, or attention "
-            "to xla"
+            f"teacher_dtype={config.teacher_dtype}; set both to bfloat16 (the second "
+            "may be int8), or attention to xla"
         )
     if config.teacher_cache is not None:
         _check_teacher_cache(config)

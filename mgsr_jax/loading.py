@@ -1,6 +1,7 @@
 """What a run starts from, on its mesh: the state at step 0, and the teacher."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
+from mgsr_jax.models import quantized
 from mgsr_jax.programs import (
     STUDENT,
     init_trained,
@@ -42,13 +44,14 @@ def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainSt
     return jax.jit(init, out_shardings=places, donate_argnums=(0, 1))(params, frozen)
 
 
-def load_teacher(setup: Setup) -> Params | None:
-    """The teacher's weights, where it is run."""
+def load_teacher(setup: Setup) -> Params:
+    """The teacher's weights."""
     config = setup.config
-    if setup.teacher is None or config.teacher is None or not config.runs_teacher:
-        return None
-    dtype = jnp.dtype(config.teacher_dtype)
-    return hf.load_params(config.teacher, setup.teacher, mesh=setup.mesh, dtype=dtype)
+    assert setup.teacher is not None and config.teacher is not None
+    settings: dict[str, Any] = {"dtype": jnp.dtype(config.teacher_dtype)}
+    if config.teacher_dtype == "int8":
+        settings = {"dtype": jnp.bfloat16, "transform": quantized.quantize}
+    return hf.load_params(config.teacher, setup.teacher, mesh=setup.mesh, **settings)
 
 
 def _init_trained(setup: Setup) -> Params:

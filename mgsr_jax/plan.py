@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mgsr_jax import sharding
+from mgsr_jax.checkpoint._layout import path_name
 from mgsr_jax.compiled import (
     Program,
     compile_program,
@@ -27,7 +28,7 @@ from mgsr_jax.compiled import (
 )
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.losses import TopKTeacher
-from mgsr_jax.models import LanguageModel
+from mgsr_jax.models import LanguageModel, quantized
 from mgsr_jax.programs import (
     CLIP_NETWORK,
     STUDENT,
@@ -240,7 +241,12 @@ class _Planner:
             return None
         dtype, params = self.config.teacher_dtype, self.teacher.abstract_params()
         places = sharding.shardings(self.mesh, self.teacher.partition_rules, params)
-        return with_places(_cast(params, dtype), places)
+        if dtype != "int8":
+            return with_places(_cast(params, dtype), places)
+        halves = with_places(_cast(params, jnp.bfloat16), places)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: quantized.quantize(path_name(path), x), halves
+        )
 
     def _of_rows(self, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
         """The shape of what there is of every row of a micro-batch."""

@@ -21,7 +21,7 @@ from rich.console import Console
 from mgsr_jax import data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
-from mgsr_jax.models import lora
+from mgsr_jax.models import lora, quantized
 from mgsr_jax.spans import Chunker
 from mgsr_jax.teacher_cache import Origin, TeacherCache
 
@@ -132,6 +132,8 @@ def read_models(
 
     On the mesh it depends as little as can be: a run may go on on another one.
     """
+    if config.teacher_dtype == "int8":
+        quantized.check_installed()
     student = models.from_config(config.student)
     teacher = models.from_config(config.teacher) if config.teacher else None
     both = [model for model in (student, teacher) if model is not None]

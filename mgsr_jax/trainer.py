@@ -118,7 +118,8 @@ class _Run:
     def to_the_end(self) -> TrainResult:
         """Loads, trains, exports. Nothing is written before the weights are read."""
         self.state = load_state(self.setup, self.programs.optimizer)
-        self.teacher_params = load_teacher(self.setup)
+        runs_teacher = self.config.runs_teacher
+        self.teacher_params = load_teacher(self.setup) if runs_teacher else None
         with checkpoint_state.open_manager(
             self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
         ) as self.manager:

@@ -80,6 +80,17 @@ def test_a_teacher_that_no_step_asks_is_not_there(config):
     assert 0 < saved < live.parts["teacher, float32"]
 
 
+def test_a_teacher_in_int8_is_half_of_one_in_bfloat16(config):
+    config = dataclasses.replace(config, rollout=RolloutConfig("off"))
+    sizes = {}
+    for dtype in ("bfloat16", "int8"):
+        found = plan(dataclasses.replace(config, teacher_dtype=dtype), HERE)
+        sizes[dtype] = found.parts[f"teacher, {dtype}"]
+    # Tables of 128 rows, which stay, are most of this one.
+    tables = 2 * 128 * 16 * 2 // 4
+    assert 0.4 < (sizes["int8"] - tables) / (sizes["bfloat16"] - tables) < 0.8
+
+
 def made(peak, failure=None, memory=100 * GIB):
     program = Program("train step", 1.0, peak, 0, 0, 0, {}, "")
     mesh = sharding.make_mesh()

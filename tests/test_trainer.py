@@ -246,6 +246,21 @@ def test_sft_needs_no_teacher(project):
     assert "train/dac_kl" not in lines[-1]
 
 
+def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
+    """SCRG asks it, and so do the losses and the validation."""
+    first = []
+    for dtype in ("bfloat16", "int8"):
+        settings = config(
+            project, dtype, teacher_dtype=dtype, steps=1, mesh=MeshConfig()
+        )
+        run(settings)
+        found = metrics(project, dtype)
+        assert any("train/loss" in line for line in found)
+        first.append([found[0][f"valid/{name}"] for name in ("teacher_sft", "dac_kl")])
+    assert first[0] != first[1]
+    np.testing.assert_allclose(*first, rtol=0.05)
+
+
 def test_narrow_rows_have_the_losses_of_wide_ones(project, two_devices, monkeypatch):
     """All examples have 50 tokens; rows are 56 wide, or 50 with a bucket of that."""
     put, first, widths = sharding.put_batch, [], set()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def load_params(
     *,
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
+    transform: Callable[[str, jax.Array], Any] = lambda path, parameter: parameter,
 ) -> Params:
     """Parameters of a Hugging Face folder, each shard read from the file by itself.
 
@@ -126,6 +128,8 @@ def load_params(
       mesh: the mesh to load onto by the model's partition rules; None: plain arrays
         on the default device.
       dtype: of every parameter.
+      transform: from a parameter and its '/'-joined path to what takes its place, one
+        after the other: the whole model is never there in `dtype`.
 
     Raises:
       FileNotFoundError: no weights at `path`.
@@ -140,8 +144,9 @@ def load_params(
         tensors = _open(Path(path), stack)
         sources = _match(Path(path), model, tensors, flat_shapes(abstract), non_finite)
 
-        def place(key_path: Any, target: Any) -> jax.Array:
-            return _place(sources[path_name(key_path)], target, dtype)
+        def place(key_path: Any, target: Any) -> Any:
+            name = path_name(key_path)
+            return transform(name, _place(sources[name], target, dtype))
 
         if places is None:
             places = jax.tree.map(lambda _: None, abstract)

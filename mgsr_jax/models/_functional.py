@@ -17,6 +17,7 @@ from mgsr_jax.models import lora
 from mgsr_jax.models._attention import attention_mask, place_cache, write_cache
 from mgsr_jax.models._causal_attention import Kind
 from mgsr_jax.models.lora import LORA, LoraConfig
+from mgsr_jax.models.quantized import dequantized
 from mgsr_jax.typing import BATCH_AXES, LAYERS, Cache, Params, PRNGKey, RowKeys
 
 # For the backward pass: what a product of weights gave. Norms, activations and the
@@ -208,7 +209,7 @@ class LanguageModel:
         def layer(
             x: Any, i: Any, of_layer: Any, adapters: Any, window: Any, layer_cache: Any
         ) -> Any:
-            block = nnx.merge(block_graph, of_layer)
+            block = nnx.merge(block_graph, dequantized(of_layer, x.dtype))
             block.attention.kind = self.attention
             lora.attach(block, adapters, self.lora, _folded(dropout_keys, i))
             x, layer_cache = block(x, where.positions, where.mask(window), layer_cache)
