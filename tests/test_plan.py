@@ -1,6 +1,7 @@
 """What `mgsr plan` makes of a compiler's answer; the compilers are in tests/aot."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -19,8 +20,15 @@ from mgsr_jax.targets import GIB, Target
 HERE = Target("here", tuple(jax.devices()), GIB)
 
 
-@pytest.fixture
-def config(tmp_path):
+@functools.cache
+def planned(config):
+    """Several tests compare with the same run."""
+    return plan(config, HERE)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("shapes")
     for name, layers in (("student", 1), ("teacher", 2)):
         shape = tiny.LLAMA | {"num_hidden_layers": layers, "eos_token_id": 1}
         (tmp_path / f"{name}.json").write_text(json.dumps(shape))
@@ -39,7 +47,7 @@ def config(tmp_path):
 
 
 def test_the_parts_are_what_a_device_holds(config):
-    found = plan(config, HERE)
+    found = planned(config)
     assert [program.name for program in found.programs] == ["rollout", "train step"]
     assert found.fits and verdict(found).startswith("fits: ")
     # 128 rows of the padded vocabulary, twice, over fsdp and tensor.
@@ -54,14 +62,14 @@ def test_the_parts_are_what_a_device_holds(config):
 
 def test_with_adapters_the_students_weights_are_frozen(config):
     lora = LoraConfig(rank=2, alpha=4.0)
-    found = plan(dataclasses.replace(config, lora=lora), HERE)
-    whole = plan(config, HERE)
+    found = planned(dataclasses.replace(config, lora=lora))
+    whole = planned(config)
     assert found.parts["adapters, float32"] < whole.parts["student, float32"] / 4
     assert found.parts["student, float32"] == whole.parts["student, float32"]
 
 
 def test_a_run_without_rollouts_has_one_program(config):
-    found = plan(dataclasses.replace(config, rollout=RolloutConfig("off")), HERE)
+    found = planned(dataclasses.replace(config, rollout=RolloutConfig("off")))
     assert [program.name for program in found.programs] == ["train step"]
 
 
@@ -72,23 +80,23 @@ def test_a_teacher_that_no_step_asks_is_not_there(config):
         objective=Objective(num_candidates=8, span=0.0),
         rollout=RolloutConfig("off"),
     )
-    found = plan(cached, HERE)
+    found = planned(cached)
     assert found.fits and "teacher, float32" not in found.parts
     # What the cache says is among the arguments.
-    live = plan(dataclasses.replace(cached, teacher_cache=None), HERE)
+    live = planned(dataclasses.replace(cached, teacher_cache=None))
     saved = live.programs[0].arguments - found.programs[0].arguments
     assert 0 < saved < live.parts["teacher, float32"]
 
 
 def test_a_teacher_in_int8_is_half_of_one_in_bfloat16(config):
     config = dataclasses.replace(config, rollout=RolloutConfig("off"))
-    sizes = {}
-    for dtype in ("bfloat16", "int8"):
-        found = plan(dataclasses.replace(config, teacher_dtype=dtype), HERE)
-        sizes[dtype] = found.parts[f"teacher, {dtype}"]
-    # Tables of 128 rows, which stay, are most of this one.
+    whole = planned(config).parts["teacher, float32"]
+    found = planned(dataclasses.replace(config, teacher_dtype="int8"))
+    assert found.fits
+    # Tables of 128 rows, which stay in bfloat16, are most of this one.
     tables = 2 * 128 * 16 * 2 // 4
-    assert 0.4 < (sizes["int8"] - tables) / (sizes["bfloat16"] - tables) < 0.8
+    halves = whole // 2 - tables
+    assert 0.4 < (found.parts["teacher, int8"] - tables) / halves < 0.8
 
 
 def made(peak, failure=None, memory=100 * GIB):
@@ -107,8 +115,10 @@ def test_the_verdict_is_one_line():
 
 def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(config):
     trials = []
-    needed = plan(dataclasses.replace(config, micro_batches=1), HERE).peak
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(), rollout=RolloutConfig("off"), micro_batches=1
+    )
+    needed = planned(config).peak
     roomy = dataclasses.replace(HERE, memory=4 * needed)
     found = search(config, roomy, trials.append)
     assert found is not None and found.mesh.shape["fsdp"] == 1
