@@ -175,6 +175,7 @@ def check(config: TrainConfig) -> None:
       ValueError: names the setting, what it is and what it may be.
     """
     _check_choices(config)
+    _check_folders(config)
     config.data.encoding  # noqa: B018  checks itself
     rollout = config.rollout
     if (config.steps is None) == (config.epochs is None):
@@ -214,6 +215,16 @@ def check(config: TrainConfig) -> None:
         )
     if config.teacher_cache is not None:
         _check_teacher_cache(config)
+
+
+def _check_folders(config: TrainConfig) -> None:
+    for name in ("student", "teacher", "teacher_cache", "output"):
+        value = getattr(config, name)
+        if value is not None and "://" in value:
+            raise ValueError(
+                f"{name}={value!r} is an address, and folders are read and written as "
+                "files; mount the bucket (gcsfuse for gs://) and give the folder there"
+            )
 
 
 def _check_widths(spec: DataConfig) -> None:

@@ -68,6 +68,14 @@ def test_what_works_is_let_through(changes):
     [
         (dict(steps=None), "exactly one of steps and epochs, got steps=None, epochs=N"),
         (dict(epochs=1.0), "exactly one of steps and epochs, got steps=10, epochs=1.0"),
+        (
+            dict(output="gs://bucket/run"),
+            r"output='gs://bucket/run' .*; mount the buck",
+        ),
+        (
+            dict(teacher="gs://bucket/teacher"),
+            "teacher='gs://bucket/teacher' is an add",
+        ),
         (dict(data__buckets=(512,)), r"buckets=\[512\]; .* data.max_length=512"),
         (dict(data__buckets=(128, 64)), r"buckets=\[128, 64\]; .* ascend"),
         (dict(data__buckets=(0, 64)), r"buckets=\[0, 64\]; .* from 2"),
