@@ -76,13 +76,17 @@ class Stage:
     @contextmanager
     def started(self, script, *arguments, **variables):
         """A launcher at work; whatever it leaves is ended."""
-        with subprocess.Popen(
-            ["bash", LAUNCH / f"{script}.sh", *arguments],
-            env=self.settings(**variables),
-            start_new_session=True,
-            # A shell's background job ignores Ctrl-C, and so would all that it starts.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as running:
+        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            launcher = subprocess.Popen(
+                ["bash", LAUNCH / f"{script}.sh", *arguments],
+                env=self.settings(**variables),
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        with launcher as running:
             try:
                 yield running
             finally:
