@@ -21,8 +21,8 @@ _FILLER = -1  # the example index of a row that only fills up the last batch
 _WINDOW = 8
 """Batches whose examples are sorted by length together, and then shuffled again.
 
-More would pad little less, and would put the same examples together in every epoch of
-a small data set.
+More would pad little less. Never more than half an epoch, or the same examples would be
+together in all of them.
 """
 
 
@@ -37,11 +37,11 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """This process's `Rows` of every training batch, with an exact position.
 
-    The order depends on `seed`, `batch_size` and the number of `widths` alone: each
-    process takes its share of the same global batch, however many processes there are.
-    Every epoch is shuffled anew and leaves out the examples that do not fill a batch.
-    `rows.example` is the index in `dataset`. `get_state()` is plain JSON, `set_state()`
-    goes on from it.
+    The order depends on `seed` and `batch_size`, with several `widths` on the examples'
+    lengths too: each process takes its share of the same global batch, however many
+    processes there are. Every epoch is shuffled anew and leaves out the examples that
+    do not fill a batch. `rows.example` is the index in `dataset`. `get_state()` is
+    plain JSON, `set_state()` goes on from it.
 
     Args:
       batch_size: rows of the global batch.
@@ -58,13 +58,14 @@ def train_batches(
             f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
             "smaller batch or more data"
         )
-    sizes = lengths(dataset)
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
     if len(widths) == 1:
         batches = order.batch(batch_size, drop_remainder=True)
+        sizes = np.full(len(dataset), widths[0])
     else:
-        windows = order.batch(_WINDOW * batch_size)
+        sizes = lengths(dataset)
         split = _ByLength(sizes, batch_size)
+        windows = order.batch(split.max_fan_out * batch_size)
         batches = grain.experimental.FlatMapMapDataset(windows, split).shuffle()
 
     def rows(batch: np.ndarray) -> Rows:
@@ -78,17 +79,18 @@ def train_batches(
 class _ByLength(grain.experimental.FlatMapTransform):
     """A window of examples as batches of like length."""
 
-    max_fan_out = _WINDOW
-
     def __init__(self, sizes: np.ndarray, batch_size: int):
         self._sizes, self._batch_size = sizes, batch_size
+        self.max_fan_out = max(1, min(_WINDOW, len(sizes) // batch_size // 2))
 
     def flat_map(self, element: np.ndarray) -> list[np.ndarray]:
         count = len(element) // self._batch_size
         # Cut before it is sorted: what is left out is not always the longest.
         window = element[: count * self._batch_size]
-        in_order = window[np.argsort(self._sizes[window], kind="stable")]
-        return np.split(in_order, count) if count else []
+        by_length = np.argsort(self._sizes[window], kind="stable")
+        by_length = by_length.reshape(count, self._batch_size)
+        # Not sorted within a batch: a device, a micro-batch would have all the longest.
+        return [window[np.sort(places)] for places in by_length]
 
 
 def eval_batches(

@@ -405,8 +405,11 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _new_folder(path: str | None) -> Path | None:
+    from mgsr_jax.checkpoint.folder import check_folder
+
     if path is None:
         return None
+    check_folder("output", path)
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output {folder} exists; choose another folder")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.distributed import DistributedConfig
 from mgsr_jax.encoding import Encoding
 from mgsr_jax.models.lora import LoraConfig
@@ -29,9 +30,10 @@ class DataConfig:
       add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
       max_prompt_length: longest prompt in tokens.
       max_length: longest prompt and response in tokens; the width of rows.
-      buckets: narrower widths, ascending: batches are made of examples of like length,
-        and steps on the data's or on replayed rows are as wide as these need. Each
-        width compiles the step anew.
+      buckets: further, narrower widths such as [128,256]: batches are made of examples
+        of like length, and steps on the data's or on replayed rows are as wide as these
+        need. A step's loss is a mean over its tokens, so that one in a batch of short
+        examples counts more. Each width compiles the step anew.
       too_long: "drop" longer examples, or "truncate" them; both are counted.
       max_bad_fraction: share of malformed records above which the run refuses to start.
       chunker: "textblob", "spacy" (needs the extra and a model), or your own as
@@ -114,7 +116,7 @@ class TrainConfig:
       teacher_dtype: of the teacher's parameters and computation; int8: its layers'
         matrices alone, the rest bfloat16 (the extra mgsr_jax[int8]).
       attention: of whole rows, in both models: "xla" everywhere, "cudnn" on NVIDIA GPUs
-        (both dtypes bfloat16), "flash" on TPUs.
+        (in bfloat16), "flash" on TPUs.
       remat: keep only what goes into each layer of the student for the backward pass
         and compute the rest again; less memory, more time.
       objective: the three losses and their weights.
@@ -175,7 +177,8 @@ def check(config: TrainConfig) -> None:
       ValueError: names the setting, what it is and what it may be.
     """
     _check_choices(config)
-    _check_folders(config)
+    for name in ("student", "teacher", "teacher_cache", "output"):
+        check_folder(name, getattr(config, name))
     config.data.encoding  # noqa: B018  checks itself
     rollout = config.rollout
     if (config.steps is None) == (config.epochs is None):
@@ -215,16 +218,6 @@ def check(config: TrainConfig) -> None:
         )
     if config.teacher_cache is not None:
         _check_teacher_cache(config)
-
-
-def _check_folders(config: TrainConfig) -> None:
-    for name in ("student", "teacher", "teacher_cache", "output"):
-        value = getattr(config, name)
-        if value is not None and "://" in value:
-            raise ValueError(
-                f"{name}={value!r} is an address, and folders are read and written as "
-                "files; mount the bucket (gcsfuse for gs://) and give the folder there"
-            )
 
 
 def _check_widths(spec: DataConfig) -> None:

@@ -64,18 +64,19 @@ def start(config: DistributedConfig) -> None:
             f"distributed: {error} Got {found or 'nothing'}; give all of "
             f"{', '.join(_VARIABLES)} (or {', '.join(_VARIABLES.values())}), or none"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
+        if "must be called before" in str(error):  # devices are in use already
+            if not found and not (config.detect and _launched()):
+                return  # a call from Python, of a process on its own
+            raise RuntimeError(
+                "distributed: devices were used before this process joined the run's "
+                "others; call distributed.start first, or, where it is alone, set "
+                "distributed.detect to false"
+            ) from error
         raise ConnectionError(
             f"the processes of this run did not meet within {config.timeout} s, with "
             f"{found or 'what the launcher says'}: {error}"
         ) from error
-    except RuntimeError as error:
-        # Called from Python where devices are in use. A TPU's processes have met then.
-        if found or _launched():
-            raise RuntimeError(
-                "distributed: devices were used before this process joined the run's "
-                "others; call distributed.start first, or jax.distributed.initialize"
-            ) from error
 
 
 def barrier(name: str) -> None:
@@ -102,11 +103,12 @@ def _settings(config: DistributedConfig) -> dict[str, Any]:
 
 
 def _launched() -> bool:
-    """Whether SLURM or OpenMPI has started more processes than this one."""
-    return any(
-        _number(name, os.environ.get(name, "1")) > 1
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    )
+    """Whether a launcher says that there are more processes than this one.
+
+    Those of one TPU slice have met by its own runtime, once devices are in use.
+    """
+    sizes = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    return any(_number(name, os.environ.get(name, "1")) > 1 for name in sizes)
 
 
 def _number(variable: str, text: str) -> int:

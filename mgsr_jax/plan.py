@@ -255,11 +255,11 @@ class _Planner:
         return jax.ShapeDtypeStruct((size, *more), dtype, sharding=place)
 
     def _said(self) -> TopKTeacher | None:
-        """What a teacher cache of no more classes than it needs says of such rows."""
+        """What a teacher cache of as many classes as by default says of such rows."""
         if self.config.teacher_cache is None:
             return None
         positions = self.config.data.max_length - 1
-        classes = self.config.objective.num_candidates
+        classes = max(512, self.config.objective.num_candidates)
         return TopKTeacher(
             logits=self._of_rows(jnp.float16, positions, classes),
             indices=self._of_rows(jnp.uint32, positions, classes),

@@ -132,7 +132,7 @@ def read_models(
 
     On the mesh it depends as little as can be: a run may go on on another one.
     """
-    if config.teacher_dtype == "int8":
+    if config.runs_teacher and config.teacher_dtype == "int8":
         quantized.check_installed()
     student = models.from_config(config.student)
     teacher = models.from_config(config.teacher) if config.teacher else None

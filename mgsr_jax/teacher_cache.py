@@ -47,7 +47,7 @@ class Origin:
 
     Attributes:
       teacher: digest of its folder's config.json and weights.
-      teacher_dtype: of its parameters and computation.
+      teacher_dtype: as in the settings of a run.
       tokenizer: digest of its map from id to token.
       data: digest of the tokenised data set, in its order.
     """

@@ -92,6 +92,25 @@ def test_a_batch_is_as_wide_as_its_longest_row_needs():
     assert sorted(np.concatenate(batches).tolist()) == [*range(400)]
 
 
+@pytest.mark.parametrize("batches", [2, 3, 8, 30])
+def test_no_epoch_puts_the_same_examples_together(batches):
+    sizes = np.random.default_rng(1).permutation(np.arange(8 * batches) % 30 + 3)
+    found, _ = global_batches(table(sizes), 1, 2 * batches, seed=0, widths=BUCKETS)
+    first, second = (
+        {frozenset(batch.tolist()) for batch in epoch}
+        for epoch in (found[:batches], found[batches:])
+    )
+    assert len(first & second) <= batches // 4
+
+
+def test_rows_of_a_batch_come_in_no_order_of_their_lengths():
+    sizes = np.arange(8 * 40) % 30 + 3
+    found, _ = global_batches(table(sizes), 1, 40, seed=0, widths=BUCKETS)
+    orders = [sizes[batch].tolist() for batch in found]
+    mixed = [order for order in orders if len(set(order)) > 2]
+    assert len(mixed) > 20 and not any(order == sorted(order) for order in mixed)
+
+
 def test_what_an_epoch_leaves_out_is_not_always_the_longest():
     dataset, left_out = table([*range(3, 15)]), set()
     for seed in range(10):

@@ -206,11 +206,22 @@ def test_settings_of_which_some_are_missing_are_refused(config, message, monkeyp
 
 def test_devices_in_use_are_no_way_around_a_launcher(monkeypatch):
     """Every process would be a run of its own, in one folder."""
-    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    for name in os.environ.keys() - environment(1).keys():
+        monkeypatch.delenv(name)
     jax.devices()
     distributed.start(DistributedConfig())
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(RuntimeError, match="call distributed.start first"):
+        distributed.start(DistributedConfig())
+    distributed.start(DistributedConfig(detect=False))
+
+
+def test_a_launcher_that_cannot_be_heard_is_no_reason_to_run_alone(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("Failed to recognize coordinator address t1v-0")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ConnectionError, match="did not meet .*: Failed to recognize"):
         distributed.start(DistributedConfig())
 
 

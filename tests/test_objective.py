@@ -26,7 +26,7 @@ from mgsr_jax.objective import (
     micro_batch_loss,
     position_weights,
 )
-from mgsr_jax.rows import from_lists, next_token_view
+from mgsr_jax.rows import from_lists, next_token_view, with_width
 from mgsr_jax.train_step import init_state, make_train_step
 
 VOCAB, COLUMNS, WIDTH, K = 11, 13, 10, 6
@@ -455,6 +455,34 @@ def test_a_part_of_weight_zero_is_not_there(part):
     np.testing.assert_allclose(loss, sum(parts.values()) - parts[part], rtol=2e-6)
     assert loss < whole
     assert ("dac_kl" if part == "token" else part) not in metrics
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    """Rows of 10 tokens at most, without padding and with twice their width."""
+    (student, params), (teacher, teacher_params) = tiny.llama(0), tiny.llama(1)
+    host = jax.tree.map(np.asarray, tiny.complete())
+    objective = dataclasses.replace(MGSR, divergence="forward_kl")
+
+    @jax.value_and_grad
+    def loss_of(params, rows):
+        return micro_batch_loss(
+            {"student": params},
+            teacher_params,
+            rows,
+            position_weights(rows, objective),
+            student=student,
+            teacher=teacher,
+            objective=objective,
+            vocab_size=None,
+        )[0]
+
+    found = [
+        jax.jit(loss_of)(params, jax.tree.map(jnp.asarray, with_width(host, width)))
+        for width in (10, 20)
+    ]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *found
+    )
 
 
 def test_the_teacher_is_not_asked_where_nothing_compares_with_it():

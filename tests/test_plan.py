@@ -88,7 +88,7 @@ def test_a_teacher_that_no_step_asks_is_not_there(config):
     assert 0 < saved < live.parts["teacher, float32"]
 
 
-def test_a_teacher_in_int8_is_half_of_one_in_bfloat16(config):
+def test_a_teacher_in_int8_is_smaller_than_one_in_bfloat16(config):
     config = dataclasses.replace(config, rollout=RolloutConfig("off"))
     whole = planned(config).parts["teacher, float32"]
     found = planned(dataclasses.replace(config, teacher_dtype="int8"))

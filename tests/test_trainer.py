@@ -261,13 +261,16 @@ def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
     np.testing.assert_allclose(*first, rtol=0.05)
 
 
-def test_narrow_rows_have_the_losses_of_wide_ones(project, two_devices, monkeypatch):
+def test_narrow_rows_are_validated_as_wide_ones_are(project, two_devices, monkeypatch):
     """All examples have 50 tokens; rows are 56 wide, or 50 with a bucket of that."""
     put, first, widths = sharding.put_batch, [], set()
-    monkeypatch.setattr(
-        "mgsr_jax.row_source.put_batch",
-        lambda mesh, rows: widths.add(rows.tokens.shape[1]) or put(mesh, rows),
-    )
+
+    def watched(mesh, rows):
+        widths.add(rows.tokens.shape[1])
+        return put(mesh, rows)
+
+    monkeypatch.setattr("mgsr_jax.row_source.put_batch", watched)  # training
+    monkeypatch.setattr(sharding, "put_batch", watched)  # validation
     for name, buckets in (("wide", ()), ("narrow", (30, 50))):
         settings = sft(project, name, steps=2, mesh=MeshConfig())
         spec = dataclasses.replace(settings.data, buckets=buckets)

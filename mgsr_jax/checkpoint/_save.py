@@ -25,6 +25,7 @@ from mgsr_jax.checkpoint._layout import (
     stored_shapes,
     tensor_names,
 )
+from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from mgsr_jax.checkpoint.tokenizer import copy_tokenizer
 from mgsr_jax.models import KeyRow, LanguageModel
@@ -62,6 +63,7 @@ def save_pretrained(
       FileNotFoundError: no tokenizer files in `tokenizer_from`.
       ValueError: params that are not the model's.
     """
+    check_folder("path", path)
     target = Path(path).absolute()
     _check_params(model, params)
     _check_target(target, overwrite)

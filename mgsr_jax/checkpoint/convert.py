@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgsr_jax.checkpoint._layout import INDEX, WEIGHTS, PathLike
+from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.checkpoint.tokenizer import FILES
 
 PICKLE = "pytorch_model.bin"
@@ -28,6 +29,7 @@ def convert(source: PathLike, target: PathLike) -> None:
       ImportError: torch is not installed.
       ValueError: a file that is not a plain dictionary of tensors.
     """
+    check_folder("target", target)
     source, target = Path(source), Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(

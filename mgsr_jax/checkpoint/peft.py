@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from mgsr_jax.checkpoint._layout import PathLike, tensor_names
 from mgsr_jax.checkpoint._save import to_host
+from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
 from mgsr_jax.models.lora import by_path
 from mgsr_jax.typing import Params
@@ -47,6 +48,7 @@ def save_adapter(
     Raises:
       FileExistsError: `path` exists and is not an empty folder.
     """
+    check_folder("path", path)
     target = Path(path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
