@@ -5,6 +5,7 @@ there are several, a batch is made of examples of like length and is as wide as 
 longest needs: less padding is computed, and each width is a program of its own.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import datasets
@@ -58,39 +59,50 @@ def train_batches(
             f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
             "smaller batch or more data"
         )
-    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
     if len(widths) == 1:
-        batches = order.batch(batch_size, drop_remainder=True)
+        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
+        batches = order.batch(batch_size, drop_remainder=True).repeat(epochs)
         sizes = np.full(len(dataset), widths[0])
     else:
         sizes = lengths(dataset)
-        split = _ByLength(sizes, batch_size)
-        windows = order.batch(split.max_fan_out * batch_size)
-        batches = grain.experimental.FlatMapMapDataset(windows, split).shuffle()
+        batches = _of_like_length(sizes, batch_size, seed, epochs)
 
     def rows(batch: np.ndarray) -> Rows:
         width = narrowest(widths, sizes[batch])
         return _dataset_rows(dataset, batch[share], width)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(batches.repeat(epochs).map(rows).to_iter_dataset(options))
+    return iter(batches.map(rows).to_iter_dataset(options))
 
 
-class _ByLength(grain.experimental.FlatMapTransform):
-    """A window of examples as batches of like length."""
+def _of_like_length(
+    sizes: np.ndarray, batch_size: int, seed: int, epochs: int | None
+) -> grain.MapDataset:
+    """Every batch's examples, by its number."""
+    count = len(sizes) // batch_size
 
-    def __init__(self, sizes: np.ndarray, batch_size: int):
-        self._sizes, self._batch_size = sizes, batch_size
-        self.max_fan_out = max(1, min(_WINDOW, len(sizes) // batch_size // 2))
-
-    def flat_map(self, element: np.ndarray) -> list[np.ndarray]:
-        count = len(element) // self._batch_size
+    @functools.lru_cache(maxsize=1)
+    def epoch_of(number: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((seed, number))
         # Cut before it is sorted: what is left out is not always the longest.
-        window = element[: count * self._batch_size]
-        by_length = np.argsort(self._sizes[window], kind="stable")
-        by_length = by_length.reshape(count, self._batch_size)
-        # Not sorted within a batch: a device, a micro-batch would have all the longest.
-        return [window[np.sort(places)] for places in by_length]
+        order = rng.permutation(len(sizes))[: count * batch_size]
+        batches = []
+        window = max(1, min(_WINDOW, count // 2)) * batch_size
+        for start in range(0, len(order), window):
+            examples = order[start : start + window]
+            by_length = np.argsort(sizes[examples], kind="stable")
+            # Not sorted within a batch: one device would have all the longest.
+            batches += [
+                examples[np.sort(places)]
+                for places in by_length.reshape(-1, batch_size)
+            ]
+        return [batches[i] for i in rng.permutation(count)]
+
+    def batch(number: int, _: int) -> np.ndarray:
+        epoch, place = divmod(number, count)
+        return epoch_of(epoch)[place]
+
+    return grain.MapDataset.range(count).repeat(epochs).map_with_index(batch)
 
 
 def eval_batches(
