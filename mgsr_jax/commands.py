@@ -60,7 +60,8 @@ def plan(
     training step for the target with its own compiler (the plan-tpu or plan-gpu extra);
     no device is used. student and teacher may be folders or config.json files: weights,
     tokenizers and data are not read. output and data.train may be left out, though they
-    are called required below. Exit status 2 where the run does not fit.
+    are called required below; a teacher_cache that is not here is taken to hold 512
+    classes a token. Exit status 2 where the run does not fit.
 
     Args:
       target: a TPU slice such as v5e:4x4, v5p:4x4x4 or v6e:16x16, or GPUs as

@@ -8,6 +8,7 @@ cannot tell: speed, numbers, fragmentation.
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from mgsr_jax.programs import (
 from mgsr_jax.rows import Rows
 from mgsr_jax.setup import check_sizes, read_models
 from mgsr_jax.targets import GIB, Target
+from mgsr_jax.teacher_cache import MANIFEST, Origin, Recipe, read_manifest
 from mgsr_jax.train_step import init_state
 
 MARGIN = 0.92
@@ -148,6 +150,7 @@ class _Planner:
         self.config, self.target, self.mesh = config, target, mesh
         self.student, self.teacher = student, teacher
         both = [model for model in (student, teacher) if model is not None]
+        self.vocab_size = min(model.config.vocab_size for model in both)
         stop = student.config.eos_token_id
         stop = stop if isinstance(stop, tuple | list) else (stop or 0,)
         self.run = make_programs(
@@ -155,7 +158,7 @@ class _Planner:
             student,
             teacher,
             mesh=mesh,
-            vocab_size=min(model.config.vocab_size for model in both),
+            vocab_size=self.vocab_size,
             eos_ids=tuple(stop),
             steps=config.steps or _STEPS,
         )
@@ -255,15 +258,24 @@ class _Planner:
         return jax.ShapeDtypeStruct((size, *more), dtype, sharding=place)
 
     def _said(self) -> TopKTeacher | None:
-        """What a teacher cache of as many classes as by default says of such rows."""
+        """What the teacher cache says of such rows."""
         if self.config.teacher_cache is None:
             return None
-        positions = self.config.data.max_length - 1
-        classes = max(512, self.config.objective.num_candidates)
+        recipe = self._recipe(Path(self.config.teacher_cache))
+        shape = (self.config.data.max_length - 1, recipe.top_k)
         return TopKTeacher(
-            logits=self._of_rows(jnp.float16, positions, classes),
-            indices=self._of_rows(jnp.uint32, positions, classes),
-            logsumexp=self._of_rows(jnp.float32, positions),
+            logits=self._of_rows(recipe.logits_dtype, *shape),
+            indices=self._of_rows(recipe.indices_dtype, *shape),
+            logsumexp=self._of_rows(jnp.float32, *shape[:1]),
+        )
+
+    def _recipe(self, folder: Path) -> Recipe:
+        """A cache's own; where it is not here, that of one written by default."""
+        if (folder / MANIFEST).is_file():
+            return read_manifest(folder).recipe
+        top_k = max(Recipe.top_k, self.config.objective.num_candidates)
+        return Recipe(
+            Origin("", "", "", ""), 0, self.vocab_size, min(top_k, self.vocab_size)
         )
 
     def _rows(self) -> Rows:

@@ -79,7 +79,7 @@ class Recipe:
     origin: Origin
     examples: int
     vocab_size: int
-    top_k: int
+    top_k: int = 512
     logits_dtype: LogitsDtype = "float16"
     examples_per_shard: int = 1024
 
@@ -241,7 +241,7 @@ class TeacherCache:
             missing or damaged.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         made_from = dataclasses.asdict(manifest.recipe.origin)
         _check_equal(folder, made_from, dataclasses.asdict(origin))
         return cls(folder, manifest)
@@ -403,7 +403,8 @@ def _damaged(path: Path, reason: str) -> str:
     )
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What a finished cache says of itself; for what it raises, see `open`."""
     file = folder / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
