@@ -300,12 +300,14 @@ def load_prompts(
 
 def lengths(dataset: datasets.Dataset) -> np.ndarray:
     """Tokens of prompt and response of every example."""
-    table = dataset.with_format("arrow")[:]
 
-    def of(column: str) -> np.ndarray:
-        return pc.call_function("list_value_length", [table[column]]).to_numpy()
+    def of(column: Any) -> np.ndarray:
+        return pc.call_function("list_value_length", [column]).to_numpy()
 
-    return of("prompt") + of("response")
+    columns = dataset.select_columns(["prompt", "response"]).with_format("arrow")
+    tables: Any = columns.iter(batch_size=10_000)  # at once they may be gigabytes
+    found = [of(table["prompt"]) + of(table["response"]) for table in tables]
+    return np.concatenate([np.zeros(0, np.int32), *found])
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:

@@ -23,6 +23,7 @@ from mgsr_jax.losses import Sum
 from mgsr_jax.objective import DIVERGENCES, START
 
 SHOWN = ("loss", "sft", *DIVERGENCES, "span")
+_PEAK = "peak_bytes_in_use"
 
 
 class Means:
@@ -61,6 +62,16 @@ class Means:
             variance = max(means.pop(name) - moved**2, 0.0)
             means[f"{base}_deviation"] = math.sqrt(variance)
         return means
+
+
+def peak_memory() -> dict[str, float]:
+    """The most that one of this process's devices has held since it started, in GiB.
+
+    Empty where a backend does not count, as a CPU's does not.
+    """
+    counted = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats[_PEAK] for stats in counted if _PEAK in stats]
+    return {"device/peak_gib": max(peaks) / 2**30} if peaks else {}
 
 
 class MetricsLog:
@@ -131,7 +142,7 @@ def _drop_behind(path: Path, step: int) -> None:
 
 
 class StepProgress:
-    """The terminal's line: step, losses, tokens a second, time left."""
+    """The terminal's line: step, losses, tokens a second, peak memory, time left."""
 
     def __init__(self, console: Console, *, start: int, steps: int, title: str):
         self._progress = Progress(
@@ -170,6 +181,8 @@ class StepProgress:
             if f"train/{name}" in values
         ]
         parts.append(f"{values['train/tokens_per_second']:,.0f} tok/s")
+        if "device/peak_gib" in values:
+            parts.append(f"peak {values['device/peak_gib']:.1f} GiB")
         text = "  ".join(parts)
         self._progress.update(self._task, completed=step, values=text)
         if not self._console.is_terminal and time.monotonic() - self._last_line > 10:

@@ -51,6 +51,7 @@ PANELS = (
     Panel("SCRG: corrected samples", "share", {"rollout/corrected": ""}),
     Panel("Steps on the student's text", "share", {"rollout/student_share": ""}),
     Panel("Speed", "tokens per second", {"train/tokens_per_second": ""}, True),
+    Panel("Peak memory of a device", "GiB", {"device/peak_gib": ""}, True),
 )
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.

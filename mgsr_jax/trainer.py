@@ -22,7 +22,7 @@ from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.config import TrainConfig
 from mgsr_jax.loading import load_state, load_teacher
 from mgsr_jax.losses import Sum, masked_sum
-from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.metrics import Means, MetricsLog, StepProgress, peak_memory
 from mgsr_jax.models import lora
 from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.programs import STUDENT, make_programs
@@ -282,10 +282,11 @@ class _Run:
                 f"[yellow]step {step}: DAC-KL's lower limit ran to {lower:.4f}; the "
                 "clip network no longer chooses (objective.prior_weight holds it)"
             )
-        return values | {
+        own = {
             "train/tokens_per_second": scored / seconds,
             "train/learning_rate": float(jnp.asarray(self.learning_rate(step - 1))),
         }
+        return values | own | peak_memory()
 
     def _pauses(self, step: int) -> bool:
         config = self.config

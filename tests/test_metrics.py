@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mgsr_jax.losses import Sum
-from mgsr_jax.metrics import Means, MetricsLog, StepProgress
+from mgsr_jax.metrics import Means, MetricsLog, StepProgress, peak_memory
 from mgsr_jax.objective import START
 
 
@@ -151,6 +151,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
         "train/span": 0.5,
         "train/learning_rate": 0.1,
         "train/tokens_per_second": 1234.4,
+        "device/peak_gib": 12.34,
     }
     console = Console(file=out, force_terminal=False, width=200)
     with StepProgress(console, start=0, steps=9, title="SFT") as progress:
@@ -158,4 +159,25 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
             now[0] += 6
             progress.advance(step)
             progress.show(step, values)
-    assert out.getvalue() == "SFT 2: loss 1.250  span 0.500  1,234 tok/s\n"
+    assert (
+        out.getvalue() == "SFT 2: loss 1.250  span 0.500  1,234 tok/s  peak 12.3 GiB\n"
+    )
+
+
+class Device:
+    """One that counts as a GPU's does, as one without an allocator, as a CPU."""
+
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def test_the_peak_is_the_fullest_devices(monkeypatch):
+    gib = 2**30
+    counted = [{"peak_bytes_in_use": n * gib, "bytes_in_use": 9 * gib} for n in (2, 3)]
+    devices = [Device(stats) for stats in (*counted, {}, None)]
+    monkeypatch.setattr("mgsr_jax.metrics.jax.local_devices", lambda: devices)
+    assert peak_memory() == {"device/peak_gib": 3.0}
+
+
+def test_a_cpu_has_no_peak():
+    assert peak_memory() == {}

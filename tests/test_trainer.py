@@ -238,12 +238,15 @@ def test_mesh_and_micro_batches_do_not_change_the_losses(project):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_sft_needs_no_teacher(project):
+def test_sft_needs_no_teacher(project, monkeypatch):
+    peak = {"device/peak_gib": 1.5}
+    monkeypatch.setattr("mgsr_jax.trainer.peak_memory", lambda: peak)
     result = run(sft(project, "sft", steps=None, epochs=1.0))
     assert result.step == 6
     lines = [line for line in metrics(project, "sft") if "train/loss" in line]
     assert lines[-1]["train/sft"] < lines[0]["train/sft"]
     assert "train/dac_kl" not in lines[-1]
+    assert all(line["device/peak_gib"] == 1.5 for line in lines)
 
 
 def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
