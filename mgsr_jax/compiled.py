@@ -20,7 +20,6 @@ class Program:
       seconds: that compiling took here.
       peak: the most that is alive at once, with what waits beside it.
       arguments: of the peak, what goes in.
-      temporaries: of the peak, what lives within the program alone.
       aliased: what goes out in the memory of what went in.
       collectives: kind -> (number, bytes); the body of a loop counts once.
       text: the optimised program.
@@ -30,7 +29,6 @@ class Program:
     seconds: float
     peak: int
     arguments: int
-    temporaries: int
     aliased: int
     collectives: dict[str, tuple[int, int]]
     text: str = dataclasses.field(repr=False)
@@ -44,23 +42,36 @@ def compile_program(
     options: dict[str, Any],
     waiting: int = 0,
 ) -> tuple[Program, Any]:
-    """The program, and its outputs as shapes with their places."""
+    """The program, and its outputs as shapes with their places.
+
+    Arguments that it does not use are in memory all the same, as is what is `waiting`.
+    """
     began = time.monotonic()
     lowered = jitted.lower(*arguments)
     compiled = lowered.compile(compiler_options=options)
     seconds = time.monotonic() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    peak = memory.peak_memory_in_bytes
+    if _platform(arguments) == "gpu":  # there temporaries are one piece of memory
+        entire = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = max(peak, entire + outputs)
+    unused = device_bytes(arguments) - memory.argument_size_in_bytes
     program = Program(
         name,
         seconds,
-        peak=memory.peak_memory_in_bytes + waiting,
+        peak=peak + max(0, unused) + waiting,
         arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         collectives=collectives(text),
         text=text,
     )
     return program, with_places(lowered.out_info, compiled.output_shardings)
+
+
+def _platform(shapes: Any) -> str:
+    places = (x.sharding for x in jax.tree.leaves(shapes) if x.sharding is not None)
+    return next(iter(next(places).device_set)).platform
 
 
 _COLLECTIVE = re.compile(

@@ -9,13 +9,18 @@ import os
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 _VARIABLES = {
     "coordinator_address": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+# JAX hears Open MPI 4 by what 5 does not say. Both say this, and no address.
+_OF_OPEN_MPI = {
+    "num_processes": "OMPI_COMM_WORLD_SIZE",
+    "process_id": "OMPI_COMM_WORLD_RANK",
+}
+_SLURM_STEP = "SLURM_STEP_NODELIST"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,8 @@ class DistributedConfig:
       num_processes: of the whole run; default: JAX_NUM_PROCESSES.
       process_id: of this one, from 0; default: JAX_PROCESS_ID.
       timeout: seconds to wait for the others at the start.
-      detect: whether to ask Cloud TPU, GKE, SLURM and OpenMPI for what is not set.
+      detect: whether to ask Cloud TPU, GKE, SLURM and OpenMPI for what is not set;
+        Open MPI 5 does not know coordinator_address.
     """
 
     coordinator_address: str | None = None
@@ -54,15 +60,19 @@ def start(config: DistributedConfig) -> None:
     try:
         jax.distributed.initialize(
             **found,
+            local_device_ids=_own_gpus(found) if config.detect else None,
             cluster_detection_method=None if config.detect else "deactivate",
             initialization_timeout=config.timeout,
         )
     except ValueError as error:
-        if not found:
+        said = _launched() if config.detect else ""
+        if not found and not said:
             return  # no launcher, and nobody speaks of other processes
         raise ValueError(
-            f"distributed: {error} Got {found or 'nothing'}; give all of "
-            f"{', '.join(_VARIABLES)} (or {', '.join(_VARIABLES.values())}), or none"
+            f"distributed: {error} Got {found or said}; give all of "
+            f"{', '.join(_VARIABLES)} (or {', '.join(_VARIABLES.values())}), or none; "
+            "a process that a launcher started to be alone sets distributed.detect to "
+            "false"
         ) from error
     except RuntimeError as error:
         if "must be called before" in str(error):  # devices are in use already
@@ -79,12 +89,6 @@ def start(config: DistributedConfig) -> None:
         ) from error
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def is_lead() -> bool:
     """Whether this is the process that writes files and speaks."""
     return jax.process_index() == 0
@@ -99,16 +103,45 @@ def _settings(config: DistributedConfig) -> dict[str, Any]:
             value = text if name == "coordinator_address" else _number(variable, text)
         if value is not None:
             found[name] = value
+    if config.detect and "coordinator_address" in found:
+        for name, variable in _OF_OPEN_MPI.items():
+            if name not in found and (text := os.environ.get(variable)):
+                found[name] = _number(variable, text)
     return found
 
 
-def _launched() -> bool:
-    """Whether a launcher says that there are more processes than this one.
+def _launched() -> str:
+    """What a launcher says of more processes than this one, if it does.
 
-    Those of one TPU slice have met by its own runtime, once devices are in use.
+    Those of one TPU slice have met by its own runtime, once devices are in use. A shell
+    of a SLURM job that is no step of it is alone, whatever it may start.
     """
-    sizes = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    return any(_number(name, os.environ.get(name, "1")) > 1 for name in sizes)
+    names = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
+    if _SLURM_STEP in os.environ:
+        names.append("SLURM_NTASKS")
+    sizes = {name: _count(name) for name in names}
+    return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+
+
+def _own_gpus(found: dict[str, Any]) -> list[int] | None:
+    """The GPUs that are this process's among those it sees; None: as JAX does.
+
+    JAX gives a SLURM task the one GPU of its number, also where the task is alone on
+    its node, and a process that is told where the others are all that it sees.
+    """
+    if not found and _SLURM_STEP in os.environ:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = len(seen.split(",")) if seen else _count("SLURM_GPUS_ON_NODE")
+        alone = _count("SLURM_NTASKS") == _count("SLURM_STEP_NUM_NODES")
+        return list(range(gpus)) if alone else None
+    if found and _count("OMPI_COMM_WORLD_LOCAL_SIZE") > 1:
+        return [_count("OMPI_COMM_WORLD_LOCAL_RANK")]
+    return None
+
+
+def _count(variable: str) -> int:
+    """What a launcher's variable says; 1 where it says nothing."""
+    return _number(variable, os.environ.get(variable) or "1")
 
 
 def _number(variable: str, text: str) -> int:

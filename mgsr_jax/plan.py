@@ -97,25 +97,37 @@ def search(
     """The smallest mesh.fsdp and the fewest micro_batches that fit, or None.
 
     Each copy of the models on as few devices as can hold it, then micro-batches as
-    large as fit beside it; mesh.tensor stays as it is. `tell` hears of every trial.
+    large as fit beside it; mesh.tensor stays as it is, and sizes that do not divide are
+    left out. `tell` hears of every trial.
 
     Raises:
-      ValueError: as `plan`.
+      ValueError: as `plan`; or no mesh divides the models and the batch.
     """
     shared = len(target.devices) // max(1, config.mesh.tensor)
-    for fsdp in [n for n in range(1, shared + 1) if shared % n == 0]:
+    refused: ValueError | None = ValueError(
+        f"batch_size={config.batch_size} does not divide over {shared} devices; use a "
+        "multiple"
+    )
+    for fsdp in _divisors(shared):
         for micro_batches in _divisors(config.batch_size):
+            if config.batch_size // micro_batches % shared:
+                continue
             sizes = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
             trial = dataclasses.replace(config, mesh=sizes, micro_batches=micro_batches)
-            if config.batch_size // micro_batches % shared:
-                break  # fewer rows than devices
-            planner = _planner(trial, target)
+            try:
+                planner = _planner(trial, target)
+            except sharding.DoesNotDivide as error:
+                refused = refused and error
+                break
+            refused = None
             if not planner.has_room:
                 break  # what stays in memory is too much already
             found = planner.plan()
             tell(found)
             if found.fits:
                 return found
+    if refused:
+        raise refused
     return None
 
 
@@ -177,12 +189,21 @@ class _Planner:
             with jax.set_mesh(self.mesh):
                 rows = (self._rows(),) * self.config.micro_batches
                 cached = (self._said(),) * self.config.micro_batches
+                steps = {"train step": (rows, cached)}
                 if self.run.rollout is not None:
                     program, outputs = self._rollout(rows)
                     programs.append(program)
-                    rows, cached = self._generated(rows, cached, outputs)
-                programs.append(self._train_step(rows, cached))
-        except jax.errors.JaxRuntimeError as error:
+                    steps = self._steps(rows, cached, outputs)
+                programs.extend(
+                    self._train_step(name, *arguments)
+                    for name, arguments in steps.items()
+                )
+        except RuntimeError as error:
+            if "cuDNN" in str(error):
+                raise ValueError(
+                    "attention='cudnn' is compiled only where cuDNN is installed "
+                    f"({error}); plan with attention: xla, which needs no less memory"
+                ) from error
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             failure = in_short(str(error))
@@ -207,20 +228,26 @@ class _Planner:
             waiting=waiting,
         )
 
-    def _train_step(self, rows: tuple[Rows, ...], cached: tuple[Any, ...]) -> Program:
+    def _train_step(
+        self, name: str, rows: tuple[Rows, ...], cached: tuple[Any, ...]
+    ) -> Program:
         arguments = (self.state, self.teacher_params, rows, cached)
         options = self.target.compiler_options
         step = self.run.train_step
-        return compile_program("train step", step, arguments, options=options)[0]
+        return compile_program(name, step, arguments, options=options)[0]
 
-    def _generated(
+    def _steps(
         self, rows: tuple[Rows, ...], cached: tuple[Any, ...], outputs: Any
-    ) -> tuple[tuple[Rows, ...], tuple[Any, ...]]:
-        """The largest step's rows: the student's, and the data's where they count."""
+    ) -> dict[str, tuple[tuple[Rows, ...], tuple[Any, ...]]]:
+        """The rows of the largest steps: the student's, and the data's."""
         samples, _, heard = outputs
-        if not self.config.objective.sft:
-            return samples, heard
-        return rows + samples, cached + heard
+        if self.config.objective.sft:
+            return {"train step": (rows + samples, cached + heard)}
+        steps = {"train step": (samples, heard)}
+        if self.config.rollout.always_generates:
+            return steps
+        # The teacher, who has been heard on samples, runs in it.
+        return steps | {"train step on the data": (rows, cached)}
 
     def _state(self) -> Any:
         config, student = self.config, self.student
@@ -348,13 +375,13 @@ def print_plan(found: Plan, console: Console) -> None:
     for name, size in found.parts.items():
         memory.add_row(name, _gib(size))
     console.print(memory)
-    programs = Table("program", "peak GiB", "of it temporary", "compiled in s")
+    programs = Table("program", "peak GiB", "of it arguments", "compiled in s")
     traffic = Table("program", "collective", "number", "GiB (a loop's body once)")
     for program in found.programs:
         programs.add_row(
             program.name,
             _gib(program.peak),
-            _gib(program.temporaries),
+            _gib(program.arguments),
             f"{program.seconds:.1f}",
         )
         for kind, (count, size) in program.collectives.items():

@@ -67,6 +67,11 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def always_generates(self) -> bool:
+        """Whether no step's rows are the data's."""
+        return self.policy == "on" and self.probability == 1
+
 
 @dataclasses.dataclass
 class ReplayBuffer:

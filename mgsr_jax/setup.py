@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
 import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mgsr_jax import data, models, sharding
+from mgsr_jax import __version__, data, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.config import TrainConfig, check
 from mgsr_jax.models import lora, quantized
@@ -78,6 +79,28 @@ def prepare(config: TrainConfig, *, console: Console) -> Setup:
     if config.teacher_cache is None:
         return setup
     return dataclasses.replace(setup, teacher_cache=_open_cache(setup, console))
+
+
+def common_parts(setup: Setup) -> dict[str, str]:
+    """What all processes of a run must have in common, by name."""
+    settings = dataclasses.asdict(setup.config)
+    del settings["distributed"]
+    leaves = jax.tree_util.tree_leaves_with_path(
+        settings, is_leaf=lambda leaf: leaf is None
+    )
+    parts = {
+        jax.tree_util.keystr(path, simple=True, separator="."): repr(leaf)
+        for path, leaf in leaves
+    }
+    valid = "" if setup.valid is None else data.fingerprint(setup.valid)
+    return parts | {
+        "mgsr_jax's version": __version__,
+        "the rows of data.train": setup.train_fingerprint,
+        "the rows of data.valid": valid,
+        "the student's config.json": repr(setup.student.config),
+        "the teacher's config.json": repr(setup.teacher and setup.teacher.config),
+        "the tokenizer": hf.tokenizer_fingerprint(setup.tokenizer),
+    }
 
 
 def read_inputs(config: TrainConfig, *, console: Console) -> Setup:
@@ -314,13 +337,21 @@ def _shared_vocabulary(
 
 
 def check_sizes(config: TrainConfig, student: Any, teacher: Any, mesh: Mesh) -> None:
-    """Rows are no longer than the models allow, and divide over the mesh.
+    """What models and devices must allow of the settings.
 
     Raises:
-      ValueError: they are, or do not.
+      ValueError: rows are too long or do not divide over the mesh, or the devices have
+        not the kernel of `attention`.
     """
     _check_lengths(config, student, teacher)
     _check_micro_batch(config, mesh)
+    platform = mesh.devices.flat[0].platform
+    needed = {"flash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)
+    if platform != needed:
+        raise ValueError(
+            f"attention={config.attention!r} is a kernel for a {needed}, and these "
+            f"devices are of the platform {platform}; set attention to xla"
+        )
 
 
 def _check_lengths(config: TrainConfig, student: Any, teacher: Any) -> None:

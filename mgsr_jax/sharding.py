@@ -24,6 +24,10 @@ Rules = Sequence[tuple[str, P]]
 """Ordered rows (regex searched in the '/'-joined path, spec); the first match wins."""
 
 
+class DoesNotDivide(ValueError):
+    """A size that another mesh might divide."""
+
+
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None
 ) -> Mesh:
@@ -50,7 +54,7 @@ def make_mesh(
     if devices[0].platform != "tpu":
         slices = 1
     if shape[0] % slices:
-        raise ValueError(
+        raise DoesNotDivide(
             f"mesh.data={shape[0]} does not divide over {slices} TPU slices, between "
             "which only copies of the models can be placed; use a multiple"
         )
@@ -118,7 +122,7 @@ def placed(mesh: Mesh, tree: Any, specs: Any) -> Any:
         # IndexError where the spec has more axes than the array.
         except (ValueError, IndexError) as error:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
+            raise DoesNotDivide(
                 f"parameter {name!r} of shape {leaf.shape} cannot be split as {spec} "
                 f"over the mesh {dict(mesh.shape)}; choose axis sizes that divide it"
             ) from error

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mgsr_jax import distributed, sharding
+from mgsr_jax.agreement import check_equal, check_shared, together
 from mgsr_jax.batching import eval_batches, train_batches
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
@@ -30,7 +31,7 @@ from mgsr_jax.rollout import with_spans
 from mgsr_jax.row_source import RowSource, StepRows, host_share
 from mgsr_jax.rows import Rows
 from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.setup import CONFIG_FILE, Setup, prepare
+from mgsr_jax.setup import CONFIG_FILE, Setup, common_parts, prepare
 from mgsr_jax.train_step import (
     Diverged,
     Metrics,
@@ -70,8 +71,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
       Diverged: a loss that is not finite; the last checkpoint is left as it is.
     """
     console = console or Console(stderr=True, quiet=not distributed.is_lead())
-    setup = prepare(config, console=console)
-    distributed.barrier("prepared")  # no process finds what another one has written
+    setup = together(lambda: prepare(config, console=console))
+    if jax.process_count() > 1:
+        check_equal(common_parts(setup))
+    check_shared(Path(config.output))
     with jax.set_mesh(setup.mesh):
         return _Run(setup, console).to_the_end()
 
@@ -117,9 +120,11 @@ class _Run:
 
     def to_the_end(self) -> TrainResult:
         """Loads, trains, exports. Nothing is written before the weights are read."""
-        self.state = load_state(self.setup, self.programs.optimizer)
-        runs_teacher = self.config.runs_teacher
-        self.teacher_params = load_teacher(self.setup) if runs_teacher else None
+        setup, optimizer = self.setup, self.programs.optimizer
+        self.state = together(lambda: load_state(setup, optimizer))
+        self.teacher_params = None
+        if self.config.runs_teacher:
+            self.teacher_params = together(lambda: load_teacher(setup))
         with checkpoint_state.open_manager(
             self.output / CHECKPOINTS, keep=self.config.keep_checkpoints
         ) as self.manager:

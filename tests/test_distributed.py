@@ -50,8 +50,8 @@ def environment(devices, **more):
     return kept | settings | more
 
 
-def together(command, environments):
-    """One process for each environment; what they print."""
+def ended(commands, environments):
+    """One process for each; status, what it prints, and what it complains of."""
     running = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -60,16 +60,31 @@ def together(command, environments):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for env in environments
+        for command, env in zip(commands, environments, strict=True)
     ]
     try:
         outputs = [process.communicate(timeout=TIMEOUT) for process in running]
     finally:
         for process in running:
             process.kill()
-    for process, (_, said) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, said[-3000:]
-    return [out for out, _ in outputs]
+    return [
+        (process.returncode, *said)
+        for process, said in zip(running, outputs, strict=True)
+    ]
+
+
+def together(command, environments):
+    """One process for each environment; what they print."""
+    found = ended([command] * len(environments), environments)
+    for status, _, complaint in found:
+        assert status == 0, complaint[-3000:]
+    return [out for _, out, _ in found]
+
+
+def two(launcher):
+    """The environments of two processes, of two devices each."""
+    port = free_port()
+    return [environment(2, **launcher(i, port)) for i in (0, 1)]
 
 
 def by_variables(i, port):
@@ -103,12 +118,63 @@ def by_open_mpi(i, port):
 
 @pytest.mark.parametrize("launcher", [by_variables, by_slurm, by_open_mpi])
 def test_two_processes_meet(launcher):
-    port = free_port()
-    found = together(
-        ["-c", MEET], [environment(2, **launcher(i, port)) for i in (0, 1)]
-    )
+    found = together(["-c", MEET], two(launcher))
     # Gloo prints too.
     assert [out.splitlines()[-1] for out in found] == ["0 2 4", "1 2 4"]
+
+
+GPUS = """
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+print(CUDA_VISIBLE_DEVICES.value)
+"""
+
+
+def by_open_mpi_5(i, port):
+    """It has no variable of version 4's but the numbers."""
+    return {
+        "PRTE_LAUNCHED": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }
+
+
+def test_a_launcher_that_tells_no_address_is_told_one():
+    environments = two(by_open_mpi_5)
+    found = ended([["-c", MEET]] * 2, environments)
+    for status, _, complaint in found:
+        assert status == 1 and "Got OMPI_COMM_WORLD_SIZE=2; give all of" in complaint
+    address = f"127.0.0.1:{free_port()}"
+    more = {"JAX_COORDINATOR_ADDRESS": address}
+    found = together(["-c", MEET + GPUS], [env | more for env in environments])
+    assert [out.splitlines()[-2:] for out in found] == [
+        ["0 2 4", "0"],
+        ["1 2 4", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "gpus"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_NUM_NODES": "2"}, ["0,1,2,3"] * 2),
+        ({"CUDA_VISIBLE_DEVICES": "1,3", "SLURM_STEP_NUM_NODES": "2"}, ["0,1"] * 2),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_NUM_NODES": "1"}, ["0", "1"]),
+    ],
+)
+def test_a_slurm_task_alone_on_its_node_has_all_gpus(more, gpus):
+    environments = two(by_slurm)
+    for i, env in enumerate(environments):
+        alone = more["SLURM_STEP_NUM_NODES"] == "2"
+        env |= more | {"SLURM_LOCALID": "0" if alone else str(i)}
+    found = together(["-c", MEET + GPUS], environments)
+    assert [out.splitlines()[-1] for out in found] == gpus
+
+
+def test_a_shell_of_a_slurm_job_is_alone():
+    alone = {"SLURM_JOB_ID": "123", "SLURM_NTASKS": "8"}
+    (out,) = together(["-c", MEET], [environment(3, **alone)])
+    assert out.split() == ["0", "1", "3"]
 
 
 # What JAX finds out when it is imported on a TPU host.
@@ -211,6 +277,8 @@ def test_devices_in_use_are_no_way_around_a_launcher(monkeypatch):
     jax.devices()
     distributed.start(DistributedConfig())
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.start(DistributedConfig())  # no step of that job
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
     with pytest.raises(RuntimeError, match="call distributed.start first"):
         distributed.start(DistributedConfig())
     distributed.start(DistributedConfig(detect=False))
@@ -231,6 +299,54 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch):
         distributed.start(DistributedConfig())
 
 
+# What a process alone would trip over
+
+
+def told(script):
+    """What two processes complain of when they run it."""
+    found = ended([["-c", MEET + script]] * 2, two(by_variables))
+    assert [status for status, _, _ in found] == [1, 1]
+    return [complaint for _, _, complaint in found]
+
+
+def test_a_failure_of_one_is_told_to_all():
+    found = told("""
+from mgsr_jax.agreement import together
+assert together(lambda: jax.process_index()) == jax.process_index()
+together(lambda: open("nowhere") if jax.process_index() else None)
+""")
+    assert "process 1 of this run failed: [Errno 2] No such file" in found[0]
+    assert "FileNotFoundError: [Errno 2]" in found[1]
+
+
+def test_what_differs_is_named():
+    found = told("""
+from mgsr_jax.agreement import check_equal
+check_equal({"seed": "1", "data": "a"})
+number = jax.process_index()
+check_equal({"seed": str(number), "steps": "9", **({"only": "1"} if number else {})})
+""")
+    for complaint in found:
+        assert "processes 0 and 1 of this run differ in seed, only;" in complaint
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    found = told(f"""
+from pathlib import Path
+from mgsr_jax.agreement import check_shared
+own = Path({str(tmp_path)!r})
+check_shared(own / "shared")
+check_shared(own / str(jax.process_index()), patience=0.5)
+""")
+    for complaint in found:
+        assert "processes [1] of this run do not see" in complaint
+    # No mark is left.
+    assert {path.name: list(path.iterdir()) for path in tmp_path.iterdir()} == {
+        "shared": [],
+        "0": [],
+    }
+
+
 # The same run, in one process and in two
 
 
@@ -246,9 +362,8 @@ def project(tmp_path_factory):
     return tiny.project(tmp_path_factory.mktemp("project"))
 
 
-def train(project, output, layout, **settings):
-    """Runs `mgsr train`; returns the lines of its metrics."""
-    processes, devices, mesh = LAYOUTS[layout]
+def write_config(project, output, mesh, **settings):
+    """The file of a run's settings."""
     config = {
         "student": str(project / "student"),
         "teacher": str(project / "teacher"),
@@ -274,6 +389,13 @@ def train(project, output, layout, **settings):
     }
     file = project / f"{output.name}.yaml"
     file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def train(project, output, layout, **settings):
+    """Runs `mgsr train`; returns the lines of its metrics."""
+    processes, devices, mesh = LAYOUTS[layout]
+    file = write_config(project, output, mesh, **settings)
     port = free_port()
     environments = [
         environment(devices, **(by_variables(i, port) if processes > 1 else {}))
@@ -342,3 +464,25 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, project):
     shutil.rmtree(resumed / "checkpoints" / "4")
     found = train(project, resumed, "eight devices", resume=True)
     assert_close(found, straight)
+
+
+def test_hosts_that_would_train_apart_are_stopped(project, tmp_path):
+    """Other settings, other rows, an output that is each host's own."""
+    config = write_config(project, tmp_path / "apart", {"fsdp": 2})
+    command = ["-m", "mgsr_jax", "train", "--config", str(config)]
+    rows = (project / "train.jsonl").read_text().splitlines()
+    other = tmp_path / "train.jsonl"
+    other.write_text("\n".join(reversed(rows)))
+    copies = ["--seed", "7", "--data.train", str(other)]
+    found = ended([command, command + copies], two(by_variables))
+    for status, _, complaint in found:
+        assert status == 2
+        line = complaint.splitlines()[-1]
+        assert "differ in data.train, seed, the rows of data.train;" in line
+    assert not (tmp_path / "apart").exists()
+
+    missing = ["--data.train", str(tmp_path / "nowhere.jsonl")]
+    found = ended([command, command + missing], two(by_variables))
+    assert [status for status, _, _ in found] == [2, 2]
+    assert "process 1 of this run failed: " in found[0][2].splitlines()[-1]
+    assert "nowhere.jsonl" in found[1][2].splitlines()[-1]

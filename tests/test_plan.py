@@ -114,7 +114,7 @@ def test_a_teacher_in_int8_is_smaller_than_one_in_bfloat16(config):
 
 
 def made(peak, failure=None, memory=100 * GIB):
-    program = Program("train step", 1.0, peak, 0, 0, 0, {}, "")
+    program = Program("train step", 1.0, peak, 0, 0, {}, "")
     mesh = sharding.make_mesh()
     return Plan(Target("t", (), memory), mesh, 2, {}, (program,), failure)
 
@@ -139,6 +139,63 @@ def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(config):
     assert found.micro_batches == 1 and trials == [found]
     assert search(config, dataclasses.replace(HERE, memory=1000), trials.append) is None
     assert trials == [found]  # what stays in memory was too much: nothing was compiled
+
+
+def test_a_search_leaves_out_what_does_not_divide(config, monkeypatch):
+    # 16 wide models on six devices: three parts are impossible, two have no room.
+    six = dataclasses.replace(HERE, devices=HERE.devices[:6], memory=1000)
+    even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
+    assert search(even, six, print) is None
+    with pytest.raises(ValueError, match="batch_size=10 does not divide over 6"):
+        search(dataclasses.replace(even, batch_size=10), six, print)
+
+    class Large:
+        has_room = True
+
+        def __init__(self, config, target):
+            self.tried = config.mesh.fsdp, config.micro_batches
+
+        def plan(self):
+            tried.append(self.tried)
+            return made(95 * GIB)
+
+    tried = []
+    monkeypatch.setattr("mgsr_jax.plan._planner", Large)
+    four = dataclasses.replace(HERE, devices=HERE.devices[:4])
+    assert search(even, four, lambda trial: None) is None
+    # Not two micro-batches, of six rows over four devices.
+    assert tried == [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)]
+
+
+def test_a_teacher_that_a_step_has_heard_already_is_still_in_memory(config):
+    config = dataclasses.replace(
+        config,
+        objective=Objective(num_candidates=8, sft=0.0),
+        rollout=RolloutConfig("on", probability=0.5),
+    )
+    found = planned(config)
+    names = [program.name for program in found.programs]
+    assert names == ["rollout", "train step", "train step on the data"]
+    heard, runs = found.programs[1:]
+    # Its layers are none of the first's arguments, but for what reads hidden states.
+    assert heard.arguments < runs.arguments
+    kept = [size for name, size in found.parts.items() if "cop" not in name]
+    staying = sum(kept) - found.parts["cache of the student"]
+    assert heard.peak > staying and runs.peak > staying
+
+
+def test_a_kernel_of_another_platform_is_refused(config):
+    with pytest.raises(ValueError, match="a kernel for a tpu, and these .* cpu"):
+        plan(dataclasses.replace(config, attention="flash"), HERE)
+
+
+def test_a_missing_cudnn_is_told(config, monkeypatch):
+    def compile_program(*_, **__):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr("mgsr_jax.plan.compile_program", compile_program)
+    with pytest.raises(ValueError, match="plan with attention: xla"):
+        plan(config, HERE)
 
 
 def test_collectives_are_counted_with_what_comes_out():

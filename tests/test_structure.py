@@ -14,10 +14,10 @@ __init__ typing
 losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
 losses._cross_entropy losses._divergences losses._mixtures losses._adaptive_kl
 losses._alpha_beta losses._dac_kl losses._span losses._projection losses._chunked losses
-sharding distributed models.* rows checkpoint.* slots decode scrg spans records encoding
-data batching teacher_cache rollout row_source objective train_step metrics evaluate
-report config programs setup loading caching trainer exporting targets compiled plan
-commands cli integrations.* __main__
+sharding distributed agreement models.* rows checkpoint.* slots decode scrg spans
+records encoding data batching teacher_cache rollout row_source objective train_step
+metrics evaluate report config programs setup loading caching trainer exporting targets
+compiled plan commands cli integrations.* __main__
 """.split()
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
