@@ -168,6 +168,28 @@ def unread(model: Model, params: Params, rows: Rows) -> DecodeState:
     )
 
 
+def read_whole(
+    model: Model, params: Params, rows: Rows, *, slots: int | None = None
+) -> DecodeState:
+    """Reads rows that nothing was read of, each at once, by the kernel of `attention`.
+
+    Args:
+      model, params: as they are trained, a stack of layers.
+      slots: as for `decode`.
+    """
+
+    def extend(state: DecodeState, lengths: Int[Array, "B"]) -> DecodeState:
+        hidden, cache = model.forward(params, state.rows.tokens, cache=state.cache)
+        return DecodeState(
+            rows=dataclasses.replace(state.rows, lengths=lengths),
+            cache=cache,
+            hidden=hidden,
+            done=jnp.ones_like(state.done),
+        )
+
+    return in_slots(extend, unread(model, params, rows), rows.lengths, slots)
+
+
 def read(
     model: Model,
     params: Params,
@@ -182,7 +204,7 @@ def read(
     Args:
       model, params: as they are trained, a stack of layers.
       state: what was read of the same rows before, `state.rows.lengths` tokens; from
-        `unread` at first.
+        `read_whole` at first.
       block: tokens of a row that are read at once; None: 64, or all of them where
         weights are split over fsdp, for they are put together once for each block.
       slots: as for `decode`.

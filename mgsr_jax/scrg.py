@@ -32,10 +32,10 @@ from mgsr_jax.decode import (
     mask_vocab,
     put,
     read,
+    read_whole,
     row_keys,
     sample,
     take,
-    unread,
 )
 from mgsr_jax.losses import forward_kl
 from mgsr_jax.rows import Rows
@@ -139,9 +139,7 @@ def revise(
         heard = read_on(heard, state.rows)
         return (state, heard, jnp.maximum(corrected_to, info.error_position)), info
 
-    # At first there is nothing to go on from: rows are read whole.
-    unheard = unread(teacher, teacher_params, state.rows)
-    heard = read_on(unheard, state.rows, block=state.rows.tokens.shape[1])
+    heard = read_whole(teacher, teacher_params, state.rows, slots=slots)
     carry = (state, heard, state.rows.prompt_lengths - 1)
     (state, heard, _), info = lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
     return state, info, heard.hidden
