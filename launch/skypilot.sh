@@ -3,15 +3,17 @@
 #
 #   BUCKET=b launch/skypilot.sh [--dry-run] -- \
 #     --config configs/X.yaml --output /bucket/run ...
-#   BUCKET=b ACCELERATOR=H100:8 NODES=2 launch/skypilot.sh -- ...
+#   BUCKET=b ACCELERATOR=H100:8 launch/skypilot.sh -- ...
 #
 # What follows -- goes to `mgsr train`. The rest stands in skypilot.yaml, beside this.
+# Several hosts do not see in /bucket what another one writes: they need a volume that
+# they share, which skypilot.yaml is to name, and --output there.
 # `sky jobs queue`, `sky jobs logs` and `sky jobs cancel` look after the job.
 
 set -euo pipefail
 
 BUCKET=${BUCKET:-}                    # Cloud Storage bucket, mounted as /bucket
-ACCELERATOR=${ACCELERATOR:-tpu-v6e-8} # of a node: tpu-v6e-32 (all its hosts), H100:8, ...
+ACCELERATOR=${ACCELERATOR:-tpu-v6e-8} # of a node: H100:8, tpu-v6e-32 (its hosts), ...
 NODES=${NODES:-1}                     # nodes with those; 1 for TPUs
 SPOT=${SPOT:-true}                    # true: cheap, may be taken away; false: on demand
 NAME=${NAME:-mgsr}                    # of the job
@@ -29,6 +31,11 @@ while (($#)); do
   shift
 done
 if [[ -z $BUCKET ]]; then fail "BUCKET is not set; see --help"; fi
+hosts=$NODES
+if [[ $ACCELERATOR =~ ^tpu-.*-([0-9]+)$ ]] && ((BASH_REMATCH[1] > 8)); then hosts=several; fi
+if [[ $hosts != 1 && " $*" == *[\ =]/bucket* ]]; then
+  fail "$ACCELERATOR x $NODES is several hosts, which do not share /bucket; see --help"
+fi
 
 run() {
   if $dry_run; then

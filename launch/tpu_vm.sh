@@ -8,8 +8,8 @@
 #   launch/tpu_vm.sh [--dry-run] delete
 #
 # What follows -- goes to `mgsr train`, in ~/mgsr_jax on every host. With BUCKET set,
-# install mounts that Cloud Storage bucket as ~/bucket: --output must be on storage that
-# all hosts share. train has the exit status of the run: after 42 say train again; a
+# install mounts that Cloud Storage bucket beside it: --output ../bucket/run is on storage
+# that all hosts share, as it must be. train has the exit status of the run: after 42 say train again; a
 # spot slice that was taken away needs delete, create and install first. Keep the
 # connection: where it breaks, gcloud starts its command again beside what still runs.
 

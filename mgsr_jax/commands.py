@@ -4,6 +4,7 @@ What a command alone needs is imported there: `mgsr --help` waits for nothing.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ def train(config: TrainConfig) -> int:
     from mgsr_jax import distributed
     from mgsr_jax.trainer import train
 
+    _take_the_gpu()
     distributed.start(config.distributed)
     return DONE if train(config).finished else STOPPED
 
@@ -47,6 +49,7 @@ def cache_teacher(
     """
     from mgsr_jax.caching import cache_teacher
 
+    _take_the_gpu()
     cache_teacher(config, top_k=top_k, logits_dtype=logits_dtype)
     return DONE
 
@@ -84,6 +87,12 @@ def plan(
     sizes = " ".join(f"--mesh.{axis} {n}" for axis, n in found.mesh.shape.items())
     console.print(f"{sizes} --micro_batches {found.micro_batches}", soft_wrap=True)
     return DONE
+
+
+def _take_the_gpu() -> None:
+    """JAX would take three quarters of its memory; `mgsr plan` counts on 92 %."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
 
 
 def generate(

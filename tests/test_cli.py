@@ -1,6 +1,7 @@
 """The command line as a user types it: what works, and one line for what does not."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import pytest
 import tiny
 import yaml
 
+from mgsr_jax import commands
 from mgsr_jax.cli import main
 from mgsr_jax.commands import COMMANDS, DIVERGED, DONE, MISTAKE
+from mgsr_jax.config import DataConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,34 @@ def test_without_the_extra_the_program_says_so():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("pip install 'mgsr_jax[train]'")
+
+
+@pytest.mark.parametrize(
+    ("variable", "taken"),
+    [
+        (None, "0.95"),
+        ("XLA_CLIENT_MEM_FRACTION", "0.5"),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", None),
+    ],
+)
+def test_a_run_takes_the_gpu_unless_told_otherwise(variable, taken, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "0.5")
+    # Both of them together are an error of JAX's.
+    monkeypatch.setattr("os.environ", dict(os.environ))
+
+    class Started(Exception):
+        pass
+
+    def start(_):
+        raise Started
+
+    monkeypatch.setattr("mgsr_jax.distributed.start", start)
+    with pytest.raises(Started):
+        commands.train(TrainConfig("student", "output", DataConfig("train")))
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == taken
 
 
 def test_help_explains_every_setting(capsys):

@@ -421,6 +421,24 @@ def test_skypilot_is_told_what_its_task_does_not_say(stage):
     assert stage.launch("skypilot", BUCKET="b").returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({}, 0),
+        ({"ACCELERATOR": "H100:8"}, 0),
+        ({"ACCELERATOR": "H100:8", "NODES": "2"}, MISTAKE),
+        ({"ACCELERATOR": "tpu-v6e-32"}, MISTAKE),
+    ],
+)
+def test_several_hosts_of_skypilot_do_not_share_its_bucket(stage, settings, status):
+    for output in (["--output", "/bucket/run"], ["--output=/bucket/run"]):
+        ran = stage.launch("skypilot", "--", *output, BUCKET="b", **settings)
+        assert ran.returncode == status
+        assert ("do not share /bucket" in ran.stderr) == (status == MISTAKE)
+    elsewhere = stage.launch("skypilot", "--", "--output", "/volume/run", BUCKET="b")
+    assert elsewhere.returncode == 0
+
+
 def test_skypilot_goes_on_after_42_alone():
     recovery = TASK["resources"]["job_recovery"]
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [STOPPED]}
