@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mgsr_jax.losses._top_k import top_k as largest
 from mgsr_jax.rows import Rows, prompts_only
-from mgsr_jax.sharding import axis_size
+from mgsr_jax.sharding import axis_size, constrain
 from mgsr_jax.slots import in_slots
-from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
+from mgsr_jax.typing import BATCH_AXES, Leaf, Model, Params, PRNGKey, RowKeys
 
 STUDENT, TEACHER = 0, 1
 """Streams of random numbers."""
@@ -305,8 +307,12 @@ def sample(
     temperature); at 0 it is the argmax. Filters work in float32, top-k before top-p.
     """
     logits = logits.astype(jnp.float32)
+    if top_k or top_p < 1.0:
+        # A filter compares all of a row; over a split axis lax.top_k has been wrong on
+        # GPUs (jax-ml/jax#19271).
+        logits = constrain(logits, P(BATCH_AXES))
     if top_k:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        kth = largest(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
     if top_p < 1.0:
         logits = jnp.where(_nucleus(logits, temperature, top_p), logits, -jnp.inf)

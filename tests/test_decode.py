@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mgsr_jax import sharding
 from mgsr_jax.compiled import collectives
@@ -344,6 +346,24 @@ def test_sample_follows_the_distribution():
     np.testing.assert_allclose(shares(temperature=2.0), flat / flat.sum(), atol=0.03)
     assert shares(temperature=0.0).tolist() == [1, 0, 0, 0]
     assert shares(top_p=1e-6).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.7}])
+def test_filters_see_whole_rows_of_a_split_vocabulary(filters):
+    logits = 3 * jax.random.normal(jax.random.key(0), (8, 64))
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(8))
+    pick = jax.jit(partial(sample, **filters))
+    want = pick(logits, keys)
+    mesh = sharding.make_mesh(2, 2, 2)
+    split = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(logits, split)
+        keys = jax.device_put(keys, sharding.batch_sharding(mesh))
+        got = pick(logits, keys)
+        sent = collectives(pick.lower(logits, keys).compile().as_text())
+    np.testing.assert_array_equal(got, want)
+    # Rows stay where they are: two of eight on a device, in float32.
+    assert sent["all-gather"] == (1, 2 * 64 * 4)
 
 
 def test_sample_in_bfloat16_input_works_in_float32():
