@@ -397,8 +397,13 @@ def train(project, output, layout, **settings):
     processes, devices, mesh = LAYOUTS[layout]
     file = write_config(project, output, mesh, **settings)
     port = free_port()
+    # The run that goes on is of programs that another one has compiled.
+    alone = {
+        "JAX_COMPILATION_CACHE_DIR": str(project / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     environments = [
-        environment(devices, **(by_variables(i, port) if processes > 1 else {}))
+        environment(devices, **(by_variables(i, port) if processes > 1 else alone))
         for i in range(processes)
     ]
     together(["-m", "mgsr_jax", "train", "--config", str(file)], environments)
