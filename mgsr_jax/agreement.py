@@ -1,8 +1,8 @@
 """What the processes of a run must have in common, and that a failure is told to all.
 
 A process that fails alone leaves the others waiting for it; one that was given other
-settings or data trains on something else, and nothing says so. With one process
-everything here does nothing.
+settings or data trains on something else, and nothing says so. A process on its own
+agrees with itself.
 """
 
 import json
