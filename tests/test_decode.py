@@ -363,7 +363,7 @@ def test_filters_see_whole_rows_of_a_split_vocabulary(filters):
         sent = collectives(pick.lower(logits, keys).compile().as_text())
     np.testing.assert_array_equal(got, want)
     # Rows stay where they are: two of eight on a device, in float32.
-    assert sent["all-gather"] == (1, 2 * 64 * 4)
+    assert sent == {"all-gather": (1, 2 * 64 * 4)}
 
 
 def test_sample_in_bfloat16_input_works_in_float32():
