@@ -12,7 +12,6 @@ from mgsr_jax.checkpoint import hf
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig, make_rollout
-from mgsr_jax.row_source import RowSource, StepRows
 from mgsr_jax.rows import Rows, from_lists
 from mgsr_jax.train_step import (
     OptimizerConfig,
@@ -20,6 +19,7 @@ from mgsr_jax.train_step import (
     make_optimizer,
     make_train_step,
 )
+from mgsr_jax.training.row_source import RowSource, StepRows
 from mgsr_jax.typing import Params
 
 FORWARD_KL = Objective(sft=0.0, token=1.0, span=0.0, divergence="forward_kl")

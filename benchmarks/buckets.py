@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mgsr_jax import models, sharding
-from mgsr_jax.batching import train_batches
+from mgsr_jax.data.batches import train_batches
 from mgsr_jax.objective import Objective
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import (

@@ -28,7 +28,7 @@ from _mgsr import STEPS, Pair, Training, constant_rate
 from _pairs import Bound, Options, Sides
 
 from mgsr_jax import models
-from mgsr_jax.decode import generate
+from mgsr_jax.decoding.decode import generate
 from mgsr_jax.losses import init_clip_network
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective

@@ -124,13 +124,13 @@ def transformers_side(options: Options) -> None:
 
 
 def mgsr_side(options: Options) -> None:
-    """`mgsr_jax.decode.generate`; `best` is its greedy float32 again."""
+    """`mgsr_jax.decoding.decode.generate`; `best` is its greedy float32 again."""
     import jax
     import numpy as np
     from _mgsr import load, prompt_rows
     from _side import serve
 
-    from mgsr_jax.decode import generate
+    from mgsr_jax.decoding.decode import generate
 
     model, params = load(Path(options.shared))
     prompts = _sizes.random_tokens(options, ROWS, PROMPT)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgsr_jax import losses, models, records
+from mgsr_jax import losses, models
 from mgsr_jax.checkpoint import hf
+from mgsr_jax.data import records
 from mgsr_jax.models import quantized
 
 LONGEST, SHORTEST, RECORDS = 128, 64, 64

@@ -2,7 +2,7 @@
 
 A teacher learns Little English (little_english.py), a student a quarter of its size is
 warmed up by SFT, and from there each method makes the same number of updates. All
-training is `mgsr_jax.trainer.train`, the trainer of the real runs.
+training is `mgsr_jax.training.trainer.train`, the trainer of the real runs.
 
     python examples/quickstart.py                                # about five minutes
     python examples/quickstart.py --ablations --seeds 0 1 2      # the README's table
@@ -28,16 +28,18 @@ from rich.console import Console
 from rich.table import Table
 
 import mgsr_jax
-from mgsr_jax import data, models, report, sharding
-from mgsr_jax.batching import prompt_batches
+from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.config import DataConfig, TrainConfig
-from mgsr_jax.evaluate import EvaluationResult, evaluate
+from mgsr_jax.data import dataset
+from mgsr_jax.data.batches import prompt_batches
+from mgsr_jax.evaluation import report
+from mgsr_jax.evaluation.evaluate import EvaluationResult, evaluate
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.train_step import OptimizerConfig
-from mgsr_jax.trainer import train
+from mgsr_jax.training.config import DataConfig, TrainConfig
+from mgsr_jax.training.trainer import train
 from mgsr_jax.typing import Model, Params
 
 TEACHER_WIDTH, STUDENT_WIDTH = 128, 64
@@ -135,7 +137,7 @@ class Quickstart:
             max_length=little_english.LONGEST,
             cache_dir=str(output / "cache"),
         )
-        self.test, _ = data.load_prompts(
+        self.test, _ = dataset.load_prompts(
             self.data / "test.jsonl", self.tokenizer, self.data_config.encoding
         )
         self.teacher = self._teacher()

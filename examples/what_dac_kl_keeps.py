@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from mgsr_jax import data, losses, models
-from mgsr_jax.batching import eval_batches
+from mgsr_jax import losses, models
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.encoding import Encoding
+from mgsr_jax.data import dataset
+from mgsr_jax.data.batches import eval_batches
+from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.rows import next_token_view
 
 matplotlib.use("Agg")
@@ -35,7 +36,7 @@ def distributions(args, tokenizer):
     params = hf.load_params(args.teacher, model)
     width = args.max_length
     encoding = Encoding(max_prompt_length=width // 2, max_length=width)
-    rows, _ = data.load(args.data, tokenizer, encoding, chunker=None)
+    rows, _ = dataset.load(args.data, tokenizer, encoding, chunker=None)
     size = len(tokenizer)
 
     @jax.jit

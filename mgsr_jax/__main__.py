@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line; a missing extra is one clear line."""
     try:
-        from mgsr_jax import cli
+        from mgsr_jax.commands import parser
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mgsr_jax"):
             raise
@@ -16,7 +16,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(parser.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mgsr_jax.decode import STUDENT, decode, row_keys, start
+from mgsr_jax.data.spans import Chunker, chunk, token_offsets
+from mgsr_jax.decoding.decode import STUDENT, decode, row_keys, start
 from mgsr_jax.rows import NO_SPAN, Rows, blank_padding, prompts_only
 from mgsr_jax.scrg import ScrgInfo, revise
-from mgsr_jax.spans import Chunker, chunk, token_offsets
 from mgsr_jax.typing import Model, Params, PRNGKey
 
 Source = Literal["data", "generate", "replay"]

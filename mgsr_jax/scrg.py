@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.decode import (
+from mgsr_jax.decoding.decode import (
     STUDENT,
     TEACHER,
     DecodeState,

@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from mgsr_jax import models
-from mgsr_jax.cli import main
-from mgsr_jax.commands import COMMANDS
-from mgsr_jax.config import TrainConfig, check
-from mgsr_jax.setup import read_models
+from mgsr_jax.commands.generate import COMMANDS
+from mgsr_jax.commands.parser import main
+from mgsr_jax.training.config import TrainConfig, check
+from mgsr_jax.training.inputs import read_models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

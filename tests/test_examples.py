@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mgsr_jax import spans
-from mgsr_jax.config import DataConfig, TrainConfig, check
-from mgsr_jax.encoding import alpaca_prompt
+from mgsr_jax.data import spans
+from mgsr_jax.data.encoding import alpaca_prompt
+from mgsr_jax.training.config import DataConfig, TrainConfig, check
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

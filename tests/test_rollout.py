@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from mgsr_jax import models
-from mgsr_jax.decode import generate
+from mgsr_jax.decoding.decode import generate
 from mgsr_jax.rollout import (
     AdaptiveRatio,
     ReplayBuffer,

@@ -10,7 +10,7 @@ import tiny
 from jaxtyping import TypeCheckError
 
 from mgsr_jax import sharding
-from mgsr_jax.decode import STUDENT, TEACHER, decode, row_keys, sample, start
+from mgsr_jax.decoding.decode import STUDENT, TEACHER, decode, row_keys, sample, start
 from mgsr_jax.scrg import locate_error, revise
 
 WIDTH = 12

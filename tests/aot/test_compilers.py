@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from mgsr_jax import cli, targets
-from mgsr_jax.config import DataConfig, MeshConfig, TrainConfig
+from mgsr_jax.commands import parser
 from mgsr_jax.objective import Objective
-from mgsr_jax.plan import plan
+from mgsr_jax.planning import machines
+from mgsr_jax.planning.plan import plan
 from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
 VOCAB, WIDTH, LENGTH, BATCH, CHUNK = 1400, 256, 64, 128, 16
 PADDED = 1408  # 11 x 128: the size of nothing else
@@ -91,11 +92,11 @@ def planned(request, tmp_path_factory):
     if not installed(name):
         pytest.skip(f"no compiler for {name}; make test-aot brings it")
     folder = tmp_path_factory.mktemp("plan")
-    targets.use_no_device()
+    machines.use_no_device()
     with said_to(folder / "stderr"):
         found = plan(
             settings(folder, not name.startswith("h"), teacher_dtype, mesh),
-            targets.describe(name, slices=slices),
+            machines.describe(name, slices=slices),
         )
     return found, (folder / "stderr").read_text()
 
@@ -152,7 +153,7 @@ def test_a_program_that_is_too_large_says_so_in_one_line(tmp_path, capsys):
         pytest.skip("no compiler for v5e; make test-aot brings it")
     large = SHAPE | {"hidden_size": 8192, "intermediate_size": 32768}
     (tmp_path / "large.json").write_text(json.dumps(large))
-    status = cli.main(
+    status = parser.main(
         [
             "plan",
             "--target=v5e:1x1",

@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from tiny import GPT2, LLAMA, OPT
 
-from mgsr_jax import decode, models, sharding
+from mgsr_jax import models, sharding
+from mgsr_jax.decoding import decode
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.rows import from_lists

@@ -1,0 +1,1 @@
+"""The `mgsr` command line: one file a command."""

@@ -1,0 +1,1 @@
+"""Records, tokens, phrases, batches, and the teacher's outputs on disk."""

@@ -1,0 +1,1 @@
+"""Generation over a static cache."""

@@ -1,0 +1,1 @@
+"""Fit and traffic of a run on a machine that is not attached."""

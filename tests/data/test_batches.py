@@ -1,0 +1,182 @@
+"""Batches: a fixed order for any number of hosts, and rows no wider than they need."""
+
+import json
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsr_jax.data.batches import eval_batches, prompt_batches, train_batches
+from mgsr_jax.data.dataset import Prompt, lengths
+from mgsr_jax.rows import next_token_view
+
+COUNT, BUCKETS = 22, (8, 16, 32)
+
+
+def table(sizes):
+    """An example of every size: a prompt of one token, and the response."""
+    responses = [[i + 2] * (size - 1) for i, size in enumerate(sizes)]
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [[1]] * len(responses),
+            "response": responses,
+            "span_ids": [[-1] * len(response) for response in responses],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    sizes = np.random.default_rng(0).integers(3, 33, COUNT + 3)
+    # As `data.load` leaves it: some records of the table are not used.
+    return table(sizes).select(range(3, COUNT + 3))
+
+
+def share(process, processes):
+    """What one of several equal processes takes of a batch of 8."""
+    return np.arange(8).reshape(processes, -1)[process]
+
+
+def global_batches(dataset, processes, count, *, widths=(32,), **options):
+    """Examples of the first batches, and how wide their rows are."""
+    iterators = [
+        train_batches(dataset, 8, widths=widths, share=share(p, processes), **options)
+        for p in range(processes)
+    ]
+    found = [[next(it) for it in iterators] for _ in range(count)]
+    seen = [{rows.tokens.shape[1] for rows in parts} for parts in found]
+    assert all(len(every) == 1 for every in seen)
+    examples = [np.concatenate([rows.example for rows in parts]) for parts in found]
+    return examples, [width for (width,) in seen]
+
+
+def test_lengths_are_those_of_the_examples_that_are_used(dataset):
+    expected = [1 + len(response) for response in dataset["response"]]
+    assert lengths(dataset).tolist() == expected
+
+
+@pytest.mark.parametrize("widths", [(32,), BUCKETS])
+def test_order_does_not_depend_on_the_number_of_hosts(dataset, widths):
+    expected = global_batches(dataset, 1, 5, seed=3, widths=widths)
+    for processes in (2, 4):
+        found = global_batches(dataset, processes, 5, seed=3, widths=widths)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1] == expected[1]
+    other, _ = global_batches(dataset, 1, 5, seed=4, widths=widths)
+    assert not np.array_equal(other, expected[0])
+
+
+@pytest.mark.parametrize("widths", [(32,), BUCKETS])
+def test_an_epoch_shows_no_example_twice_and_the_next_is_shuffled_anew(dataset, widths):
+    batches, _ = global_batches(dataset, 1, 4, seed=0, epochs=2, widths=widths)
+    for epoch in (batches[:2], batches[2:]):
+        assert len(set(np.concatenate(epoch).tolist())) == 16
+    assert set(np.concatenate(batches[:2])) != set(np.concatenate(batches[2:]))
+    iterator = train_batches(dataset, 8, widths=widths, seed=0, epochs=2)
+    assert len(list(iterator)) == 4
+
+
+def test_a_batch_is_as_wide_as_its_longest_row_needs():
+    sizes = np.random.default_rng(1).integers(3, 33, 400)
+    dataset = table(sizes)
+    batches, widths = global_batches(dataset, 2, 50, seed=0, widths=BUCKETS)
+    for examples, width in zip(batches, widths, strict=True):
+        fitting = [w for w in BUCKETS if w >= sizes[examples].max()]
+        assert width == fitting[0]
+    # Half of the examples are longer than 16: of random batches hardly any were narrow.
+    assert set(widths) == set(BUCKETS) and widths.count(32) <= 35
+    # The batches of a window come in no order of their lengths.
+    assert widths != sorted(widths)
+    assert sorted(np.concatenate(batches).tolist()) == [*range(400)]
+
+
+@pytest.mark.parametrize("batches", [2, 3, 8, 30])
+def test_no_epoch_puts_the_same_examples_together(batches):
+    sizes = np.random.default_rng(1).permutation(np.arange(8 * batches) % 30 + 3)
+    found, _ = global_batches(table(sizes), 1, 2 * batches, seed=0, widths=BUCKETS)
+    first, second = (
+        {frozenset(batch.tolist()) for batch in epoch}
+        for epoch in (found[:batches], found[batches:])
+    )
+    assert len(first & second) <= batches // 4
+
+
+def test_rows_of_a_batch_come_in_no_order_of_their_lengths():
+    sizes = np.arange(8 * 40) % 30 + 3
+    found, _ = global_batches(table(sizes), 1, 40, seed=0, widths=BUCKETS)
+    orders = [sizes[batch].tolist() for batch in found]
+    mixed = [order for order in orders if len(set(order)) > 2]
+    assert len(mixed) > 20 and not any(order == sorted(order) for order in mixed)
+
+
+def test_what_an_epoch_leaves_out_is_not_always_the_longest():
+    dataset, left_out = table([*range(3, 15)]), set()
+    for seed in range(10):
+        batches, _ = global_batches(dataset, 1, 1, seed=seed, widths=BUCKETS)
+        left_out |= {*range(12)} - set(batches[0].tolist())
+    assert min(left_out) < 6
+
+
+@pytest.mark.parametrize("widths", [(32,), BUCKETS])
+def test_position_is_json_and_resumes_exactly(dataset, widths):
+    options = {"widths": widths, "seed": 1, "share": share(1, 2)}
+    iterator = train_batches(dataset, 8, **options)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(3)]
+    resumed = train_batches(dataset, 8, **options)
+    next(resumed)
+    resumed.set_state(state)
+    for rows in expected:
+        jax.tree.map(np.testing.assert_array_equal, next(resumed), rows)
+
+
+def test_batches_that_cannot_be_made_raise(dataset):
+    with pytest.raises(ValueError, match="22 examples do not fill a batch of 24"):
+        train_batches(dataset, 24, widths=[32], seed=0)
+    with pytest.raises(ValueError, match="fits into no width"):
+        next(train_batches(dataset, 8, widths=[4, 6], seed=0))
+
+
+@pytest.mark.parametrize("widths", [(32,), BUCKETS])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_validation_counts_every_example_once(dataset, processes, widths):
+    shares = [
+        list(eval_batches(dataset, 8, widths=widths, share=share(p, processes)))
+        for p in range(processes)
+    ]
+    batches = [
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        for parts in zip(*shares, strict=True)
+    ]
+    assert [len(rows.tokens) for rows in batches] == [8, 8, 8]
+    examples = np.concatenate([rows.example for rows in batches]).tolist()
+    assert sorted(examples) == [-1, -1, *range(22)] and examples[-2:] == [-1, -1]
+    if len(widths) == 1:
+        assert examples[:22] == [*range(22)]
+    else:
+        sizes = lengths(dataset)[examples[:22]]
+        assert sizes.tolist() == sorted(sizes)
+        assert batches[0].tokens.shape[1] < batches[-1].tokens.shape[1] == 32
+    scored = sum(
+        int(next_token_view(jax.tree.map(jnp.asarray, rows)).where.sum())
+        for rows in batches
+    )
+    assert scored == sum(len(response) for response in dataset["response"])
+
+
+def test_prompt_batches():
+    prompts = [
+        Prompt((1, 2), (3,) * (i + 1), ("three",), i, True, "some.jsonl:1")
+        for i in range(5)
+    ]
+    first, second = prompt_batches(prompts, 3, width=30)
+    np.testing.assert_array_equal(first.lengths, first.prompt_lengths)
+    assert first.example.tolist() == [0, 1, 2] and second.example.tolist() == [3, 4, -1]
+    _, second = prompt_batches(prompts, 3, width=30, with_response=True)
+    assert (second.lengths - second.prompt_lengths).tolist() == [4, 5, 0]
+    start, end = second.prompt_lengths[1], second.lengths[1]
+    assert second.tokens[1, start:end].tolist() == [3] * 5

@@ -1,0 +1,123 @@
+"""Records: one bad line costs one record and is named by file and line."""
+
+import json
+
+import datasets
+import pytest
+
+from mgsr_jax.data.records import Example, Rejected, read_examples
+
+GOOD = {"instruction": "Say hi.", "output": "Hi!"}
+
+
+def read(tmp_path, *lines, name="some.jsonl"):
+    file = tmp_path / name
+    file.write_bytes(b"\n".join(lines))
+    return list(read_examples(file))
+
+
+def as_line(**fields):
+    return json.dumps(GOOD | fields).encode()
+
+
+def test_fields(tmp_path):
+    assert read(
+        tmp_path,
+        as_line(),
+        b"",
+        as_line(input="now", output=["a", "b"], minillm=False, other=1),
+        as_line(input=None),
+    ) == [
+        Example("Say hi.", "", ("Hi!",), True, "some.jsonl:1"),
+        Example("Say hi.", "now", ("a", "b"), False, "some.jsonl:3"),
+        Example("Say hi.", "", ("Hi!",), True, "some.jsonl:4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "reason"),
+    [
+        (b'{"instruction": "Say', "malformed", "Unterminated string"),
+        (b'{"instruction": "\xff", "output": "a"}', "malformed", "can't decode byte"),
+        (b"[" * 100_000, "malformed", "recursion"),
+        (b"[1, 2]", "malformed", "a list, expected an object"),
+        (b'{"output": "a"}', "malformed", "no 'instruction'"),
+        (b'{"instruction": "a"}', "malformed", "no 'output'"),
+        (as_line(instruction=3), "malformed", "'instruction' is a int, expected text"),
+        (as_line(input=["a"]), "malformed", "'input' is a list, expected text"),
+        (as_line(output=["a", 1]), "malformed", "'output' is a int, expected text"),
+        (as_line(output="\ud800"), "malformed", "half of a surrogate pair"),
+        (as_line(minillm="no"), "malformed", "'minillm' is 'no'"),
+        (as_line(instruction=" \n"), "empty", "empty 'instruction'"),
+        (as_line(output=""), "empty", "empty 'output'"),
+        (as_line(output=[]), "empty", "empty 'output'"),
+        (as_line(output=["a", " "]), "empty", "empty 'output'"),
+    ],
+)
+def test_bad_line_is_named_and_the_rest_is_read(tmp_path, line, problem, reason):
+    before, bad, after = read(tmp_path, as_line(), line, as_line())
+    assert isinstance(before, Example) and isinstance(after, Example)
+    assert isinstance(bad, Rejected) and bad.problem == problem
+    assert bad.message.startswith("some.jsonl:2: ") and reason in bad.message
+    assert "\n" not in bad.message
+
+
+def test_byte_order_mark_and_windows_lines(tmp_path):
+    (example,) = read(tmp_path, b"\xef\xbb\xbf" + as_line() + b"\r", name="some.json")
+    assert example == Example("Say hi.", "", ("Hi!",), True, "some.json:1")
+
+
+def test_json_array_says_how_to_convert_it(tmp_path):
+    with pytest.raises(ValueError, match=r"some.json:1: a JSON array.*jq -c"):
+        read(tmp_path, b"[", as_line(), b"]", name="some.json")
+
+
+def test_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "some.parquet"
+    datasets.Dataset.from_list([GOOD, GOOD | {"instruction": ""}]).to_parquet(file)
+    assert list(read_examples(file)) == [
+        Example("Say hi.", "", ("Hi!",), True, "some.parquet:1"),
+        Rejected("empty", "some.parquet:2: empty 'instruction'"),
+    ]
+
+
+def test_broken_parquet_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "some.parquet").write_bytes(b"PAR1 this is not")
+    with pytest.raises(ValueError, match="some.parquet' cannot be read") as caught:
+        list(read_examples(tmp_path / "some.parquet"))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.jsonl' is missing"):
+        list(read_examples(tmp_path / "no.jsonl"))
+    (tmp_path / "some.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="some.csv' is of no known kind"):
+        list(read_examples(tmp_path / "some.csv"))
+
+
+def test_hub_name_is_loaded_by_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (example,) = read_examples("some/set", split="validation")
+    assert asked == [("some/set", "validation")]
+    assert example == Example("Say hi.", "", ("Hi!",), True, "set:1")
+
+
+@pytest.mark.parametrize(
+    "error", [datasets.exceptions.DatasetNotFoundError("x"), ConnectionError("y")]
+)
+def test_hub_that_gives_nothing_is_one_line(monkeypatch, error):
+    def load_dataset(name, split):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match="'some/set' is neither a file nor"):
+        list(read_examples("some/set"))

@@ -1,0 +1,278 @@
+"""Spans: offsets of sampled ids, phrases, and which tokens lie in them."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from mgsr_jax.data import spans
+
+TEXTS = [
+    "The dog's tail is wagging on the old mat.",
+    "naïve café, 3.5% of $1,200.50 — “quoted” it’s",
+    "and/or http://foo.com/a?b=1 &slash; a_b\n\n1. First 😀 item\r\n\tSecond 👩‍👩‍👧",
+    "日本語のテキスト and \u200b zero width \u00a0 no-break",
+    "",
+    " \n ",
+]
+
+
+def byte_level_tokenizer():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = BpeTrainer(
+        vocab_size=330,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the old dog is on the mat"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], pad_token=special[0]
+    )
+
+
+def byte_fallback_tokenizer():
+    """As LLaMA's: words begin with a mark for the space, unknown bytes are tokens."""
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "l"), ("▁", "d")]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", *"abcdefghijklmnopqrstuvwxyz", *map("".join, merges)]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="module", params=[byte_level_tokenizer, byte_fallback_tokenizer])
+def tokenizer(request):
+    return request.param()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_offsets_partition_the_decoded_text(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    decoded, offsets = spans.token_offsets(tokenizer, ids)
+    assert decoded == tokenizer.decode(ids) == text
+    assert [0] + [end for _, end in offsets] == [start for start, _ in offsets] + [
+        len(text)
+    ]
+
+
+def test_last_byte_of_a_character_owns_it(tokenizer):
+    ids = tokenizer("a 😀", add_special_tokens=False).input_ids
+    text, offsets = spans.token_offsets(tokenizer, ids)
+    assert text[slice(*offsets[-1])].strip() == "😀"
+    owners = [i for i, (a, b) in enumerate(offsets) if "😀" in text[a:b]]
+    assert owners == [len(ids) - 1]
+    assert sum(a == b for a, b in offsets) >= 2  # the bytes before the last
+
+
+def test_special_tokens_own_nothing(tokenizer):
+    eos = tokenizer.eos_token_id
+    ids = tokenizer("the dog", add_special_tokens=False).input_ids
+    text, offsets = spans.token_offsets(tokenizer, [eos, *ids, eos])
+    assert text == "the dog"
+    assert offsets[0] == (0, 0) and offsets[-1] == (7, 7)
+    (found,) = spans.chunk([text], [offsets], lambda t: [(0, len(t))])
+    assert found[0] == found[-1] == -1 and (found[1:-1] == 0).all()
+
+
+def test_any_sampled_ids_have_offsets(tokenizer):
+    rng = np.random.default_rng(0)
+    proper = 0
+    for _ in range(300):
+        ids = rng.integers(0, len(tokenizer), rng.integers(1, 12)).tolist()
+        text, offsets = spans.token_offsets(tokenizer, ids)
+        assert [0] + [b for _, b in offsets] == [a for a, _ in offsets] + [len(text)]
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        if "\ufffd" not in decoded:
+            assert text == decoded
+            proper += 1
+    assert proper > 20
+
+
+def test_character_that_later_bytes_take_back():
+    tokenizer = byte_fallback_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<0xD1>", "<0xB4>", "<0xFF>", "a"])
+    assert "\u0474" not in tokenizer.decode(ids)
+    text, offsets = spans.token_offsets(tokenizer, ids)
+    assert (text, offsets[:2]) == ("\u0474\ufffda", [(0, 0), (0, 1)])
+
+
+def test_incomplete_last_character_is_left_out():
+    tokenizer = byte_level_tokenizer()
+    ids = tokenizer("ab😀").input_ids[:-1]
+    assert spans.token_offsets(tokenizer, ids)[0] == "ab"
+
+
+def test_tokenizer_without_backend_is_refused():
+    with pytest.raises(ValueError, match="object has no tokenizers backend"):
+        spans.token_offsets(object(), [1])
+
+
+def phrases(text):
+    return [text[start:end] for start, end in spans.textblob_phrases(text)]
+
+
+def test_textblob_finds_noun_verb_and_prepositional_phrases():
+    assert phrases("The red car has been driving to the big house.") == [
+        "The red car",
+        "has been driving",
+        "to the big house",
+    ]
+
+
+def test_textblob_phrases_end_with_line_and_sentence():
+    assert phrases("the old dog\nthe cat. The mat") == [
+        "the old dog",
+        "the cat",
+        "The mat",
+    ]
+
+
+def test_textblob_contractions_and_symbols():
+    assert phrases("The king won't see the dog — 😀 it’s") == [
+        "The king",
+        "won't see",
+        "the dog",
+        "it",
+    ]
+    assert phrases("☂ ☂ — … ~ 😀") == []
+
+
+@pytest.mark.parametrize("text", TEXTS + [t * 7 for t in TEXTS])
+def test_textblob_phrases_are_disjoint_words_of_the_text(text):
+    last = 0
+    for start, end in spans.textblob_phrases(text):
+        assert last <= start < end <= len(text)
+        assert (
+            text[start:end] == text[start:end].strip() and "\n" not in text[start:end]
+        )
+        last = end
+
+
+def test_textblob_needs_no_corpus(monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    assert phrases("the old dog") == ["the old dog"]
+
+
+def test_textblob_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "textblob.en", None)
+    spans._textblob_parser.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'mgsr_jax\[train\]'"):
+        spans.textblob_phrases("a dog")
+    spans._textblob_parser.cache_clear()
+
+
+def chunk_one(text, offsets, found):
+    return spans.chunk([text], [offsets], lambda _: found)[0].tolist()
+
+
+def test_leading_space_of_a_token_is_ignored():
+    # "a red car": the phrase starts at "red", the token at the space before it.
+    assert chunk_one("a red car", [(0, 1), (1, 5), (5, 9)], [(2, 9)]) == [-1, 0, 0]
+
+
+def test_token_that_sticks_out_of_the_phrase_is_in_none():
+    assert chunk_one("a red car.", [(0, 1), (1, 5), (5, 10)], [(2, 9)]) == [-1, 0, -1]
+
+
+def test_white_space_between_words_of_a_phrase_belongs_to_it():
+    tokens = [(0, 1), (1, 2), (2, 3), (3, 6), (6, 7)]
+    assert chunk_one("a  red ", tokens, [(0, 6)]) == [0, 0, 0, 0, -1]
+
+
+def test_neighbouring_phrases_differ_and_come_in_any_order():
+    tokens = [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert chunk_one("aabbccdd", tokens, [(4, 8), (0, 4)]) == [0, 0, 1, 1]
+
+
+def test_chunk_gives_int32_of_each_texts_own_length():
+    found = spans.chunk(["a dog", ""], [[(0, 1), (1, 5)], []])
+    assert [f.dtype for f in found] == [np.int32, np.int32]
+    assert [f.tolist() for f in found] == [[0, 0], []]
+
+
+@pytest.mark.parametrize("found", [[(0, 3), (2, 5)], [(0, 6)], [(2, 2)], [(-1, 2)]])
+def test_bad_phrases_of_a_chunker_raise(found):
+    with pytest.raises(ValueError, match="must return disjoint phrases"):
+        chunk_one("abcde", [(0, 5)], found)
+
+
+def test_bad_arguments_raise():
+    with pytest.raises(ValueError, match="chunker 'nltk' is unknown"):
+        spans.chunk(["a"], [[(0, 1)]], "nltk")
+    with pytest.raises(ValueError, match="1 texts but offsets of 2"):
+        spans.chunk(["a"], [[(0, 1)], []])
+
+
+def test_spacy_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "spacy", None)
+    spans._spacy_pipeline.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'mgsr_jax\[spacy\]'"):
+        spans.chunk(["a"], [[(0, 1)]], "spacy")
+
+
+def test_spacy_model_missing_names_the_download():
+    pytest.importorskip("spacy", reason="spaCy (the extra mgsr_jax[spacy]) is missing")
+    with pytest.raises(ImportError, match="python -m spacy download no_such_model"):
+        spans.chunk(["a"], [[(0, 1)]], "spacy", spacy_model="no_such_model")
+
+
+def test_spacy_phrases():
+    spacy = pytest.importorskip(
+        "spacy", reason="spaCy (the extra mgsr_jax[spacy]) is missing"
+    )
+    rows = [  # word, head, dependency, part of speech
+        ("The", 1, "det", "DET"),
+        ("dog", 4, "nsubj", "NOUN"),
+        ("has", 4, "aux", "AUX"),
+        ("not", 4, "neg", "PART"),
+        ("jumped", 4, "ROOT", "VERB"),
+        ("out", 4, "prep", "ADP"),
+        ("of", 5, "prep", "ADP"),
+        ("the", 8, "det", "DET"),
+        ("window", 6, "pobj", "NOUN"),
+        ("and", 4, "cc", "CCONJ"),
+        ("picked", 4, "conj", "VERB"),
+        ("up", 10, "prt", "ADP"),
+        ("a", 13, "det", "DET"),
+        ("ball", 10, "dobj", "NOUN"),
+        (".", 4, "punct", "PUNCT"),
+    ]
+    words, heads, deps, pos = zip(*rows, strict=True)
+    doc = spacy.tokens.Doc(
+        spacy.blank("en").vocab,
+        words=list(words),
+        heads=list(heads),
+        deps=list(deps),
+        pos=list(pos),
+    )
+    assert [doc.text[start:end] for start, end in spans.spacy_phrases(doc)] == [
+        "The dog",
+        "has not jumped",
+        "out of the window",
+        "picked",
+        "a ball",
+    ]

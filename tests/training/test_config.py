@@ -1,0 +1,337 @@
+"""Settings that cannot work together are named before anything is read."""
+
+import dataclasses
+
+import pytest
+from rich.console import Console
+
+from mgsr_jax.objective import DIVERGENCES
+from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.training.config import DataConfig, TrainConfig, check
+from mgsr_jax.training.inputs import prepare, resolve_chunker
+
+
+def make(**changes):
+    """The defaults; `section__field` changes one field of a section.
+
+    Types are checked under pytest and nowhere else, so a wrong one is put there late.
+    """
+    config = TrainConfig(
+        student="student",
+        teacher="teacher",
+        output="run",
+        steps=10,
+        data=DataConfig(train="train.jsonl"),
+    )
+    for path, value in changes.items():
+        *section, field = path.split("__")
+        holder = getattr(config, section[0]) if section else config
+        object.__setattr__(holder, field, value)
+    return config
+
+
+def test_the_defaults_are_valid():
+    check(make())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steps=None, epochs=0.5),
+        dict(rollout__policy="on", rollout__probability=0.0),
+        dict(rollout__policy="replay", rollout__initial_ratio=1.0),
+        dict(rollout__rounds=0, rollout__temperature=0.0),
+        dict(objective__sft=0.0),
+        dict(objective__token=0.0),
+        dict(objective__divergence="dac_kl_fixed", objective__lower=0.0),
+        dict(teacher=None, objective__token=0.0, objective__span=0.0),
+        dict(batch_size=12, micro_batches=3),
+        dict(save_every=0, validate_every=0, optimizer__weight_decay=0.0),
+        dict(lora__rank=16, lora__alpha=0.5, lora__dropout=0.99, lora__targets=""),
+        dict(data__buckets=(64, 128)),
+        dict(teacher_cache="cache", objective__span=0.0),
+        dict(
+            teacher_cache="cache",
+            objective__span=0.0,
+            objective__divergence="forward_kl",
+            rollout__policy="on",
+        ),
+    ],
+    ids=str,
+)
+def test_what_works_is_let_through(changes):
+    check(make(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=None), "exactly one of steps and epochs, got steps=None, epochs=N"),
+        (dict(epochs=1.0), "exactly one of steps and epochs, got steps=10, epochs=1.0"),
+        (
+            dict(output="gs://bucket/run"),
+            r"output='gs://bucket/run' .*; mount the buck",
+        ),
+        (
+            dict(teacher="gs://bucket/teacher"),
+            "teacher='gs://bucket/teacher' is an add",
+        ),
+        (dict(data__buckets=(512,)), r"buckets=\[512\]; .* data.max_length=512"),
+        (dict(data__buckets=(128, 64)), r"buckets=\[128, 64\]; .* ascend"),
+        (dict(data__buckets=(0, 64)), r"buckets=\[0, 64\]; .* from 2"),
+        (
+            dict(batch_size=10, micro_batches=4),
+            "batch_size=10 does not divide into .*4",
+        ),
+        (
+            dict(rollout__probability=1.1),
+            r"rollout.probability must lie in \[0, 1\], .*1.1",
+        ),
+        (dict(rollout__probability=-0.1), "rollout.probability must lie in"),
+        (dict(rollout__probability=float("nan")), "rollout.probability must lie in"),
+        (dict(rollout__initial_ratio=2.0), r"rollout.initial_ratio must lie in .*2.0"),
+        (dict(rollout__rounds=-1), "rollout needs rounds >= 0.*rounds=-1"),
+        (dict(rollout__temperature=-1.0), "temperature >= 0.*temperature=-1.0"),
+        (dict(rollout__top_p=0.0), "0 < top_p <= 1.*top_p=0.0"),
+        (dict(rollout__top_p=1.5), "0 < top_p <= 1.*top_p=1.5"),
+        (
+            dict(objective__sft=-1.0),
+            r"objective.sft, .token and .span .*\(-1.0, 1.0, 1",
+        ),
+        (
+            dict(objective__sft=0.0, objective__token=0.0, objective__span=0.0),
+            r"one of them above, got \(0.0, 0.0, 0.0\)",
+        ),
+        (dict(objective__lower=0.9, objective__upper=0.2), "lower < upper.*lower=0.9"),
+        (dict(objective__upper=1.2), "upper <= 1, got .*upper=1.2"),
+        (dict(teacher=None), "compare with a teacher and there is none; set teacher"),
+        (
+            dict(
+                teacher=None,
+                objective__token=0.0,
+                objective__span=0.0,
+                rollout__policy="on",
+            ),
+            "rollout.policy='on' needs a teacher",
+        ),
+        (
+            dict(objective__token=0.0, objective__span=0.0),
+            "a teacher is set, but .* never ask it; leave teacher out",
+        ),
+        (dict(lora__rank=-1), "lora.rank must be at least 0, got -1"),
+        (dict(lora__rank=2, lora__alpha=0.0), "lora.alpha must be above 0, got 0.0"),
+        (dict(lora__dropout=1.0), r"lora.dropout must lie in \[0, 1\), got 1.0"),
+        (dict(lora__dropout=-0.1), r"lora.dropout must lie in \[0, 1\), got -0.1"),
+        (
+            dict(lora__rank=2, lora__targets="(query"),
+            r"lora.targets='\(query' is no regular expression \(missing",
+        ),
+        (dict(lora__alpha=32.0), "lora.rank=0 trains all .*alpha=32.0.*set lora.rank"),
+        (dict(data__max_prompt_length=512), "max_prompt_length=512 .* max_length=512"),
+        (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
+        (dict(data__chunker="nltk"), "data.chunker='nltk'; expected textblob, spacy"),
+        (dict(dtype="float16"), "dtype='float16'; expected one of .*'bfloat16'"),
+        (dict(rollout__policy="onn"), "rollout.policy='onn'; expected .*'replay'"),
+        (dict(rollout__teacher_token="max"), "rollout.teacher_token='max'; .*'argmax'"),
+        (dict(objective__divergence="jsd"), "objective.divergence='jsd'; .*'dac_kl'"),
+        (dict(objective__normalization="all"), "objective.normalization='all'"),
+        (
+            dict(
+                teacher=None,
+                teacher_cache="cache",
+                objective__token=0.0,
+                objective__span=0.0,
+            ),
+            "teacher_cache='cache' and no teacher that it was made from; set teacher",
+        ),
+        (
+            dict(teacher_cache="cache"),
+            "objective.span=1.0 compares whole distributions.*leave teacher_cache out",
+        ),
+        (
+            dict(
+                teacher_cache="cache",
+                objective__span=0.0,
+                objective__divergence="forward_kl",
+                objective__temperature=2.0,
+            ),
+            "objective.temperature=2.0; teacher_cache holds .* temperature 1",
+        ),
+        (
+            dict(
+                teacher_cache="cache",
+                objective__span=0.0,
+                objective__divergence="reverse_kl",
+            ),
+            "divergence='reverse_kl' needs the teacher's whole distribution",
+        ),
+        (
+            dict(objective__divergence="reverse_kl", objective__head_mass=0.5),
+            "objective.head_mass=0.5 is not read by .*'reverse_kl'.*'adaptive_kl'",
+        ),
+        (
+            dict(objective__divergence="jensen_shannon", objective__beta=1.5),
+            "objective.beta=1.5; expected 0 to 1",
+        ),
+        (
+            dict(objective__divergence="alpha_beta_divergence", objective__alpha=0.0),
+            "objective.alpha=0.0; expected another number",
+        ),
+        (dict(objective__divergence="taid"), "'taid' needs objective.mix"),
+        (dict(chunk_size=1), "chunk_size=1 leaves the span loss no neighbour"),
+        (
+            dict(objective__temperature=2.0),
+            "objective.temperature=2.0 is not read by DAC-KL",
+        ),
+        (
+            dict(objective__divergence="taid", objective__mix=0.5, objective__beta=0.1),
+            "objective.beta=0.1 is not read by objective.divergence='taid'.*"
+            "'jensen_shannon', 'alpha_beta_divergence'",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_named(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check(make(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "steps",
+        "batch_size",
+        "micro_batches",
+        "chunk_size",
+        "log_every",
+        "keep_checkpoints",
+        "rollout.capacity",
+        "objective.num_candidates",
+        "objective.width",
+        "objective.temperature",
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_sizes_and_rates_are_positive(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be above 0, got {value}"):
+        check(make(**{field.replace(".", "__"): value}))
+
+
+def test_epochs_are_positive():
+    with pytest.raises(ValueError, match="epochs must be above 0, got -1.0"):
+        check(make(steps=None, epochs=-1.0))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "validate_every",
+        "save_every",
+        "rollout.top_k",
+        "objective.prior_weight",
+        "optimizer.final_learning_rate",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_network_learning_rate",
+    ],
+)
+def test_counts_and_weights_are_not_negative(field):
+    path = field.replace(".", "__")
+    check(make(**{path: 0}))
+    with pytest.raises(ValueError, match=f"{field} must be at least 0, got -1"):
+        check(make(**{path: -1}))
+
+
+def test_the_encoding_is_the_data_section():
+    data = DataConfig("x", add_special_tokens=False, max_prompt_length=7, max_length=9)
+    assert dataclasses.asdict(data.encoding).items() <= dataclasses.asdict(data).items()
+
+
+def test_two_configurations_share_no_section():
+    assert make().objective == make().objective
+    assert make().objective is not make().objective
+
+
+@pytest.mark.parametrize(
+    ("make_output", "message"),
+    [
+        (lambda path: path.write_text("mine"), "is a file; choose a folder's name"),
+        (lambda path: folder_with(path, "thesis.txt"), "run of ours"),
+        (lambda path: folder_with(path, "config.yaml"), "was cut off"),
+    ],
+)
+def test_an_output_that_is_no_run_is_refused_before_anything_is_read(
+    tmp_path, make_output, message
+):
+    path = tmp_path / "output"
+    make_output(path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((OSError, ValueError), match=message):
+        prepare(make(output=str(path), resume=True), console=Console())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def folder_with(path, name):
+    path.mkdir()
+    (path / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(validate_every=5), "no data to validate on"),
+        (dict(rollout=RolloutConfig("replay")), "never generates"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_named(changes, message):
+    settings = TrainConfig(
+        student="s",
+        teacher="t",
+        output="o",
+        steps=1,
+        data=DataConfig(train="train.jsonl"),
+        **changes,
+    )
+    with pytest.raises(ValueError, match=message):
+        check(settings)
+
+
+def test_training_data_is_not_validated_on():
+    settings = TrainConfig(
+        student="s",
+        teacher="t",
+        output="o",
+        steps=1,
+        data=DataConfig(train="hub/set", valid="hub/set"),
+    )
+    check(settings)
+    for same in (
+        DataConfig(train="hub/set", valid="hub/set", valid_split="train"),
+        DataConfig(train="one.jsonl", valid="one.jsonl"),
+    ):
+        with pytest.raises(ValueError, match="not trained on"):
+            check(dataclasses.replace(settings, data=same))
+
+
+def test_a_chunker_of_ones_own_is_imported():
+    assert resolve_chunker("textblob") == "textblob"
+    assert resolve_chunker("builtins:len") is len
+    for name in ("nowhere:phrases", "builtins:phrases"):
+        with pytest.raises(ValueError, match="cannot be imported"):
+            resolve_chunker(name)
+
+
+def test_a_cache_is_enough_for_the_divergences_that_read_its_classes_alone():
+    """One that is added needs the whole distribution until somebody shows otherwise."""
+    settings = dict(teacher_cache="cache", objective__span=0.0)
+    for divergence in DIVERGENCES:
+        mix = 0.5 if divergence == "taid" else None
+        config = make(**settings, objective__divergence=divergence, objective__mix=mix)
+        if divergence in ("dac_kl", "dac_kl_fixed", "forward_kl"):
+            check(config)
+            continue
+        with pytest.raises(ValueError, match="needs the teacher's whole distribution"):
+            check(config)

@@ -1,0 +1,325 @@
+"""The rows of every step, and that they go on from a checkpoint as they would have."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mgsr_jax import sharding
+from mgsr_jax.losses import TopKTeacher
+from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rows import NO_SPAN
+from mgsr_jax.scrg import ScrgInfo
+from mgsr_jax.training.row_source import RowSource
+
+BATCH, WIDTH, STEPS = 8, 10, 20
+MARK = 7  # the span id that stands for "the chunker was here"
+
+
+class Batches:
+    """Batch n has the examples 8n ... 8n + 7, as `train_batches` gives them."""
+
+    def __init__(self, width=WIDTH):
+        self.position, self.width = 0, width
+
+    def __next__(self):
+        rows = tiny.complete([(2, 3)] * BATCH, width=self.width, seed=self.position)
+        example = np.arange(BATCH, dtype=np.int32) + BATCH * self.position
+        self.position += 1
+        return dataclasses.replace(jax.tree.map(np.asarray, rows), example=example)
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def rollout(params, teacher_params, micro_batches, key):
+    """Writes a number that params, teacher and the key decide behind each prompt."""
+    del teacher_params
+    return tuple(
+        zip(*(write(params, rows, key) for rows in micro_batches), strict=True)
+    )
+
+
+def write(params, rows, key):
+    number = jax.random.randint(jax.random.fold_in(key, 0), (), 10, 1000)
+    number += params["offset"]
+    size = rows.lengths.shape[0]
+    info = ScrgInfo(
+        error_position=jnp.full((1, size), 2),
+        kl=jnp.ones((1, size)),
+        corrected=jnp.ones((1, size), bool),
+    )
+    written = dataclasses.replace(
+        rows,
+        tokens=rows.tokens.at[:, 2].set(number.astype(jnp.int32)),
+        span_ids=jnp.full_like(rows.span_ids, NO_SPAN),
+        ground_truth=jnp.zeros_like(rows.ground_truth),
+    )
+    heard = jnp.broadcast_to(rows.example[:, None, None], (size, WIDTH, 3))
+    return written, info, heard
+
+
+def add_spans(rows):
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(rows))
+    return dataclasses.replace(rows, span_ids=np.full_like(rows.span_ids, MARK))
+
+
+def lookup(rows):
+    """Says of every position which example it is of."""
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(rows))
+    assert rows.ground_truth.all()
+    shape = (len(rows.example), rows.tokens.shape[1] - 1, 3)
+    example = np.broadcast_to(rows.example[:, None, None], shape)
+    logits, indices = example.astype(np.float16), example.astype(np.uint16)
+    return TopKTeacher(logits, indices, logits[..., 0].astype(np.float32))
+
+
+def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **settings):
+    keep = settings.pop("keep_ground_truth", True)
+    return RowSource(
+        Batches(widths[0]),
+        RolloutConfig(policy, **settings),
+        None if policy == "off" else rollout,
+        add_spans,
+        mesh=mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4]),
+        batch_size=BATCH,
+        widths=widths,
+        micro_batches=parts,
+        steps=STEPS,
+        keep_ground_truth=keep,
+        lookup=lookup,
+    )
+
+
+def step(source, number):
+    key = jax.random.fold_in(jax.random.key(0), number)
+    return source.next(number, key, {"offset": jnp.int32(0)}, None)
+
+
+def written_by(rows):
+    """(example, what the rollout wrote) of every row."""
+    written = zip(rows.example.tolist(), rows.tokens[:, 2].tolist(), strict=True)
+    return set(written)
+
+
+def examples(parts):
+    return [part.example.tolist() for part in parts]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_data_comes_in_order_in_equal_parts_on_the_mesh(parts):
+    source = make("off", parts=parts)
+    for number in range(2):
+        rows = step(source, number)
+        assert rows.source == "data" and rows.corrections == ()
+        assert len(rows.micro_batches) == parts
+        want = np.arange(BATCH) + BATCH * number
+        assert sum(examples(rows.micro_batches), []) == want.tolist()
+        for part in rows.micro_batches:
+            assert part.ground_truth.all() and part.tokens.shape == (8 // parts, 10)
+            assert len(part.tokens.sharding.device_set) == 4
+            assert part.tokens.sharding.spec == sharding.BATCH
+
+
+def test_a_generated_step_carries_the_ground_truth_of_its_prompts():
+    source = make()
+    rows = step(source, 0)
+    assert rows.source == "generate" and len(rows.micro_batches) == 4
+    data, written = rows.micro_batches[:2], rows.micro_batches[2:]
+    assert examples(data) == examples(written) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for truth, sample in zip(data, written, strict=True):
+        assert truth.ground_truth.all() and not sample.ground_truth.any()
+        assert (sample.span_ids == MARK).all() and (truth.span_ids != MARK).all()
+        np.testing.assert_array_equal(sample.tokens[:, :2], truth.tokens[:, :2])
+        assert (sample.tokens[:, 2] >= 10).all()
+        assert sample.tokens.sharding == truth.tokens.sharding
+    assert [info.corrected.shape for info in rows.corrections] == [(1, 4)] * 2
+
+
+def test_a_generated_step_without_labels_carries_the_samples_alone():
+    rows = step(make(keep_ground_truth=False), 0)
+    assert len(rows.micro_batches) == 2 == len(rows.corrections)
+    assert not any(part.ground_truth.any() for part in rows.micro_batches)
+
+
+def assert_cached(rows):
+    """What the cache says is of the row beside it, in its dtype, split as it is."""
+    assert len(rows.cached) == len(rows.micro_batches)
+    for part, found in zip(rows.micro_batches, rows.cached, strict=True):
+        if not part.ground_truth.any():
+            assert_heard(rows, part, found)
+            continue
+        assert part.ground_truth.all()
+        assert [leaf.dtype for leaf in found] == ["float16", "uint16", "float32"]
+        for leaf in found:
+            assert leaf.sharding.spec == part.tokens.sharding.spec == sharding.BATCH
+            np.testing.assert_array_equal(
+                leaf[:, 0].ravel()[:: leaf[0, 0].size], part.example
+            )
+
+
+def assert_heard(rows, part, found):
+    """The student's rows come with what the teacher's reading of them left."""
+    if rows.source == "replay":
+        assert found is None
+    else:
+        np.testing.assert_array_equal(found[:, -1, -1], part.example)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_data_s_rows_come_with_what_the_cache_says(parts):
+    source = make("off", parts=parts, lookup=lookup)
+    for number in range(2):
+        rows = step(source, number)
+        assert None not in rows.cached
+        assert_cached(rows)
+
+
+def test_the_student_s_rows_are_not_in_the_cache():
+    rows = step(make(lookup=lookup), 0)
+    kinds = [isinstance(found, TopKTeacher) for found in rows.cached]
+    assert kinds == [True, True, False, False]
+    assert_cached(rows)
+    source = make("replay", initial_ratio=1.0, capacity=16, lookup=lookup)
+    for number in range(STEPS):
+        rows = step(source, number)
+        assert_cached(rows)
+    assert rows.source == "replay"
+
+
+def test_what_is_not_trained_on_is_not_looked_up():
+    rows = step(make(keep_ground_truth=False, lookup=pytest.fail), 0)
+    assert not any(isinstance(found, TopKTeacher) for found in rows.cached)
+
+
+def test_without_a_cache_the_teacher_is_run_on_the_data_s_rows():
+    assert step(make("off"), 0).cached == (None,) * 2
+    rows = step(make("on"), 0)
+    assert rows.cached[:2] == (None,) * 2
+    for part, found in zip(rows.micro_batches[2:], rows.cached[2:], strict=True):
+        assert_heard(rows, part, found)
+
+
+def test_only_a_step_that_generates_needs_the_whole_width():
+    """Rows of 5 tokens are 6 wide where nothing is written behind them."""
+    settings = dict(initial_ratio=0.7, capacity=16, lookup=lookup)
+    narrow, wide = (
+        make("replay", widths=(6, WIDTH), **settings),
+        make("replay", **settings),
+    )
+    widths = {"data": 6, "generate": WIDTH, "replay": 6}
+    sources = set()
+    for number in range(STEPS):
+        found, expected = step(narrow, number), step(wide, number)
+        assert found.source == expected.source
+        sources.add(found.source)
+        assert_cached(found)
+        width = widths[found.source]
+        for own, whole in zip(found.micro_batches, expected.micro_batches, strict=True):
+            assert own.tokens.shape[1] == width
+            for name in ("tokens", "span_ids"):
+                np.testing.assert_array_equal(
+                    getattr(own, name), getattr(whole, name)[:, :width]
+                )
+            np.testing.assert_array_equal(own.example, whole.example)
+    assert sources == set(widths)
+
+
+def test_what_is_drawn_depends_on_the_step_s_key_alone():
+    first, second = step(make(), 0), step(make(), 0)
+    other = step(make(), 1)
+    tokens = [
+        np.concatenate([part.tokens for part in rows.micro_batches[2:]])
+        for rows in (first, second, other)
+    ]
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    assert (tokens[0][:, 2] != tokens[2][:, 2]).all()
+
+
+def test_replay_draws_what_was_generated():
+    source = make("replay", initial_ratio=1.0, capacity=16)
+    sources, generated = [], set()
+    for number in range(STEPS):
+        before = source.host_state()["data"]
+        rows = step(source, number)
+        sources.append(rows.source)
+        assert rows.source != "data"
+        if rows.source == "generate":
+            for part in rows.micro_batches[2:]:
+                generated |= written_by(part)
+            continue
+        # No data is used up, and both parts are the students' own with their spans.
+        assert source.host_state()["data"] == before
+        assert len(rows.micro_batches) == 2
+        for part in rows.micro_batches:
+            assert not part.ground_truth.any() and (part.span_ids == MARK).all()
+            assert written_by(part) <= generated
+    # The buffer is full after two; then replay takes over.
+    assert sources[:2] == ["generate"] * 2 and "replay" in sources
+    assert source.host_state()["pushed"] == 8 * sources.count("generate")
+
+
+def test_other_policies_keep_no_samples():
+    source = make("on", capacity=1000)
+    step(source, 0)
+    assert source.host_state()["pushed"] == 0
+    assert source.replay_rows["lengths"].shape == (1,)
+
+
+def test_a_restored_source_goes_on_as_the_first_would_have():
+    """Through JSON and arrays, as a checkpoint holds them."""
+    settings = dict(initial_ratio=0.7, capacity=16, epsilon=0.1)
+    first = make("replay", **settings)
+    for number in range(6):
+        step(first, number)
+    first.validated(2.0)
+    first.validated(3.0)
+    assert first.ratio == pytest.approx(0.8)
+    host = json.loads(json.dumps(first.host_state()))
+    replay = {name: np.array(leaf) for name, leaf in first.replay_rows.items()}
+    second = make("replay", **settings)
+    second.restore(host, replay)
+    replay["tokens"][:] = -5  # the restored source has its own copy
+    assert second.ratio == first.ratio
+    sources = set()
+    for number in range(6, STEPS):
+        ours, theirs = step(first, number), step(second, number)
+        assert ours.source == theirs.source
+        sources.add(ours.source)
+        jax.tree.map(
+            np.testing.assert_array_equal, ours.micro_batches, theirs.micro_batches
+        )
+    assert sources == {"data", "generate", "replay"}
+    assert first.host_state() == second.host_state()
+    second.validated(3.05)
+    assert second.ratio == first.ratio  # the reference came along
+    second.validated(3.2)
+    assert second.ratio == pytest.approx(first.ratio + 0.1)
+
+
+def test_a_policy_that_generates_needs_a_rollout():
+    with pytest.raises(ValueError, match="policy='on' generates, but rollout is None"):
+        RowSource(
+            Batches(),
+            RolloutConfig("on"),
+            None,
+            add_spans,
+            mesh=sharding.make_mesh(),
+            batch_size=BATCH,
+            widths=[WIDTH],
+            micro_batches=1,
+            steps=STEPS,
+            keep_ground_truth=True,
+        )
+
+
+def test_parts_that_do_not_divide_over_the_mesh_are_refused():
+    with pytest.raises(ValueError, match="a batch of 4 rows does not divide"):
+        step(make("off", mesh=sharding.make_mesh()), 0)
