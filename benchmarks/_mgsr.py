@@ -13,12 +13,8 @@ from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig, make_rollout
 from mgsr_jax.rows import Rows, from_lists
-from mgsr_jax.train_step import (
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    make_train_step,
-)
+from mgsr_jax.train_step import init_state, make_train_step
+from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mgsr_jax.training.row_source import RowSource, StepRows
 from mgsr_jax.typing import Params
 

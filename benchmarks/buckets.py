@@ -22,12 +22,8 @@ from mgsr_jax import models, sharding
 from mgsr_jax.data.batches import train_batches
 from mgsr_jax.objective import Objective
 from mgsr_jax.rows import Rows
-from mgsr_jax.train_step import (
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    make_train_step,
-)
+from mgsr_jax.train_step import init_state, make_train_step
+from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 LONGEST, BUCKETS = 512, (128, 256)
 BATCH, STEPS, VOCABULARY = 8, 16, 8192

@@ -34,7 +34,8 @@ from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, from_lists
-from mgsr_jax.train_step import init_state, make_optimizer, make_train_step
+from mgsr_jax.train_step import init_state, make_train_step
+from mgsr_jax.training.optimizer import make_optimizer
 
 RECOMPILED = Bound(
     "P8recompile", "compilations after step 2 of 50 steps of ragged lengths", 0

@@ -82,7 +82,8 @@ def mgsr_side(options: Options) -> None:
 
     from mgsr_jax import sharding
     from mgsr_jax.rows import from_lists
-    from mgsr_jax.train_step import init_state, make_optimizer, make_train_step
+    from mgsr_jax.train_step import init_state, make_train_step
+    from mgsr_jax.training.optimizer import make_optimizer
 
     pair, mesh = load_pair(Path(options.shared)), sharding.make_mesh()
     optimizer = make_optimizer(constant_rate(RATE), STEPS)

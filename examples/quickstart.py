@@ -37,8 +37,8 @@ from mgsr_jax.evaluation.evaluate import EvaluationResult, evaluate
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, next_token_view
-from mgsr_jax.train_step import OptimizerConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
+from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.trainer import train
 from mgsr_jax.typing import Model, Params
 

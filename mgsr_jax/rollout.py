@@ -17,16 +17,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.decoding.decode import STUDENT, decode, row_keys, start
-from mgsr_jax.rows import NO_SPAN, Rows, blank_padding, prompts_only
+from mgsr_jax.rows import Rows, blank_padding, prompts_only
 from mgsr_jax.scrg import ScrgInfo, revise
 from mgsr_jax.typing import Model, Params, PRNGKey
-
-Source = Literal["data", "generate", "replay"]
 
 Heard = Float[Array, "B S D"]
 """The teacher's hidden states on rows; index t predicts token t + 1."""
@@ -71,108 +67,6 @@ class RolloutConfig:
     def always_generates(self) -> bool:
         """Whether no step's rows are the data's."""
         return self.policy == "on" and self.probability == 1
-
-
-@dataclasses.dataclass
-class ReplayBuffer:
-    """The latest `capacity` generated rows, on the host; the oldest makes room.
-
-    Attributes:
-      rows: numpy Rows of `capacity` rows.
-      pushed: rows ever pushed; the next one goes to `pushed % capacity`.
-    """
-
-    rows: Rows
-    pushed: int = 0
-
-    @classmethod
-    def empty(cls, capacity: int, width: int) -> "ReplayBuffer":
-        """A buffer for rows of the given width."""
-        return cls(
-            Rows(
-                tokens=np.zeros((capacity, width), np.int32),
-                prompt_lengths=np.ones(capacity, np.int32),
-                lengths=np.ones(capacity, np.int32),
-                span_ids=np.full((capacity, width), NO_SPAN, np.int32),
-                example=np.zeros(capacity, np.int32),
-                ground_truth=np.zeros(capacity, bool),
-            )
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Rows that fit."""
-        return self.rows.lengths.shape[0]
-
-    @property
-    def full(self) -> bool:
-        """Whether the next push replaces a row."""
-        return self.pushed >= self.capacity
-
-    def push(self, rows: Rows) -> None:
-        """Adds a batch of host rows."""
-        size = rows.lengths.shape[0]
-        slots = (self.pushed + np.arange(size)) % self.capacity
-        for field in dataclasses.fields(Rows):
-            getattr(self.rows, field.name)[slots] = getattr(rows, field.name)
-        self.pushed += size
-
-    def sample(self, key: PRNGKey, size: int) -> Rows:
-        """`size` rows, uniformly, with replacement.
-
-        Raises:
-          ValueError: the buffer is empty.
-        """
-        if not self.pushed:
-            raise ValueError("nothing was pushed to the replay buffer yet")
-        held = min(self.pushed, self.capacity)
-        index = np.asarray(jax.random.randint(key, (size,), 0, held))
-        return jax.tree.map(lambda leaf: leaf[index], self.rows)
-
-
-@dataclasses.dataclass
-class AdaptiveRatio:
-    """phi of the replay policy and the validation loss that it compares with.
-
-    Attributes:
-      ratio: phi, the share of steps on the student's text.
-      reference: None until the first validation.
-    """
-
-    ratio: float
-    reference: float | None = None
-
-    def update(self, loss: float, epsilon: float) -> None:
-        """Raises the ratio when validation got worse by `epsilon`."""
-        if self.reference is None:
-            self.reference = loss
-        elif loss >= self.reference + epsilon:
-            self.ratio = min(self.ratio + 0.1, 1.0)
-            self.reference = loss
-
-
-def choose_source(
-    config: RolloutConfig,
-    key: PRNGKey,
-    *,
-    step: int,
-    steps: int,
-    ratio: float = 0.0,
-    buffer_full: bool = False,
-) -> Source:
-    """Where step `step` of `steps` takes its rows from; one draw for all hosts.
-
-    >>> choose_source(RolloutConfig("on", 0.0), jax.random.key(0), step=0, steps=9)
-    'data'
-    """
-    if config.policy == "off":
-        return "data"
-    r = float(jax.random.uniform(key))
-    if config.policy == "on":
-        return "generate" if r < config.probability else "data"
-    if r < ratio * (1 - step / steps) or (r < ratio and not buffer_full):
-        return "generate"
-    return "replay" if r < ratio else "data"
 
 
 def make_rollout(
@@ -265,23 +159,3 @@ def _parted(tree: Any, parts: int, axis: int = 0) -> tuple[Any, ...]:
         return jax.tree.map(of, tree)
 
     return tuple(part(i) for i in range(parts))
-
-
-def with_spans(
-    rows: Rows, tokenizer: Any, chunker: Chunker, *, spacy_model: str
-) -> Rows:
-    """Host rows with the phrases of their responses marked."""
-    responses = [
-        tokens[start:end].tolist()
-        for tokens, start, end in zip(
-            rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
-        )
-    ]
-    decoded = [token_offsets(tokenizer, ids) for ids in responses]
-    texts, offsets = zip(*decoded, strict=True)
-    span_ids = np.full_like(rows.tokens, NO_SPAN)
-    phrases = chunk(texts, offsets, chunker, spacy_model=spacy_model)
-    for b, ids in enumerate(phrases):
-        start = rows.prompt_lengths[b]
-        span_ids[b, start : start + len(ids)] = ids
-    return dataclasses.replace(rows, span_ids=span_ids)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from mgsr_jax.losses import Sum, TopKTeacher
 from mgsr_jax.objective import Objective, Weights, micro_batch_loss, position_weights
 from mgsr_jax.rows import Rows
-from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
+from mgsr_jax.typing import STUDENT, Leaf, Model, Params, PRNGKey, RowKeys
 
 _DROPOUT = 2**31 - 1
 """Folded into the run's key where others fold a step: no step has this number."""
@@ -25,31 +25,6 @@ class Diverged(ArithmeticError):
 
 Metrics = dict[str, Sum]
 TrainStep = Callable[..., tuple["TrainState", Metrics]]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a cosine schedule for the student, Adam for the clip network.
-
-    Attributes:
-      learning_rate: the student's, at its highest.
-      final_learning_rate: where the cosine ends.
-      warmup_steps: linear warm-up from 0.
-      weight_decay: on matrices, adapters and embeddings; not on norms and biases.
-      beta1: Adam's decay of the gradient's mean.
-      beta2: Adam's decay of its square.
-      clip_norm: the student's gradient is scaled down to this global norm.
-      clip_network_learning_rate: constant; without weight decay.
-    """
-
-    learning_rate: float = 5e-4
-    final_learning_rate: float = 1e-7
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    clip_norm: float = 1.0
-    clip_network_learning_rate: float = 1e-3
 
 
 @jax.tree_util.register_dataclass
@@ -82,50 +57,6 @@ class TrainState:
         """All but what is frozen, by its field: what a checkpoint holds."""
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name != "frozen"}
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to `final_learning_rate` after `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(steps, config.warmup_steps + 1),
-        end_value=config.final_learning_rate,
-    )
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The two optimizers, by the top-level name in the parameters."""
-    student = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
-    return optax.partition(
-        {
-            "student": student,
-            "clip_network": optax.adam(config.clip_network_learning_rate),
-        },
-        lambda params: {name: name for name in params},
-    )
-
-
-def decayed(params: Params) -> Any:
-    """True for the matrices: weight decay leaves norms and biases alone.
-
-    By name, since a stack of biases has the rank of a matrix.
-    """
-
-    def is_matrix(path: Any, leaf: Leaf) -> bool:
-        return path[-1].key in ("kernel", "embedding", "a", "b")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def init_state(
@@ -221,7 +152,7 @@ def make_train_step(
             name: Sum(value, jnp.ones(()))
             for name, value in (
                 ("loss", loss),
-                ("gradient_norm", optax.tree.norm(grads["student"])),
+                ("gradient_norm", optax.tree.norm(grads[STUDENT])),
                 ("finite", finite.astype(jnp.float32)),
             )
         }

@@ -19,6 +19,9 @@ Leaf = Any
 """A field of a record: an array, or what stands for it in a tree of the same form
 (a sharding, a shape, None). Shapes stand in the record's docstring."""
 
+STUDENT, CLIP_NETWORK = "student", "clip_network"
+"""Top-level keys of the trained parameters."""
+
 LAYERS = "layers"
 """Where a model's parameters hold those of its layers."""
 

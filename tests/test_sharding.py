@@ -12,7 +12,8 @@ from tiny import GPT2, OPT
 
 from mgsr_jax import models, sharding
 from mgsr_jax.losses import init_clip_network
-from mgsr_jax.train_step import OptimizerConfig, init_state, make_optimizer
+from mgsr_jax.train_step import init_state
+from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 LLAMA = {
     "model_type": "llama",

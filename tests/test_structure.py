@@ -14,10 +14,12 @@ __init__ typing
 losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
 losses._cross_entropy losses._divergences losses._mixtures losses._adaptive_kl
 losses._alpha_beta losses._dac_kl losses._span losses._projection losses._chunked losses
-sharding training.distributed training.agreement models.* rows checkpoint.*
+sharding training.optimizer training.distributed training.agreement models.* rows
+checkpoint.*
 decoding.continuous_batching decoding.decode scrg data.spans data.records data.encoding
-data.dataset data.batches data.teacher_cache rollout training.row_source objective
-train_step training.metrics evaluation.evaluate evaluation.report training.config
+data.dataset data.batches data.teacher_cache rollout training.replay training.row_source
+objective train_step training.metrics training.run_folder evaluation.evaluate
+evaluation.report training.config
 training.programs training.inputs training.initial_state commands.cache_teacher
 training.trainer commands.export planning.machines planning.compiled planning.plan
 commands.generate commands.parser integrations.* __main__

@@ -15,8 +15,8 @@ from mgsr_jax.checkpoint.state import params_shapes, restore_params
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.training.inputs import read_run_config
-from mgsr_jax.training.programs import STUDENT
 from mgsr_jax.training.trainer import CHECKPOINTS
+from mgsr_jax.typing import STUDENT
 
 
 def export(

@@ -36,12 +36,11 @@ from mgsr_jax.train_step import init_state
 from mgsr_jax.training.config import TrainConfig, check
 from mgsr_jax.training.inputs import check_sizes, read_models
 from mgsr_jax.training.programs import (
-    CLIP_NETWORK,
-    STUDENT,
     init_trained,
     make_programs,
     state_shardings,
 )
+from mgsr_jax.typing import CLIP_NETWORK, STUDENT
 
 MARGIN = 0.92
 """Of a device's memory; the rest is left to fragments and to what a driver keeps."""

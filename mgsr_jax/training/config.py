@@ -13,8 +13,8 @@ from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import SETTINGS, Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.train_step import OptimizerConfig
 from mgsr_jax.training.distributed import DistributedConfig
+from mgsr_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

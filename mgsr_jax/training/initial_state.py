@@ -13,12 +13,11 @@ from mgsr_jax.models import quantized
 from mgsr_jax.train_step import TrainState, init_state
 from mgsr_jax.training.inputs import Setup
 from mgsr_jax.training.programs import (
-    STUDENT,
     init_trained,
     partition_rules,
     state_shardings,
 )
-from mgsr_jax.typing import Params
+from mgsr_jax.typing import STUDENT, Params
 
 
 def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:

@@ -20,14 +20,12 @@ from mgsr_jax.train_step import (
     Metrics,
     TrainState,
     TrainStep,
-    make_optimizer,
     make_train_step,
     make_validation_step,
 )
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.typing import Params
-
-STUDENT, CLIP_NETWORK = "student", "clip_network"
+from mgsr_jax.training.optimizer import make_optimizer
+from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,19 +12,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.losses import TopKTeacher
-from mgsr_jax.rollout import (
+from mgsr_jax.rollout import Heard, Rollout, RolloutConfig
+from mgsr_jax.rows import NO_SPAN, Rows, narrowest, with_width
+from mgsr_jax.scrg import ScrgInfo
+from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
+from mgsr_jax.training.replay import (
     AdaptiveRatio,
-    Heard,
     ReplayBuffer,
-    Rollout,
-    RolloutConfig,
     Source,
     choose_source,
 )
-from mgsr_jax.rows import Rows, narrowest, with_width
-from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
 from mgsr_jax.typing import Params, PRNGKey
 
 Lookup = Callable[[Rows], TopKTeacher]
@@ -198,3 +197,23 @@ class RowSource:
         if self._config.policy == "replay":  # the same buffer on every host
             self._buffer.push(fetch_whole(rows))
         return rows
+
+
+def with_spans(
+    rows: Rows, tokenizer: Any, chunker: Chunker, *, spacy_model: str
+) -> Rows:
+    """Host rows with the phrases of their responses marked."""
+    responses = [
+        tokens[start:end].tolist()
+        for tokens, start, end in zip(
+            rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+        )
+    ]
+    decoded = [token_offsets(tokenizer, ids) for ids in responses]
+    texts, offsets = zip(*decoded, strict=True)
+    span_ids = np.full_like(rows.tokens, NO_SPAN)
+    phrases = chunk(texts, offsets, chunker, spacy_model=spacy_model)
+    for b, ids in enumerate(phrases):
+        start = rows.prompt_lengths[b]
+        span_ids[b, start : start + len(ids)] = ids
+    return dataclasses.replace(rows, span_ids=span_ids)

@@ -22,23 +22,20 @@ from mgsr_jax.data.batches import eval_batches, train_batches
 from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.models import lora
 from mgsr_jax.objective import DIVERGENCES
-from mgsr_jax.rollout import with_spans
 from mgsr_jax.rows import Rows
 from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.train_step import (
-    Diverged,
-    Metrics,
-    TrainState,
-    learning_rate_schedule,
-)
+from mgsr_jax.train_step import Diverged, Metrics, TrainState
 from mgsr_jax.training import distributed
 from mgsr_jax.training.agreement import check_equal, check_shared, together
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.initial_state import load_state, load_teacher
 from mgsr_jax.training.inputs import CONFIG_FILE, Setup, common_parts, prepare
 from mgsr_jax.training.metrics import Means, MetricsLog, StepProgress, peak_memory
-from mgsr_jax.training.programs import STUDENT, make_programs
-from mgsr_jax.training.row_source import RowSource, StepRows, host_share
+from mgsr_jax.training.optimizer import learning_rate_schedule
+from mgsr_jax.training.programs import make_programs
+from mgsr_jax.training.row_source import RowSource, StepRows, host_share, with_spans
+from mgsr_jax.training.run_folder import STUDENT_FOLDER
+from mgsr_jax.typing import STUDENT
 
 CHECKPOINTS = "checkpoints"
 REJECTED = "rejected.txt"
@@ -136,7 +133,7 @@ class _Run:
             with self._open_log(start) as log, stop_signals() as stopped:
                 validation = self._loop(start, log, stopped)
         step = int(self.state.step)
-        student = self.output / STUDENT
+        student = self.output / STUDENT_FOLDER
         if step == self.setup.steps:
             self._export(student)
         else:

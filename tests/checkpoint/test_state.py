@@ -10,8 +10,9 @@ import pytest
 
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint import state as checkpoint
-from mgsr_jax.rollout import ReplayBuffer
-from mgsr_jax.train_step import OptimizerConfig, init_state, make_optimizer
+from mgsr_jax.train_step import init_state
+from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mgsr_jax.training.replay import ReplayBuffer
 
 HOST = {"data": {"next": 7}, "ratio": {"ratio": 0.25, "reference": None}, "pushed": 3}
 

@@ -28,17 +28,11 @@ from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.train_step import (
-    OptimizerConfig,
-    decayed,
-    dropout_keys,
-    init_state,
-    make_optimizer,
-    make_train_step,
-)
+from mgsr_jax.train_step import dropout_keys, init_state, make_train_step
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.initial_state import load_state
 from mgsr_jax.training.inputs import prepare
+from mgsr_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*forward-compatible:DeprecationWarning",

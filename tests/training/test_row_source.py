@@ -12,9 +12,9 @@ import tiny
 from mgsr_jax import sharding
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.rows import NO_SPAN
+from mgsr_jax.rows import NO_SPAN, from_lists
 from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.training.row_source import RowSource
+from mgsr_jax.training.row_source import RowSource, with_spans
 
 BATCH, WIDTH, STEPS = 8, 10, 20
 MARK = 7  # the span id that stands for "the chunker was here"
@@ -323,3 +323,42 @@ def test_a_policy_that_generates_needs_a_rollout():
 def test_parts_that_do_not_divide_over_the_mesh_are_refused():
     with pytest.raises(ValueError, match="a batch of 4 rows does not divide"):
         step(make("off", mesh=sharding.make_mesh()), 0)
+
+
+class Letters:
+    """A tokenizer of one character a token."""
+
+    def decode(self, ids, **settings):
+        return "".join(chr(i) for i in ids)
+
+
+def test_spans_are_marked_in_the_response_alone(monkeypatch):
+    words = "the cat sat"
+    rows = from_lists(
+        [[ord(c) for c in "the cat"], [ord("x")]],
+        [[ord(c) for c in words], [ord("y")]],
+        width=22,
+    )
+    rows.span_ids[:] = 9  # stale
+    monkeypatch.setattr("mgsr_jax.training.row_source.token_offsets", offsets)
+    marked = with_spans(rows, Letters(), find_cats, spacy_model="none")
+    cat = words.index("cat")
+    want = [NO_SPAN] * 22
+    first = 7 + cat
+    span = marked.span_ids[0, first]
+    assert span >= 0
+    want[first : first + 3] = [span] * 3
+    assert marked.span_ids[0].tolist() == want
+    assert marked.span_ids[1].tolist() == [NO_SPAN] * 22
+    assert (rows.span_ids == 9).all()  # the rows that were given stay as they are
+    for field in ("tokens", "lengths", "prompt_lengths", "example", "ground_truth"):
+        assert getattr(marked, field) is getattr(rows, field)
+
+
+def offsets(tokenizer, ids):
+    return tokenizer.decode(ids), [(i, i + 1) for i in range(len(ids))]
+
+
+def find_cats(text):
+    start = text.find("cat")
+    return [] if start < 0 else [(start, start + 3)]

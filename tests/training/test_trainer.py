@@ -21,9 +21,9 @@ from mgsr_jax.checkpoint import hf, state
 from mgsr_jax.commands.cache_teacher import cache_teacher
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.train_step import OptimizerConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 from mgsr_jax.training.metrics import StepProgress
+from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.trainer import Diverged, train
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,0 +1,78 @@
+"""AdamW for the student and Adam for the clip network."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Leaf, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a cosine schedule for the student, Adam for the clip network.
+
+    Attributes:
+      learning_rate: the student's, at its highest.
+      final_learning_rate: where the cosine ends.
+      warmup_steps: linear warm-up from 0.
+      weight_decay: on matrices, adapters and embeddings; not on norms and biases.
+      beta1: Adam's decay of the gradient's mean.
+      beta2: Adam's decay of its square.
+      clip_norm: the student's gradient is scaled down to this global norm.
+      clip_network_learning_rate: constant; without weight decay.
+    """
+
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 1e-7
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    clip_network_learning_rate: float = 1e-3
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to `final_learning_rate` after `steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The two optimizers, by the top-level name in the parameters."""
+    student = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+    return optax.partition(
+        {
+            STUDENT: student,
+            CLIP_NETWORK: optax.adam(config.clip_network_learning_rate),
+        },
+        lambda params: {name: name for name in params},
+    )
+
+
+def decayed(params: Params) -> Any:
+    """True for the matrices: weight decay leaves norms and biases alone.
+
+    By name, since a stack of biases has the rank of a matrix.
+    """
+
+    def is_matrix(path: Any, leaf: Leaf) -> bool:
+        return path[-1].key in ("kernel", "embedding", "a", "b")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,0 +1,118 @@
+"""Choice of a step's source of rows, and the state of the replay policy: buffer, ratio.
+
+The rule is that of `mgsr_jax.rollout`'s docstring.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import numpy as np
+
+from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rows import NO_SPAN, Rows
+from mgsr_jax.typing import PRNGKey
+
+Source = Literal["data", "generate", "replay"]
+
+
+@dataclasses.dataclass
+class ReplayBuffer:
+    """The latest `capacity` generated rows, on the host; the oldest makes room.
+
+    Attributes:
+      rows: numpy Rows of `capacity` rows.
+      pushed: rows ever pushed; the next one goes to `pushed % capacity`.
+    """
+
+    rows: Rows
+    pushed: int = 0
+
+    @classmethod
+    def empty(cls, capacity: int, width: int) -> "ReplayBuffer":
+        """A buffer for rows of the given width."""
+        return cls(
+            Rows(
+                tokens=np.zeros((capacity, width), np.int32),
+                prompt_lengths=np.ones(capacity, np.int32),
+                lengths=np.ones(capacity, np.int32),
+                span_ids=np.full((capacity, width), NO_SPAN, np.int32),
+                example=np.zeros(capacity, np.int32),
+                ground_truth=np.zeros(capacity, bool),
+            )
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+        return self.rows.lengths.shape[0]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next push replaces a row."""
+        return self.pushed >= self.capacity
+
+    def push(self, rows: Rows) -> None:
+        """Adds a batch of host rows."""
+        size = rows.lengths.shape[0]
+        slots = (self.pushed + np.arange(size)) % self.capacity
+        for field in dataclasses.fields(Rows):
+            getattr(self.rows, field.name)[slots] = getattr(rows, field.name)
+        self.pushed += size
+
+    def sample(self, key: PRNGKey, size: int) -> Rows:
+        """`size` rows, uniformly, with replacement.
+
+        Raises:
+          ValueError: the buffer is empty.
+        """
+        if not self.pushed:
+            raise ValueError("nothing was pushed to the replay buffer yet")
+        held = min(self.pushed, self.capacity)
+        index = np.asarray(jax.random.randint(key, (size,), 0, held))
+        return jax.tree.map(lambda leaf: leaf[index], self.rows)
+
+
+@dataclasses.dataclass
+class AdaptiveRatio:
+    """phi of the replay policy and the validation loss that it compares with.
+
+    Attributes:
+      ratio: phi, the share of steps on the student's text.
+      reference: None until the first validation.
+    """
+
+    ratio: float
+    reference: float | None = None
+
+    def update(self, loss: float, epsilon: float) -> None:
+        """Raises the ratio when validation got worse by `epsilon`."""
+        if self.reference is None:
+            self.reference = loss
+        elif loss >= self.reference + epsilon:
+            self.ratio = min(self.ratio + 0.1, 1.0)
+            self.reference = loss
+
+
+def choose_source(
+    config: RolloutConfig,
+    key: PRNGKey,
+    *,
+    step: int,
+    steps: int,
+    ratio: float = 0.0,
+    buffer_full: bool = False,
+) -> Source:
+    """Where step `step` of `steps` takes its rows from; one draw for all hosts.
+
+    >>> choose_source(RolloutConfig("on", 0.0), jax.random.key(0), step=0, steps=9)
+    'data'
+    """
+    if config.policy == "off":
+        return "data"
+    r = float(jax.random.uniform(key))
+    if config.policy == "on":
+        return "generate" if r < config.probability else "data"
+    if r < ratio * (1 - step / steps) or (r < ratio and not buffer_full):
+        return "generate"
+    return "replay" if r < ratio else "data"

@@ -1,0 +1,3 @@
+"""Names of what a run folder holds."""
+
+STUDENT_FOLDER = "student"
