@@ -1,33 +1,87 @@
-"""The Python of the README and the pages runs as it stands; links lead somewhere."""
+"""README and pages: their Python runs, their links, settings and targets exist."""
 
+import dataclasses
 import pathlib
 import re
+import typing
 
 import jax
 import pytest
 
+from mgsr_jax.training.config import TrainConfig
+
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{number}")
-    for page in PAGES
-    for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    )
-]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md")
+PYTHON = re.compile(r"```python\n(.*?)```", re.S)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 
 
-def test_there_is_python_in_both():
-    assert {block.id.rpartition("-")[0] for block in BLOCKS} == {"README", "losses"}
+def python_blocks():
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(PYTHON.findall(page.read_text()))
+    ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+def test_readme_and_pages_about_losses_contain_python():
+    names = {block.id.rpartition("-")[0] for block in python_blocks()}
+    assert names == {"README", "losses", "own_trainer"}
+
+
+def test_readme_has_at_most_200_lines_and_opens_with_ten_lines_of_a_loss():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 200
+    first = PYTHON.search(text)
+    assert first is not None and "## " not in text[: first.start()]
+    lines = [line for line in first[1].splitlines() if line]
+    assert len(lines) <= 10 and any("import dac_kl" in line for line in lines)
+
+
+@pytest.mark.parametrize("block", python_blocks())
 def test_the_python_runs(block):
-    with jax.numpy_rank_promotion("allow"):  # a reader's own jax has not our rig
+    with jax.numpy_rank_promotion("allow"):  # a reader's jax has the default
         exec(compile(block, "page", "exec"), {})
 
 
-def test_links_lead_somewhere():
+def anchors(page):
+    """Headings as GitHub turns them into anchors."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+
+
+def test_links_and_anchors_exist():
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in LINK.findall(page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: #{anchor}"
+
+
+def test_readme_names_every_page():
+    text = README.read_text()
+    assert all(f"docs/{page.name}" in text for page in (ROOT / "docs").glob("*.md"))
+
+
+def fields(settings):
+    """Names of all settings, those of sections too."""
+    types = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        yield field.name
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from fields(types[field.name])
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs" / "training.md").read_text()
+    names = set(re.findall(r"`(?:\w*\.)?(\w+)`", text))
+    assert set(fields(TrainConfig)) <= names
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", page.read_text())
+        for name in re.findall(r"(?:`|  |\$ )make ([a-z][a-z-]*)", text):
+            assert name in targets, f"{page.name}: make {name}"
