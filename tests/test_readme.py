@@ -19,7 +19,11 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 
 def python_blocks():
     return [
-        pytest.param(block, id=f"{page.stem}-{number}")
+        pytest.param(
+            block,
+            id=f"{page.stem}-{number}",
+            marks=() if page == README else pytest.mark.slow,
+        )
         for page in PAGES
         for number, block in enumerate(PYTHON.findall(page.read_text()))
     ]
