@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, through xpk.
+# Train on TPU slices of a GKE cluster, through xpk.
 #
 #   PROJECT=p ZONE=z CLUSTER=c IMAGE=i launch/gke_xpk.sh [--dry-run] -- \
 #     --config configs/X.yaml ...
 #
-# The cluster is one that `xpk cluster create` made; the image has mgsr and jax[tpu].
-# What follows -- goes to `mgsr train`; --output must be on storage that all pods mount
-# (STORAGE). xpk starts the workload again after 42 and 127 to 255, never after 1, 2
-# or 65: that is what these mean. To end it: xpk workload delete.
+# `xpk cluster create` makes the cluster; the image must contain mgsr and jax[tpu].
+# Everything after -- goes to `mgsr train`. --output must be on storage that all pods
+# mount (STORAGE). xpk restarts the workload after exit status 42 and 127 to 255, never
+# after 1, 2 or 65, which a restart does not cure. To end it: xpk workload delete.
 
 set -euo pipefail
 
 PROJECT=${PROJECT:-}         # Google Cloud project
-ZONE=${ZONE:-}               # of the cluster
-CLUSTER=${CLUSTER:-}         # its name
+ZONE=${ZONE:-}               # zone of the cluster
+CLUSTER=${CLUSTER:-}         # name of the cluster
 IMAGE=${IMAGE:-}             # container image
-WORKLOAD=${WORKLOAD:-mgsr}   # name of the workload; new for every run
-TPU_TYPE=${TPU_TYPE:-v6e-16} # as xpk names it: v5litepod-16, v5p-32, v6e-256, ...
-SLICES=${SLICES:-1}          # slices of that type; mesh.data is a multiple of it
-RESTARTS=${RESTARTS:-20}     # how often it is started again
+WORKLOAD=${WORKLOAD:-mgsr}   # name of the workload; use a new one for every run
+TPU_TYPE=${TPU_TYPE:-v6e-16} # xpk's name: v5litepod-16, v5p-32, v6e-256, ...
+SLICES=${SLICES:-1}          # number of slices; mesh.data must be a multiple of it
+RESTARTS=${RESTARTS:-20}     # most restarts
 GRACE=${GRACE:-120}          # seconds between TERM and KILL; a spot node has about 30
 STORAGE=${STORAGE:-}         # name of an `xpk storage`, mounted into the pods
 
@@ -30,7 +30,7 @@ while (($#)); do
     --dry-run) dry_run=true ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
     --) shift && break ;;
-    *) fail "unknown option $1; what is meant for mgsr train follows --" ;;
+    *) fail "unknown option $1; put options of mgsr train after --" ;;
   esac
   shift
 done
@@ -48,7 +48,8 @@ run() {
 
 storage=()
 if [[ $STORAGE ]]; then storage=(--storage="$STORAGE"); fi
-# exec: xpk sends TERM to the shell that it starts this in, which may keep it to itself.
+# exec: xpk sends TERM to the shell that runs this command, and a shell may not pass it
+# on.
 printf -v line ' %q' mgsr train --resume true "$@"
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
   --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="$SLICES" \

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this host: one process that sees all of them, or one a GPU.
+# Train on the GPUs of this host: one process for all GPUs, or one process per GPU.
 #
 #   launch/local_gpus.sh [--dry-run] -- --config configs/X.yaml ...
 #   PROCESSES=8 launch/local_gpus.sh -- --config configs/X.yaml ...
 #   DEVICES=cpu PROCESSES=2 launch/local_gpus.sh -- ...      a trial without a GPU
 #
-# What follows -- goes to `mgsr train`. TERM or Ctrl-C is passed on: the run is saved
-# and leaves with 42. With several processes the exit status is the worst of theirs:
-# one that a restart does not cure (1 to 126, but 42) before one that it may.
+# Everything after -- goes to `mgsr train`. TERM and Ctrl-C are passed on: the run saves
+# and exits with 42. With several processes the exit status is the worst of theirs: one
+# that a restart does not cure (1 to 126, except 42) before one that it may cure.
 
 set -euo pipefail
 
-PROCESSES=${PROCESSES:-1} # 1: one process sees all GPUs; n: n processes, a GPU each
+PROCESSES=${PROCESSES:-1} # 1: one process uses all GPUs; n: n processes with one GPU each
 DEVICES=${DEVICES:-gpu}   # gpu or cpu
-PORT=${PORT:-12355}       # where several processes meet; free on this host
-GRACE=${GRACE:-30}        # seconds that the others have to leave once one has failed
+PORT=${PORT:-12355}       # port where several processes meet; must be free
+GRACE=${GRACE:-30}        # seconds for the other processes to exit after one failed
 
 fail() { echo "$0: $1" >&2 && exit 2; }
 
@@ -24,19 +24,19 @@ while (($#)); do
     --dry-run) dry_run=true ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
     --) shift && break ;;
-    *) fail "unknown option $1; what is meant for mgsr train follows --" ;;
+    *) fail "unknown option $1; put options of mgsr train after --" ;;
   esac
   shift
 done
 settings=()
 if [[ $DEVICES == cpu ]]; then settings+=(JAX_PLATFORMS=cpu); fi
 
-say() { printf -v line '%q ' "$@" && echo "${line% }"; }
+show() { printf -v line '%q ' "$@" && echo "${line% }"; }
 
 if ((PROCESSES == 1)); then
   command=(mgsr train "$@")
   if ((${#settings[@]})); then command=(env "${settings[@]}" "${command[@]}"); fi
-  if $dry_run; then say "${command[@]}" && exit; fi
+  if $dry_run; then show "${command[@]}" && exit; fi
   exec "${command[@]}"
 fi
 
@@ -48,7 +48,7 @@ for ((i = 0; i < PROCESSES; i++)); do
   if [[ $DEVICES == gpu ]]; then own+=(CUDA_VISIBLE_DEVICES="${gpus[i]:-$i}"); fi
   command=(env "${settings[@]}" "${own[@]}" mgsr train "$@")
   if $dry_run; then
-    say "${command[@]}"
+    show "${command[@]}"
   else
     "${command[@]}" &
     pids+=($!)
@@ -72,7 +72,7 @@ while ((${#pids[@]})); do
       worst=$status
     fi
   done
-  # A process that waits for one that is gone does not heed TERM.
+  # A process that waits in a collective for one that is gone does not react to TERM.
   if ((worst && SECONDS >= deadline)); then
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi

