@@ -13,7 +13,8 @@ ORDER = """
 __init__ typing
 losses._reduce losses._top_k losses._vocabulary losses._logits losses._teacher
 losses._cross_entropy losses._divergences losses._mixtures losses._adaptive_kl
-losses._alpha_beta losses._dac_kl losses._span losses._projection losses._chunked losses
+losses._alpha_beta losses._gelu losses._dac_kl losses._span losses._projection
+losses._chunked losses
 sharding training.optimizer training.distributed training.agreement models.* rows
 checkpoint.*
 decoding.continuous_batching decoding.decode scrg data.spans data.records data.encoding

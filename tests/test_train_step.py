@@ -11,7 +11,7 @@ import pytest
 import tiny
 from tiny import LLAMA
 
-from mgsr_jax import losses, models
+from mgsr_jax import losses, models, sharding
 from mgsr_jax.objective import Objective
 from mgsr_jax.train_step import init_state, make_train_step, make_validation_step
 from mgsr_jax.training.optimizer import (
@@ -184,6 +184,35 @@ def test_half_precision_computes_and_float32_stays(initial):
     moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, before)
     assert all(jax.tree.leaves(moved["student"]))
     assert moved["clip_network"]["output"]["bias"]
+
+
+def test_a_step_with_dac_kl_is_the_same_on_one_device_and_on_eight(initial):
+    """The clip network is differentiated inside a shard_map."""
+    rows = jax.tree.map(np.asarray, tiny.complete([(2, 5), (1, 9), (3, 1), (4, 6)] * 2))
+    clip = losses.init_clip_network(jax.random.key(0), num_candidates=K, hidden=8)
+    clip["output"]["kernel"] += 0.1  # zeros would stop the hidden layer's gradient
+    params = jax.device_get({"student": initial, "clip_network": clip})
+    teacher = jax.tree.map(lambda p: p[..., ::-1].copy(), initial)
+    optimizer = make_optimizer(CONFIG, STEPS)
+    step = make_train_step(
+        MODEL, MODEL, optimizer, Objective(num_candidates=K), vocab_size=29
+    )
+
+    def gradient_and_metrics(devices):
+        mesh = sharding.make_mesh(devices, devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            state = init_state(jax.tree.map(jnp.array, params), optimizer, seed=0)
+            whole = jax.device_put((state, teacher), sharding.replicated(mesh))
+            state, metrics = step(*whole, (sharding.put_batch(mesh, rows),))
+        # Adam's first mean is a tenth of the clipped gradient.
+        mean = optax.tree.get_all_with_path(state.opt_state, "mu")
+        return jax.device_get(([leaf for _, leaf in mean], metrics))
+
+    one, eight = gradient_and_metrics(1), gradient_and_metrics(8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, eight
+    )
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(eight[0]))
 
 
 def test_validation_reports_every_part_and_always_the_cross_entropy(initial):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from mgsr_jax.losses._gelu import gelu
 from mgsr_jax.losses._logits import clean, clean_pair, zero_where_masked
 from mgsr_jax.losses._teacher import TopKTeacher, check_positions, top_k_log_probs
 from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
@@ -319,7 +320,7 @@ def _predict_limits(
     missing = kernel.shape[0] // 2 - z.shape[-1]
     z = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, missing)])
     z = z.reshape(*z.shape[:-2], kernel.shape[0])
-    z = jax.nn.gelu(_dense(clip_params["hidden"], z), approximate=False)
+    z = gelu(_dense(clip_params["hidden"], z))
     a, b = jnp.moveaxis(jax.nn.sigmoid(_dense(clip_params["output"], z)), -1, 0)
     return LOWER_MAX * a, 1.0 - (1.0 - UPPER_MIN) * b
 
