@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from mgsr_jax import models
-from mgsr_jax.commands.generate import COMMANDS
-from mgsr_jax.commands.parser import main
+from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.training.config import TrainConfig, check
 from mgsr_jax.training.inputs import read_models
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import yaml
 
-from mgsr_jax.commands.generate import DIVERGED, DONE, MISTAKE, STOPPED
+from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE, STOPPED
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

@@ -21,9 +21,10 @@ decoding.continuous_batching decoding.decode scrg data.spans data.records data.e
 data.dataset data.batches data.teacher_cache rollout training.replay training.row_source
 objective train_step training.metrics training.run_folder evaluation.evaluate
 evaluation.report training.config
-training.programs training.inputs training.initial_state commands.cache_teacher
-training.trainer commands.export planning.machines planning.compiled planning.plan
-commands.generate commands.parser integrations.* __main__
+training.programs training.inputs training.initial_state training.trainer
+planning.machines planning.compiled planning.plan commands.exit_status commands.loaded
+commands.train commands.plan commands.generate commands.evaluate commands.cache_teacher
+commands.export commands.convert commands.report commands.parser integrations.* __main__
 data evaluation decoding planning training commands
 """.split()
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}

@@ -1,41 +1,77 @@
-"""`mgsr export`: a checkpoint of a run as a folder that other programs load."""
+"""`mgsr export`: a run's checkpoint as a folder that other programs load."""
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-
-from mgsr_jax import models
-from mgsr_jax.checkpoint import hf
-from mgsr_jax.checkpoint.peft import save_adapter
-from mgsr_jax.checkpoint.state import params_shapes, restore_params
-from mgsr_jax.models import lora
+from mgsr_jax.commands.exit_status import DONE
+from mgsr_jax.commands.loaded import Dtype, new_folder
 from mgsr_jax.models.lora import LORA, LoraConfig
-from mgsr_jax.training.inputs import read_run_config
-from mgsr_jax.training.trainer import CHECKPOINTS
 from mgsr_jax.typing import STUDENT
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
 
 def export(
+    run: str,
+    output: str,
+    *,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+    adapter: bool = False,
+) -> int:
+    """Write a checkpoint of a run as a Hugging Face folder.
+
+    LoRA adapters are merged into the student's weights.
+
+    Args:
+      run: folder of a training run.
+      output: folder to create; must be new.
+      step: step of the checkpoint; default: the latest.
+      dtype: precision of the weights written.
+      adapter: write only the adapters of a run with LoRA, as a folder that peft loads
+        onto the original student.
+    """
+    import jax.numpy as jnp
+
+    new_folder(output)
+    export_student(run, output, step=step, dtype=jnp.dtype(dtype), adapter=adapter)
+    print(output)
+    return DONE
+
+
+def export_student(
     run: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     step: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: "DTypeLike" = "float32",
     adapter: bool = False,
 ) -> None:
-    """Writes the student of checkpoint `step`, or of the latest, to `output`.
+    """Write the student of checkpoint `step`, or of the latest, to `output`.
 
-    A Hugging Face folder, adapters merged; with `adapter` a peft folder of those alone.
+    The result is a Hugging Face folder with adapters merged, or with `adapter` a peft
+    folder of the adapters.
 
     Raises:
-      FileNotFoundError: no run or no such checkpoint.
-      FileExistsError: `output` holds something.
-      ValueError: `adapter`, and the run has none; a checkpoint that does not fit.
+      FileNotFoundError: there is no such run or checkpoint.
+      FileExistsError: `output` holds files.
+      ValueError: `adapter` is set but the run has none; the checkpoint does not fit the
+        model.
     """
+    import jax
+    import jax.numpy as jnp
+
+    from mgsr_jax import models
+    from mgsr_jax.checkpoint import hf
+    from mgsr_jax.checkpoint.peft import save_adapter
+    from mgsr_jax.checkpoint.state import params_shapes, restore_params
+    from mgsr_jax.models import lora
+    from mgsr_jax.training.inputs import read_run_config
+    from mgsr_jax.training.trainer import CHECKPOINTS
+
     config, checkpoints = read_run_config(run), Path(run) / CHECKPOINTS
     source, settings = config["student"], LoraConfig(**config.get("lora", {}))
     model = dataclasses.replace(models.from_config(source), lora=settings)
@@ -51,13 +87,13 @@ def export(
         rows = params_shapes(checkpoints, step)[f"{STUDENT}/embed/embedding"][0]
         model = dataclasses.replace(model, vocab_rows=rows)
         trained = model.abstract_params()
-    found = restore_params(checkpoints, step, {STUDENT: trained})
-    params = jax.tree.map(jnp.asarray, found[STUDENT])
+    restored = restore_params(checkpoints, step, {STUDENT: trained})
+    params = jax.tree.map(jnp.asarray, restored[STUDENT])
     if adapter:
         save_adapter(output, model, params[LORA], base_model=source, dtype=dtype)
         return
     if settings.rank:
-        # In the precision in which the adapters were trained beside them.
+        # The frozen weights had this precision while the adapters were trained.
         base = hf.load_params(source, model, dtype=jnp.dtype(config["dtype"]))
         params = lora.merged(base | params, settings)
     hf.save_pretrained(output, model, params, tokenizer_from=source, dtype=dtype)

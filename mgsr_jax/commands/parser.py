@@ -1,7 +1,8 @@
-"""The command line: YAML and overrides into functions, errors into one line.
+"""The command line: YAML files and options to settings, errors to one line.
 
-Exit status: 0 done; 2 a mistake in settings or input; 42 stopped by a signal, saved,
-can be resumed; 65 diverged. MGSR_TRACEBACK=1 shows where an error arose.
+A command is a function of its settings to an exit status (`exit_status`). It imports
+what it needs when it runs, so that `mgsr --help` is quick. MGSR_TRACEBACK=1 shows the
+traceback of an error.
 """
 
 import argparse
@@ -9,18 +10,38 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jsonargparse
 
 from mgsr_jax import __version__
-from mgsr_jax.commands.generate import COMMANDS, DIVERGED, MISTAKE
+from mgsr_jax.commands.cache_teacher import cache_teacher
+from mgsr_jax.commands.convert import convert
+from mgsr_jax.commands.evaluate import evaluate
+from mgsr_jax.commands.exit_status import DIVERGED, MISTAKE
+from mgsr_jax.commands.export import export
+from mgsr_jax.commands.generate import generate
+from mgsr_jax.commands.plan import plan
+from mgsr_jax.commands.report import report
+from mgsr_jax.commands.train import train
 from mgsr_jax.train_step import Diverged
-from mgsr_jax.training.config import TrainConfig
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "plan": plan,
+    "cache-teacher": cache_teacher,
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "convert": convert,
+    "report": report,
+}
+"""The fields of a parameter named `config`, which is a dataclass, and all other
+parameters become options."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command and returns the exit status."""
+    """Run one command and return its exit status."""
     arguments = list(arguments)
     if arguments[:1] == ["plan"]:  # it reads no data and writes nothing
         arguments[1:1] = _UNUSED
@@ -41,7 +62,6 @@ def main(arguments: Sequence[str]) -> int:
         return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
 
-_OF_A_RUN = ("train", "cache-teacher", "plan")  # its settings, and perhaps more
 _UNUSED = ["--output=unused", "--data.train=unused", "--data.valid=unused too"]
 
 
@@ -59,17 +79,22 @@ def _parser() -> jsonargparse.ArgumentParser:
             description=text.partition("\n\nArgs:")[0], exit_on_error=False
         )
         sub.add_argument("--config", action="config", help="YAML file")
-        if name in _OF_A_RUN:
-            sub.add_class_arguments(TrainConfig)
+        if (record := _config_class(command)) is not None:
+            sub.add_class_arguments(record)
         sub.add_function_arguments(command, skip={"config"})
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
 
 
+def _config_class(command: Callable[..., int]) -> type | None:
+    parameter = inspect.signature(command).parameters.get("config")
+    return None if parameter is None else parameter.annotation
+
+
 def _run(name: str, settings: jsonargparse.Namespace) -> int:
     values = dict(vars(settings))
     values.pop("config", None)
-    if name in _OF_A_RUN:
-        fields = [field.name for field in dataclasses.fields(TrainConfig)]
-        values["config"] = TrainConfig(**{field: values.pop(field) for field in fields})
+    if (record := _config_class(COMMANDS[name])) is not None:
+        fields = [field.name for field in dataclasses.fields(record)]
+        values["config"] = record(**{field: values.pop(field) for field in fields})
     return COMMANDS[name](**values)

@@ -15,7 +15,7 @@ from rich.console import Console
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.commands import cache_teacher as command
-from mgsr_jax.commands.cache_teacher import cache_teacher, make_top_k_step
+from mgsr_jax.commands.cache_teacher import make_top_k_step, write_teacher_cache
 from mgsr_jax.data import teacher_cache
 from mgsr_jax.data.batches import eval_batches, train_batches
 from mgsr_jax.data.teacher_cache import TeacherCache
@@ -74,7 +74,7 @@ def quiet():
 
 def make(settings, console=None, **options):
     options = dict(top_k=TOP_K, logits_dtype="float32", examples_per_shard=20) | options
-    return cache_teacher(settings, console=console or quiet(), **options)
+    return write_teacher_cache(settings, console=console or quiet(), **options)
 
 
 def opened(settings):
@@ -330,7 +330,7 @@ def test_what_is_held_is_told_and_little_is_warned_of(project, made, one_width):
     assert f"16 classes hold {manifest.held_mass:.4f} of the teacher's pr" in told
     assert manifest.held_mass < 0.95
     outside = 1 - manifest.held_mass
-    assert f"{outside:.3f} of the teacher's probability lies outside" in told
+    assert f"{outside:.3f} of the teacher's probability is outside" in told
     assert "raise --top_k" in told
     console = quiet()
     size = len(hf.load_tokenizer(settings.student))

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import yaml
 
-from mgsr_jax.commands import generate
-from mgsr_jax.commands.generate import COMMANDS, DIVERGED, DONE, MISTAKE
-from mgsr_jax.commands.parser import main
+from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE
+from mgsr_jax.commands.parser import COMMANDS, main
+from mgsr_jax.commands.train import train
 from mgsr_jax.training.config import DataConfig, TrainConfig
 
 
@@ -250,7 +250,7 @@ def test_a_run_takes_the_gpu_unless_told_otherwise(variable, taken, monkeypatch)
 
     monkeypatch.setattr("mgsr_jax.training.distributed.start", start)
     with pytest.raises(Started):
-        generate.train(TrainConfig("student", "output", DataConfig("train")))
+        train(TrainConfig("student", "output", DataConfig("train")))
     assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == taken
 
 
@@ -265,7 +265,7 @@ def test_help_explains_every_setting(capsys):
     text = " ".join(_help("train", capsys).split())
     assert "0: there are none, and all weights are trained" in text
     text = " ".join(_help("cache-teacher", capsys).split())
-    assert "Then train reads the folder by --teacher_cache" in text
+    assert "train reads this folder with --teacher_cache" in text
     assert "objective.span must be 0" in text and "K * 4 + 4 bytes" in text
 
 

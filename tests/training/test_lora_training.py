@@ -23,7 +23,7 @@ from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.commands.export import export
+from mgsr_jax.commands.export import export_student
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.objective import Objective
@@ -272,8 +272,8 @@ def logits_of(folder, ids):
 def test_the_exports_are_the_student(project, straight, tmp_path):
     """Merged at the end of the run and by export; adapters alone for peft."""
     settings, result = straight
-    export(settings.output, tmp_path / "merged")
-    export(settings.output, tmp_path / "adapter", adapter=True)
+    export_student(settings.output, tmp_path / "merged")
+    export_student(settings.output, tmp_path / "adapter", adapter=True)
     assert_same(weights(tmp_path / "merged"), weights(result.student))
     ids = np.arange(3, 15)[None]
     model = dataclasses.replace(models.from_config(settings.student), lora=ADAPTERS)
@@ -313,7 +313,7 @@ def test_plain_fine_tuning_of_adapters(project):
     """In half precision, and exported as it was trained."""
     half = dict(steps=2, lora=ADAPTERS, dtype="bfloat16")
     result = run(sft(project, "half", **half))
-    export(project / "half", project / "half_again")
+    export_student(project / "half", project / "half_again")
     assert_same(weights(project / "half_again"), weights(result.student))
 
 
@@ -342,5 +342,5 @@ def test_mistakes_are_named_and_write_nothing(project, straight, tmp_path):
     plain = sft(project, "plain", steps=1)
     run(plain)
     with pytest.raises(ValueError, match="has no adapter; leave --adapter out"):
-        export(plain.output, tmp_path / "adapter", adapter=True)
+        export_student(plain.output, tmp_path / "adapter", adapter=True)
     assert not (tmp_path / "adapter").exists()

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf, state
-from mgsr_jax.commands.cache_teacher import cache_teacher
+from mgsr_jax.commands.cache_teacher import write_teacher_cache
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
@@ -304,7 +304,7 @@ def cached(project):
         rollout=RolloutConfig("off"),
     )
     size = len(hf.load_tokenizer(settings.student))
-    cache_teacher(
+    write_teacher_cache(
         settings,
         top_k=size,
         logits_dtype="float32",

@@ -1,0 +1,92 @@
+"""What `generate` and `evaluate` share: a loaded checkpoint and checks of settings."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mgsr_jax.typing import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mgsr_jax.models import LanguageModel
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint's model and tokenizer; `params` reads its weights.
+
+    Attributes:
+      folder: folder of the Hugging Face checkpoint.
+      model: the model as pure functions.
+      tokenizer: the checkpoint's tokenizer.
+    """
+
+    folder: str
+    model: "LanguageModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def params(self, dtype: Dtype) -> Params:
+        """Read the weights and cast them to `dtype`."""
+        import jax.numpy as jnp
+
+        from mgsr_jax.checkpoint import hf
+
+        return hf.load_params(self.folder, self.model, dtype=jnp.dtype(dtype))
+
+
+def load(folder: str) -> LoadedModel:
+    """Read config.json and the tokenizer of a checkpoint.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the embedding has rows.
+      FileNotFoundError: the folder or one of its files is missing.
+    """
+    from mgsr_jax import models
+    from mgsr_jax.checkpoint import hf
+
+    model, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the embedding "
+            f"has only {model.config.vocab_size} rows; use the model's own tokenizer"
+        )
+    return LoadedModel(folder, model, tokenizer)
+
+
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, **positive: int | None
+) -> None:
+    """Refuse settings of sampling that are out of range, and sizes below 1.
+
+    Raises:
+      ValueError: names the setting, its value and its range.
+    """
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        )
+
+
+def new_folder(path: str | None) -> Path | None:
+    """The path of an output folder that does not exist yet, or is empty.
+
+    Raises:
+      FileExistsError: it is a file, or holds files.
+      ValueError: it is the address of a bucket.
+    """
+    from mgsr_jax.checkpoint.folder import check_folder
+
+    if path is None:
+        return None
+    check_folder("output", path)
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output {folder} exists; choose another folder")
+    return folder
