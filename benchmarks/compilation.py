@@ -28,7 +28,7 @@ from _mgsr import STEPS, Pair, Training, constant_rate
 from _pairs import Bound, Options, Sides
 
 from mgsr_jax import models
-from mgsr_jax.decoding.decode import generate
+from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.losses import init_clip_network
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
@@ -149,8 +149,7 @@ def _lower_decoder(model: LanguageModel) -> Any:
         model.abstract_params(),
         rows,
         key=jax.random.key(0),
-        max_length=PROMPT + NEW,
-        eos_ids=(),
+        decoding=Decoding(PROMPT + NEW, ()),
         prefill_width=PROMPT,
     )
 

@@ -130,7 +130,8 @@ def mgsr_side(options: Options) -> None:
     from _mgsr import load, prompt_rows
     from _side import serve
 
-    from mgsr_jax.decoding.decode import generate
+    from mgsr_jax.decoding.decode import Decoding, generate
+    from mgsr_jax.decoding.sampling import Sampling
 
     model, params = load(Path(options.shared))
     prompts = _sizes.random_tokens(options, ROWS, PROMPT)
@@ -143,9 +144,7 @@ def mgsr_side(options: Options) -> None:
             params,
             rows,
             key=next(keys),
-            max_length=PROMPT + NEW,
-            eos_ids=(),
-            temperature=temperature,
+            decoding=Decoding(PROMPT + NEW, (), Sampling(temperature)),
             prefill_width=PROMPT,
         )
         assert (np.asarray(written.lengths) == PROMPT + NEW).all()

@@ -99,7 +99,8 @@ def mgsr_side(options: Options) -> None:
     from _side import serve
 
     from mgsr_jax import losses
-    from mgsr_jax.objective import PARTS, default_chunk_size
+    from mgsr_jax.losses._chunked import default_chunk_size
+    from mgsr_jax.step_loss import LOGIT_PARTS
 
     hidden, head, *teacher = map(jnp.asarray, arrays(options))
 
@@ -111,7 +112,7 @@ def mgsr_side(options: Options) -> None:
         student = losses.project(hidden, shared["head"])
         teacher = losses.project(aux["teacher_hidden"], shared["teacher_head"])
         logits = {"teacher": teacher, "where": aux["where"]}
-        part = -(-len(hidden) // PARTS)
+        part = -(-len(hidden) // LOGIT_PARTS)
         return losses.chunked(
             of_logits, (), student, logits, chunk_size=part, overlap=0
         )

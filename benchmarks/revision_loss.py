@@ -30,8 +30,9 @@ import jax.numpy as jnp
 from _pairs import Bound, Options, Sides
 
 from mgsr_jax import losses
-from mgsr_jax.objective import Objective, micro_batch_loss, position_weights
+from mgsr_jax.objective import Objective, position_weights
 from mgsr_jax.rows import Rows, next_token_view
+from mgsr_jax.step_loss import StepLoss, micro_batch_loss
 
 ROWS, TOKENS, LENGTHS = 4, 4096, (512, 1024, 2048, 4096, 8192)
 REVISION = Objective()
@@ -105,10 +106,7 @@ def chunked(objective: Objective, vocabulary: int) -> Any:
             teacher_params,
             rows,
             position_weights(rows, objective),
-            student=model,
-            teacher=model,
-            objective=objective,
-            vocab_size=None,
+            spec=StepLoss(model, model, objective),
         )[0]
 
     return jax.jit(jax.value_and_grad(loss))

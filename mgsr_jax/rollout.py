@@ -1,38 +1,39 @@
-"""Where a training batch comes from: the data, the student's revised samples, a replay.
+"""The compiled rollout: the student responds to a step's prompts, SCRG revises.
 
-off      ground truth only
-on       with probability `probability` the student generates, SCRG revises
-replay   adaptive off-policy, as in DistiLLM (arXiv 2402.03898): with r ~ U(0, 1),
-         ratio phi, step s of S,
-           r < phi (1 - s/S), or r < phi while the buffer is not full:  generate, push
-           else r < phi:                                            sample the buffer
-           else:                                                    the data's batch
-         after a validation whose loss is at least `reference + epsilon`:
-           phi += 0.1 (at most 1), reference = loss
+rollout.policy decides which steps generate (training/replay.py draws the choice):
+
+  off      none: every step trains on the data
+  on       each with probability `probability`
+  replay   adaptive off-policy, as in DistiLLM (arXiv 2402.03898)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mgsr_jax.decoding.decode import STUDENT, decode, row_keys, start
+from mgsr_jax.decoding.decode import Decoding, decode, start
+from mgsr_jax.decoding.sampling import STUDENT_STREAM, Sampling, row_keys
 from mgsr_jax.rows import Rows, blank_padding, prompts_only
 from mgsr_jax.scrg import ScrgInfo, revise
 from mgsr_jax.typing import Model, Params, PRNGKey
 
-Heard = Float[Array, "B S D"]
-"""The teacher's hidden states on rows; index t predicts token t + 1."""
+T = TypeVar("T")
+
+TeacherHidden = Float[Array, "B S D"]
+"""Hidden states of the teacher on rows; index t predicts token t + 1."""
 
 Rollout = Callable[
     [Params, Any, tuple[Rows, ...], PRNGKey],
-    tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[Heard | None, ...]],
+    tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[TeacherHidden | None, ...]],
 ]
-"""Micro-batches of prompts to micro-batches of samples, what was corrected, and what
-the teacher, where it has read them, says of them."""
+"""(student params, teacher params, micro-batches of prompts, key) -> micro-batches of
+samples, the corrections, and the teacher's hidden states where the teacher ran."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,14 @@ class RolloutConfig:
     """Where a step's rows come from.
 
     Attributes:
-      policy: "off", "on" or "replay"; in YAML in quotes, since a bare on is true.
-      probability: of generating, for "on".
-      initial_ratio: phi at the start, for "replay".
-      epsilon: how much worse a validation must be to raise phi.
-      capacity: sequences that the replay buffer holds.
-      rounds: rounds of SCRG; 0 trains on the samples as they are.
+      policy: "off", "on" or "replay"; quoted in YAML, where a bare on means true.
+      probability: with "on", the probability that a step generates.
+      initial_ratio: with "replay", phi at the start.
+      epsilon: with "replay", the rise of the validation loss that raises phi.
+      capacity: with "replay", the sequences that the buffer holds.
+      rounds: rounds of SCRG; 0 trains on the samples unchanged.
       teacher_token: "sample" (the paper) or "argmax".
-      temperature: of the student's sampling.
+      temperature: temperature of the student's sampling.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the fewest most probable tokens that hold this mass.
     """
@@ -65,8 +66,13 @@ class RolloutConfig:
 
     @property
     def always_generates(self) -> bool:
-        """Whether no step's rows are the data's."""
+        """True where every step trains on generated rows."""
         return self.policy == "on" and self.probability == 1
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student draws a token."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
 
 def make_rollout(
@@ -77,69 +83,91 @@ def make_rollout(
     eos_ids: tuple[int, ...],
     vocab_size: int | None = None,
     prefill_width: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Rollout:
     """A jitted `rollout(student_params, teacher_params, micro_batches, key)`.
 
-    The student answers the prompts of a step, SCRG revises; spans are not known yet.
-    As many rows as a micro-batch has are decoded at a time: they are the slots that
-    all rows of the step share; the caches of all are kept meanwhile, with SCRG the
-    teacher's too. `dtype` is that of the decoder's weights and cache.
+    The student responds to the prompts of a step and SCRG revises the responses; their
+    spans are not known yet. As many rows as a micro-batch has are decoded at a time.
+    The caches of all rows of the step are kept meanwhile, with SCRG the teacher's too.
+
+    Args:
+      student, teacher: the models.
+      config: sampling and SCRG; where rows come from is decided elsewhere.
+      eos_ids: tokens that end a response.
+      vocab_size: columns of logits at or beyond it are padding.
+      prefill_width: no prompt is longer than this.
+      dtype: of the decoder's weights and cache.
     """
-    sampling: dict[str, Any] = dict(
-        eos_ids=eos_ids,
-        vocab_size=vocab_size,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+
+    spec = _Spec(student, teacher, config, eos_ids, vocab_size, prefill_width, dtype)
+    return jax.jit(functools.partial(_roll_out, spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The arguments of `make_rollout`."""
+
+    student: Model
+    teacher: Model
+    config: RolloutConfig
+    eos_ids: tuple[int, ...]
+    vocab_size: int | None
+    prefill_width: int | None
+    dtype: DTypeLike
+
+    def decoding(self, decode_rows: int, width: int) -> Decoding:
+        """How rows of this width are extended."""
+        return Decoding(
+            max_length=width,
+            eos_ids=self.eos_ids,
+            sampling=self.config.sampling,
+            vocab_size=self.vocab_size,
+            decode_rows=decode_rows,
+        )
+
+
+def _roll_out(
+    spec: _Spec,
+    student_params: Params,
+    teacher_params: Params,
+    micro_batches: tuple[Rows, ...],
+    key: PRNGKey,
+) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[TeacherHidden | None, ...]]:
+    """Sample a response to every prompt, then correct and re-generate it."""
+    student, config = spec.student, spec.config
+    params = student.decode_params(student_params, spec.dtype)
+    rows, parts = _joined(micro_batches), len(micro_batches)
+    decoding = spec.decoding(*micro_batches[0].tokens.shape)
+    state = start(
+        student,
+        student_params,
+        prompts_only(rows),
+        dtype=spec.dtype,
+        prefill_width=spec.prefill_width,
     )
-
-    @jax.jit
-    def rollout(
-        student_params: Params,
-        teacher_params: Params,
-        micro_batches: tuple[Rows, ...],
-        key: PRNGKey,
-    ) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[Heard | None, ...]]:
-        params = student.decode_params(student_params, dtype)
-        rows = _joined(micro_batches)
-        slots, max_length = micro_batches[0].tokens.shape
-        prompts = prompts_only(rows)
-        prefill: dict[str, Any] = dict(dtype=dtype, prefill_width=prefill_width)
-        state = decode(
-            student,
-            params,
-            start(student, student_params, prompts, **prefill),
-            keys=row_keys(key, rows.example, STUDENT, 0),
-            max_length=max_length,
-            slots=slots,
-            **sampling,
-        )
-        state, info, heard = revise(
-            student,
-            params,
-            teacher,
-            teacher_params,
-            state,
-            key=key,
-            rounds=config.rounds,
-            teacher_token=config.teacher_token,
-            max_length=max_length,
-            slots=slots,
-            **sampling,
-        )
-        parts = len(micro_batches)
-        return (
-            _parted(blank_padding(state.rows), parts),
-            _parted(info, parts, axis=1),
-            _parted(heard if config.rounds else None, parts),
-        )
-
-    return rollout
+    keys = row_keys(key, rows.example, STUDENT_STREAM, 0)
+    state = decode(student, params, state, keys=keys, decoding=decoding)
+    state, info, teacher_hidden = revise(
+        student,
+        params,
+        spec.teacher,
+        teacher_params,
+        state,
+        key=key,
+        decoding=decoding,
+        rounds=config.rounds,
+        teacher_token=config.teacher_token,
+    )
+    return (
+        _split(blank_padding(state.rows), parts),
+        _split(info, parts, axis=1),
+        _split(teacher_hidden if config.rounds else None, parts),
+    )
 
 
 def _joined(micro_batches: tuple[Rows, ...]) -> Rows:
-    """One batch of all rows, in which every device keeps those that it has."""
+    """All rows as one batch, in which every device keeps the rows that it has."""
 
     def join(*parts: Array) -> Array:
         return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
@@ -147,15 +175,15 @@ def _joined(micro_batches: tuple[Rows, ...]) -> Rows:
     return jax.tree.map(join, *micro_batches)
 
 
-def _parted(tree: Any, parts: int, axis: int = 0) -> tuple[Any, ...]:
-    """The micro-batches again; rows are counted along `axis`."""
+def _split(tree: T, parts: int, axis: int = 0) -> tuple[T, ...]:
+    """The inverse of `_joined`, for leaves whose rows are along `axis`."""
 
-    def part(i: int) -> Any:
-        def of(x: Array) -> Array:
+    def part(i: int) -> T:
+        def take(x: Array) -> Array:
             size = x.shape[axis] // parts
             by_part = x.reshape(*x.shape[:axis], size, parts, *x.shape[axis + 1 :])
             return jax.lax.index_in_dim(by_part, i, axis + 1, keepdims=False)
 
-        return jax.tree.map(of, tree)
+        return jax.tree.map(take, tree)
 
     return tuple(part(i) for i in range(parts))

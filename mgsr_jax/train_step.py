@@ -1,22 +1,24 @@
-"""One optimizer step: gradients of micro-batches summed, then one update."""
+"""One training step: gradients of micro-batches are summed, then applied once."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool
 
-from mgsr_jax.losses import Sum, TopKTeacher
-from mgsr_jax.objective import Objective, Weights, micro_batch_loss, position_weights
+from mgsr_jax.losses import Sum
+from mgsr_jax.objective import Objective, Weights, position_weights
 from mgsr_jax.rows import Rows
+from mgsr_jax.step_loss import StepLoss, TeacherOutputs, micro_batch_loss
 from mgsr_jax.typing import STUDENT, Leaf, Model, Params, PRNGKey, RowKeys
 
-_DROPOUT = 2**31 - 1
-"""Folded into the run's key where others fold a step: no step has this number."""
+_DROPOUT_STREAM = 2**31 - 1
+"""Folded into the run's key in place of a step's number; no step has this number."""
 
 
 class Diverged(ArithmeticError):
@@ -30,15 +32,16 @@ TrainStep = Callable[..., tuple["TrainState", Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """All that a step reads and changes, except the rows and the teacher.
 
     Attributes:
       step: updates made. int32 []
-      key: the run's random key; what a step draws is folded from it by `step`.
-      params: {"student": ..., "clip_network": ...}, float32; what is trained. Of a
-        student with adapters those alone: {"lora": ...}.
-      opt_state: the optimizer's.
-      frozen: what no step changes, by the same names: the rest of such a student.
+      key: the run's random key; a step's random numbers are folded from it by `step`.
+      params: {"student": ..., "clip_network": ...}, float32; the trained parameters. A
+        student with adapters has only those here: {"lora": ...}.
+      opt_state: the optimizer's state.
+      frozen: parameters that no step changes, by the same names: the weights under the
+        adapters.
     """
 
     step: Leaf
@@ -48,13 +51,13 @@ class TrainState:
     frozen: Leaf = dataclasses.field(default_factory=dict)
 
     @property
-    def whole(self) -> Params:
-        """All parameters, trained or not, as the models read them."""
-        return _whole(self.params, self.frozen)
+    def all_params(self) -> Params:
+        """Trained and frozen parameters together, as the models read them."""
+        return _merge(self.params, self.frozen)
 
     @property
-    def changing(self) -> dict[str, Any]:
-        """All but what is frozen, by its field: what a checkpoint holds."""
+    def checkpointed(self) -> dict[str, Any]:
+        """Every field except `frozen`, by name: the content of a checkpoint."""
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name != "frozen"}
 
@@ -66,7 +69,7 @@ def init_state(
     *,
     frozen: Params | None = None,
 ) -> TrainState:
-    """Step 0; nothing is frozen by default."""
+    """The state at step 0; by default nothing is frozen."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed),
@@ -76,20 +79,30 @@ def init_state(
     )
 
 
-def _whole(params: Params, frozen: Params) -> Params:
-    return {name: {**frozen.get(name, {}), **own} for name, own in params.items()}
+def _merge(params: Params, frozen: Params) -> Params:
+    return {
+        name: {**frozen.get(name, {}), **trained} for name, trained in params.items()
+    }
 
 
 def dropout_keys(key: PRNGKey, rows: Rows) -> RowKeys:
-    """One a row, by its example: however a step's rows are split, they are the same.
+    """One key per row, from its example: the same however a step's rows are split.
 
-    The student's own text has another than the data's for the same example.
+    The student's own text for an example has another key than the data's text.
     """
 
     def fold(example: Array, ground_truth: Array) -> PRNGKey:
         return jax.random.fold_in(jax.random.fold_in(key, example), ground_truth)
 
     return jax.vmap(fold)(rows.example, rows.ground_truth.astype(jnp.int32))
+
+
+class _MicroBatch(NamedTuple):
+    """One micro-batch, and all that belongs to it only."""
+
+    rows: Rows
+    weights: Weights
+    teacher_outputs: TeacherOutputs | None
 
 
 def make_train_step(
@@ -99,115 +112,135 @@ def make_train_step(
     objective: Objective,
     *,
     vocab_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     chunk_size: int | None = None,
     dropout: bool = False,
 ) -> TrainStep:
-    """A jitted `step(state, teacher_params, micro_batches, cached=()) -> (state, ...)`.
+    """A jitted `step(state, teacher_params, micro_batches, teacher_outputs=())`.
 
-    `state` is donated. `micro_batches` is a tuple of Rows of one shape; how rows are
-    spread over it does not change the gradient. `cached` is empty, or has for each
-    micro-batch what stands for running the teacher, see `micro_batch_loss`, None where
-    it is to be run. The second result is metrics, sums and counts. `dropout` gives keys
-    to the student's forward pass.
-    An update with a gradient that is not finite is not made: the state comes back as it
-    was, but for `step`, and the metric "finite" says so.
+    The step returns the new state and metrics, as sums and counts. `state` is donated.
+    `micro_batches` is a tuple of Rows of one shape; how rows are spread over it does
+    not change the gradient. `teacher_outputs` is empty, or has for each micro-batch the
+    outputs that are used in place of running the teacher (see `micro_batch_loss`), or
+    None where the teacher is run.
+
+    A gradient that is not finite is not applied: the state comes back unchanged except
+    for `step`, and the metric "finite" is 0.
+
+    Args:
+      student, teacher: the models; without a teacher only the cross-entropy is trained.
+      optimizer: from `make_optimizer`.
+      objective: the three losses and their weights.
+      vocab_size: columns of logits at or beyond it are padding.
+      dtype: of the student's computation.
+      chunk_size: tokens per device whose logits exist at a time.
+      dropout: pass keys to the student's forward pass.
     """
-    loss = functools.partial(
-        _loss,
-        student=student,
-        teacher=teacher,
-        objective=objective,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        chunk_size=chunk_size,
-    )
-    loss_of = jax.value_and_grad(loss, has_aux=True)
-
-    def step(
-        state: TrainState,
-        teacher_params: Any,
-        micro_batches: tuple[Rows, ...],
-        cached: tuple[TopKTeacher | Array | None, ...] = (),
-    ) -> tuple[TrainState, Metrics]:
-        cached = cached or (None,) * len(micro_batches)
-        weights = position_weights(_stack(micro_batches), objective)
-        batches = [
-            (rows, jax.tree.map(lambda w, i=i: w[i], weights), said)
-            for i, (rows, said) in enumerate(zip(micro_batches, cached, strict=True))
-        ]
-        kinds = {}
-        for batch in batches:
-            kinds.setdefault(type(batch[2]), []).append(batch)
-        key = None
-        if dropout:
-            key = jax.random.fold_in(
-                jax.random.fold_in(state.key, _DROPOUT), state.step
-            )
-        given = (state.params, state.frozen, teacher_params, key)
-        parts = [_summed(loss_of, given, kind) for kind in kinds.values()]
-        loss, metrics, grads = jax.tree.map(lambda *x: sum(x), *parts)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        metrics |= {
-            name: Sum(value, jnp.ones(()))
-            for name, value in (
-                ("loss", loss),
-                ("gradient_norm", optax.tree.norm(grads[STUDENT])),
-                ("finite", finite.astype(jnp.float32)),
-            )
-        }
-        return _update(optimizer, state, grads, finite), metrics
-
+    spec = StepLoss(student, teacher, objective, vocab_size, dtype, chunk_size)
+    step = functools.partial(_step, spec, optimizer, dropout)
     return jax.jit(step, donate_argnums=0)
 
 
+def _step(
+    spec: StepLoss,
+    optimizer: optax.GradientTransformation,
+    dropout: bool,
+    state: TrainState,
+    teacher_params: Params | None,
+    micro_batches: tuple[Rows, ...],
+    teacher_outputs: tuple[TeacherOutputs | None, ...] = (),
+) -> tuple[TrainState, Metrics]:
+    """Sum the gradients of all micro-batches, then apply them once."""
+    key = _dropout_key(state) if dropout else None
+    constant = state.frozen, teacher_params, key, spec
+    groups = _grouped(micro_batches, teacher_outputs, spec.objective)
+    sums = [_summed(state.params, constant, group) for group in groups]
+    loss, metrics, grads = jax.tree.map(lambda *x: sum(x), *sums)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    step_values = {
+        "loss": loss,
+        "gradient_norm": optax.tree.norm(grads[STUDENT]),
+        "finite": finite.astype(jnp.float32),
+    }
+    metrics |= {name: Sum(x, jnp.ones(())) for name, x in step_values.items()}
+    return _update(optimizer, state, grads, finite), metrics
+
+
+_Constant = tuple[Params, Params | None, PRNGKey | None, StepLoss]
+"""Frozen parameters, the teacher's, the dropout key, and models with settings."""
+
+
 def _loss(
-    params: Params,
-    frozen: Params,
-    teacher_params: Any,
-    key: PRNGKey | None,
-    rows: Rows,
-    weights: Weights,
-    cached: Any,
-    **settings: Any,
+    params: Params, constant: _Constant, batch: _MicroBatch
 ) -> tuple[Array, Metrics]:
-    """Of one micro-batch; the first argument is what it is differentiated by."""
+    """The loss of one micro-batch as a function of the trained parameters."""
+    frozen, teacher_params, key, spec = constant
     return micro_batch_loss(
-        _whole(params, frozen),
+        _merge(params, frozen),
         teacher_params,
-        rows,
-        weights,
-        cached=cached,
-        dropout_keys=None if key is None else dropout_keys(key, rows),
-        **settings,
+        batch.rows,
+        batch.weights,
+        spec=spec,
+        teacher_outputs=batch.teacher_outputs,
+        dropout_keys=None if key is None else dropout_keys(key, batch.rows),
     )
 
 
+def _dropout_key(state: TrainState) -> PRNGKey:
+    by_stream = jax.random.fold_in(state.key, _DROPOUT_STREAM)
+    return jax.random.fold_in(by_stream, state.step)
+
+
+def _grouped(
+    micro_batches: tuple[Rows, ...],
+    teacher_outputs: tuple[TeacherOutputs | None, ...],
+    objective: Objective,
+) -> list[list[_MicroBatch]]:
+    """The micro-batches, those with the same kind of teacher outputs together."""
+    weights = position_weights(_stack(micro_batches), objective)
+    teacher_outputs = teacher_outputs or (None,) * len(micro_batches)
+    groups: dict[type, list[_MicroBatch]] = {}
+    for i, (rows, outputs) in enumerate(
+        zip(micro_batches, teacher_outputs, strict=True)
+    ):
+        own_weights = jax.tree.map(lambda w, i=i: w[i], weights)
+        batch = _MicroBatch(rows, own_weights, outputs)
+        groups.setdefault(type(outputs), []).append(batch)
+    return list(groups.values())
+
+
 def _summed(
-    loss_of: Callable[..., Any], given: tuple[Any, ...], batches: list[Any]
-) -> Any:
-    """Loss, metrics and gradient, summed over `batches` of one form."""
-    if len(batches) == 1:  # no second array for every gradient
-        (loss, metrics), grads = loss_of(*given, *batches[0])
+    params: Params, constant: _Constant, batches: list[_MicroBatch]
+) -> tuple[Array, Metrics, Params]:
+    """Loss, metrics and gradient, summed over `batches` of one structure."""
+
+    def loss_and_gradient(batch: _MicroBatch) -> tuple[Array, Metrics, Params]:
+        value_and_grad = jax.value_and_grad(_loss, has_aux=True)
+        (loss, metrics), grads = value_and_grad(params, constant, batch)
         return loss, metrics, grads
 
-    def one(carry: Any, batch: Any) -> Any:
-        (loss, metrics), grads = loss_of(*given, *batch)
-        return jax.tree.map(jnp.add, carry, (loss, metrics, grads)), None
+    if len(batches) == 1:  # a sum would need a second array for every gradient
+        return loss_and_gradient(batches[0])
 
-    shapes = jax.eval_shape(loss_of, *given, *batches[0])
-    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(one, (loss, metrics, grads), _stack(batches))[0]
+    def add(sums: Any, batch: _MicroBatch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, loss_and_gradient(batch)), None
+
+    shapes = jax.eval_shape(loss_and_gradient, batches[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, _stack(batches))[0]
 
 
-def _stack(trees: Any) -> Any:
+def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
 
 def _update(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: Any, apply: Array
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    apply: Bool[Array, ""],
 ) -> TrainState:
-    """One optimizer step; where `apply` is False only the step is counted."""
+    """One optimizer step; where `apply` is False only `step` is incremented."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(apply, new, old),
@@ -225,31 +258,28 @@ def make_validation_step(
     objective: Objective,
     *,
     vocab_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     chunk_size: int | None = None,
-) -> Callable[..., Metrics]:
-    """A jitted `metrics(params, teacher_params, rows)`: every part, without a gradient.
+) -> Callable[[Params, Params | None, Rows], Metrics]:
+    """A jitted `metrics(params, teacher_params, rows)`: every part, without gradients.
 
-    The cross-entropy is always among them, whatever its weight in training, and the
-    teacher's own as "teacher_sft": a teacher that is worse than its student on the
-    data's text was loaded, templated or tokenised wrongly.
+    The cross-entropy is always reported, whatever its weight in training, and so is the
+    teacher's as "teacher_sft": a teacher that is worse than its student on the data's
+    text was loaded, templated or tokenised wrongly.
     """
     objective = dataclasses.replace(objective, sft=objective.sft or 1.0)
+    spec = StepLoss(
+        student,
+        teacher,
+        objective,
+        vocab_size,
+        dtype,
+        chunk_size,
+        score_teacher=True,
+    )
 
-    def metrics(params: Params, teacher_params: Any, rows: Rows) -> Metrics:
+    def metrics(params: Params, teacher_params: Params | None, rows: Rows) -> Metrics:
         weights = position_weights(rows, objective)
-        return micro_batch_loss(
-            params,
-            teacher_params,
-            rows,
-            weights,
-            student=student,
-            teacher=teacher,
-            objective=objective,
-            vocab_size=vocab_size,
-            dtype=dtype,
-            chunk_size=chunk_size,
-            score_teacher=True,
-        )[1]
+        return micro_batch_loss(params, teacher_params, rows, weights, spec=spec)[1]
 
     return jax.jit(metrics)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from mgsr_jax import models
-from mgsr_jax.decoding.decode import generate
+from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.rollout import RolloutConfig, make_rollout
 from mgsr_jax.rows import NO_SPAN
 
@@ -39,8 +39,8 @@ def pair():
 def roll(config, pair, rows=ROWS, seed=5):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
     results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
-    (samples,), (info,), (heard,) = results
-    assert (heard is None) == (config.rounds == 0)
+    (samples,), (info,), (teacher_hidden,) = results
+    assert (teacher_hidden is None) == (config.rounds == 0)
     return samples, info
 
 
@@ -69,9 +69,7 @@ def test_without_rounds_the_samples_are_the_student_s(pair):
         pair[0],
         ROWS,
         key=jax.random.key(5),
-        max_length=12,
-        eos_ids=(EOS,),
-        vocab_size=29,
+        decoding=Decoding(12, (EOS,), vocab_size=29),
     )
     np.testing.assert_array_equal(rows.lengths, want.lengths)
     for b, end in enumerate(rows.lengths):
@@ -123,12 +121,14 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
     parts = tuple(
         jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], rows) for i in range(4)
     )
-    samples, infos, heard = jax.device_get(rollout(*pair, parts, jax.random.key(5)))
+    samples, infos, teacher_hidden = jax.device_get(
+        rollout(*pair, parts, jax.random.key(5))
+    )
     for i in range(4):
         hidden, _ = MODEL.forward(pair[1], jnp.asarray(samples[i].tokens))
         for b, length in enumerate(samples[i].lengths.tolist()):
             np.testing.assert_allclose(
-                heard[i][b, : length - 1], hidden[b, : length - 1], atol=1e-5
+                teacher_hidden[i][b, : length - 1], hidden[b, : length - 1], atol=1e-5
             )
         here = slice(3 * i, 3 * i + 3)
         jax.tree.map(

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from decode_reference import as_lists, full_logits
 from jaxtyping import TypeCheckError
 
-from mgsr_jax import sharding
-from mgsr_jax.decoding.decode import STUDENT, TEACHER, decode, row_keys, sample, start
+from mgsr_jax import scrg, sharding
+from mgsr_jax.decoding.decode import Decoding, decode, start
+from mgsr_jax.decoding.sampling import (
+    STUDENT_STREAM,
+    TEACHER_STREAM,
+    Sampling,
+    row_keys,
+    sample,
+)
 from mgsr_jax.scrg import locate_error, revise
 
 WIDTH = 12
@@ -22,10 +30,12 @@ def pair():
     return tiny.llama(0, scale=3.0), tiny.llama(1, width=24, scale=3.0)
 
 
-@partial(jax.jit, static_argnums=0)
-def full_logits(model, params, tokens):
-    hidden, _ = model.forward(params, tokens[None])
-    return model.unembed(model.head_params(params), hidden)[0]
+@pytest.fixture(scope="module", autouse=True)
+def several_chunks_per_row():
+    """Rows here are shorter than the chunks that are scored at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scrg, "SCORED_POSITIONS", 4)
+        yield
 
 
 def logits_of(named, tokens):
@@ -62,11 +72,11 @@ def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
 
     results = []
     for b, prompt in enumerate(rows.prompt_lengths.tolist()):
-        tokens = extend(rows.tokens[b, :prompt].tolist(), b, data(STUDENT, 0))
+        tokens = extend(rows.tokens[b, :prompt].tolist(), b, data(STUDENT_STREAM, 0))
         corrected_to, log = prompt - 1, []
         for round in range(1, rounds + 1):
             p, q = logits_of(teacher, tokens), logits_of(student, tokens)
-            keys, worst = data(TEACHER, round), None
+            keys, worst = data(TEACHER_STREAM, round), None
             for i in range(corrected_to + 1, len(tokens)):
                 before = p[i - 1]
                 choice = int(before.argmax()) if argmax else draw(before, keys, b, i)
@@ -78,38 +88,22 @@ def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
                 continue
             corrected_to, score, choice = worst
             tokens = tokens[:corrected_to] + [choice]
-            tokens = extend(tokens, b, data(STUDENT, round))
+            tokens = extend(tokens, b, data(STUDENT_STREAM, round))
             log.append((corrected_to, score))
         results.append((tokens, log))
     return results
 
 
-@partial(
-    jax.jit, static_argnames=("pair", "rounds", "eos_ids", "teacher_token", "slots")
-)
-def rollout(
-    pair,
-    params,
-    rows,
-    key,
-    *,
-    rounds=1,
-    eos_ids=EOS,
-    teacher_token="sample",
-    temperature=1.0,
-    slots=None,
-):
+@partial(jax.jit, static_argnames=("pair", "rounds", "teacher_token"))
+def rollout(pair, params, rows, key, decoding, *, rounds=1, teacher_token="sample"):
     student, teacher = pair
     copy = student.decode_params(params[0], jnp.float32)
     state = decode(
         student,
         copy,
         start(student, params[0], rows),
-        keys=row_keys(key, rows.example, STUDENT, 0),
-        max_length=WIDTH,
-        eos_ids=eos_ids,
-        temperature=temperature,
-        slots=slots,
+        keys=row_keys(key, rows.example, STUDENT_STREAM, 0),
+        decoding=decoding,
     )
     return state, revise(
         student,
@@ -118,29 +112,21 @@ def rollout(
         params[1],
         state,
         key=key,
+        decoding=decoding,
         rounds=rounds,
         teacher_token=teacher_token,
-        max_length=WIDTH,
-        eos_ids=eos_ids,
-        slots=slots,
-        chunk_size=4,
     )
 
 
-def run(pair, rows, key, **settings):
+def run(pair, rows, key, *, rounds=1, teacher_token="sample", eos_ids=EOS, **changes):
     models, params = zip(*pair, strict=True)
-    return rollout(models, params, rows, key, **settings)
-
-
-def as_lists(rows):
-    return [
-        tokens[:length].tolist()
-        for tokens, length in zip(rows.tokens, rows.lengths, strict=True)
-    ]
+    decoding = Decoding(WIDTH, eos_ids, **changes)
+    settings = dict(rounds=rounds, teacher_token=teacher_token)
+    return rollout(models, params, rows, key, decoding, **settings)
 
 
 @pytest.mark.parametrize(
-    ("rounds", "teacher_token", "slots"),
+    ("rounds", "teacher_token", "decode_rows"),
     [
         (0, "sample", None),
         (1, "argmax", None),
@@ -149,12 +135,14 @@ def as_lists(rows):
         (2, "argmax", 3),
     ],
 )
-def test_equals_regeneration_from_scratch(pair, rounds, teacher_token, slots):
-    """With `slots` other rows have been in a row's slot, and it in others."""
+def test_revision_equals_regeneration_from_scratch(
+    pair, rounds, teacher_token, decode_rows
+):
+    """With `decode_rows` a row shares its place in the decoder with other rows."""
     lengths = (1, 4, 2, 6, 11)
     rows, key = tiny.prompts(lengths, width=WIDTH), jax.random.key(4)
-    settings = dict(rounds=rounds, teacher_token=teacher_token, slots=slots)
-    _, (state, info, heard) = run(pair, rows, key, **settings)
+    settings = dict(rounds=rounds, teacher_token=teacher_token, decode_rows=decode_rows)
+    _, (state, info, teacher_hidden) = run(pair, rows, key, **settings)
     want = reference(*pair, rows, key, rounds, EOS, teacher_token == "argmax")
     assert as_lists(state.rows) == [tokens for tokens, _ in want]
     assert info.error_position.shape == (rounds, len(lengths))
@@ -167,10 +155,12 @@ def test_equals_regeneration_from_scratch(pair, rounds, teacher_token, slots):
     hidden, _ = jax.jit(teacher.forward)(params, state.rows.tokens)
     for b, length in enumerate(state.rows.lengths.tolist()):
         here = b, slice(length - 1)
-        np.testing.assert_allclose(heard[here], hidden[here], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            teacher_hidden[here], hidden[here], rtol=1e-5, atol=1e-5
+        )
 
 
-def test_later_rounds_undo_nothing(pair):
+def test_later_rounds_undo_no_correction(pair):
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
     _, (_, info, _) = run(pair, rows, key, rounds=4, eos_ids=(99,))
     for b in range(4):
@@ -185,7 +175,7 @@ def test_a_teacher_that_agrees_corrects_nothing(pair):
         rows,
         jax.random.key(0),
         teacher_token="argmax",
-        temperature=0.0,
+        sampling=Sampling(0.0),
     )
     assert not np.asarray(info.corrected).any()
     assert info.error_position.tolist() == [[-1] * 4]
@@ -193,43 +183,45 @@ def test_a_teacher_that_agrees_corrects_nothing(pair):
 
 
 def test_a_teachers_end_of_sequence_ends_the_row(pair):
-    """Every token but one ends a row for the teacher: rows end where it corrects."""
+    """The teacher's first correction becomes the only stop token."""
     student, teacher = pair
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
     _, (plain, info, _) = run(pair, rows, key, eos_ids=(99,))
-    found = int(jnp.argmax(info.corrected[0]))
-    position = int(info.error_position[0, found])
-    token = int(plain.rows.tokens[found, position])
-    prompt = int(rows.prompt_lengths[found])
-    assert token not in plain.rows.tokens[found, prompt:position].tolist()
+    corrected = int(jnp.argmax(info.corrected[0]))
+    position = int(info.error_position[0, corrected])
+    token = int(plain.rows.tokens[corrected, position])
+    prompt = int(rows.prompt_lengths[corrected])
+    assert token not in plain.rows.tokens[corrected, prompt:position].tolist()
     _, (ended, info, _) = run(pair, rows, key, eos_ids=(token,))
-    assert int(info.error_position[0, found]) == position
-    assert int(ended.rows.lengths[found]) == position + 1
+    assert int(info.error_position[0, corrected]) == position
+    assert int(ended.rows.lengths[corrected]) == position + 1
 
 
-def asked_of(proposal):
-    """The teacher's token, where it is known for every index."""
+def proposing(proposal):
+    """A `propose` that reads the teacher's tokens from an array."""
     return lambda index: jnp.take_along_axis(proposal, index, axis=1)
 
 
-def test_the_end_of_sequence_counts_padding_does_not():
+def test_the_end_of_sequence_can_be_the_error_and_padding_cannot():
     rows = tiny.complete(((2, 3), (2, 3)), width=8)
     proposal = rows.tokens.at[0, 4].add(1).at[1, 5].add(1).at[1, 1].add(1)
     kl = jnp.arange(16.0).reshape(2, 8)
-    error, token = locate_error(rows, kl, rows.prompt_lengths - 1, asked_of(proposal))
+    error, token = locate_error(rows, kl, rows.prompt_lengths - 1, proposing(proposal))
     assert token[0] == proposal[0, 4]
     assert error.error_position.tolist() == [4, -1]
     assert error.corrected.tolist() == [True, False]
     assert error.kl.tolist() == [4.0, 0.0]
 
 
-def test_largest_kl_among_disagreements_only():
+def test_the_error_has_the_largest_kl_among_disagreements():
     rows = tiny.complete(((2, 5),), width=8)
     proposal = rows.tokens.at[0, 3].add(1).at[0, 6].add(1)
     kl = jnp.array([[9.0, 9, 9, 2, 9, 9, 3, 9]])
 
     def position(kl, corrected_to):
-        error, _ = locate_error(rows, kl, jnp.array([corrected_to]), asked_of(proposal))
+        error, _ = locate_error(
+            rows, kl, jnp.array([corrected_to]), proposing(proposal)
+        )
         return error.error_position.tolist()
 
     assert position(kl, 1) == [6]
@@ -241,7 +233,7 @@ def test_largest_kl_among_disagreements_only():
 def test_mesh_changes_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
     key = jax.random.key(2)
-    _, (want, want_info, want_heard) = run(pair, rows, key, rounds=2)
+    _, (want, want_info, want_hidden) = run(pair, rows, key, rounds=2)
     mesh = sharding.make_mesh(data=2, fsdp=4)
     placed = [
         (model, jax.device_put(p, sharding.shardings(mesh, model.partition_rules, p)))
@@ -249,25 +241,27 @@ def test_mesh_changes_nothing(pair):
     ]
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
-        _, (got, info, heard) = run(placed, batch, key, rounds=2)
+        _, (got, info, teacher_hidden) = run(placed, batch, key, rounds=2)
     assert as_lists(jax.device_get(got.rows)) == as_lists(jax.device_get(want.rows))
     np.testing.assert_array_equal(info.error_position, want_info.error_position)
     for b, length in enumerate(want.rows.lengths.tolist()):
         here = b, slice(length - 1)
-        np.testing.assert_allclose(heard[here], want_heard[here], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            teacher_hidden[here], want_hidden[here], rtol=1e-5, atol=1e-5
+        )
 
 
-def test_the_teacher_is_asked_until_it_disagrees():
-    """The ten largest KLs are of tokens that the teacher would write too."""
+def test_teacher_tokens_are_drawn_until_one_differs():
+    """The teacher agrees with the tokens of the ten largest KLs."""
     rows = tiny.complete(((1, 14), (1, 14)), width=16)
     kl = jnp.tile(jnp.arange(16.0), (2, 1))
     proposal = rows.tokens.at[0, 4].add(1).at[0, 2].add(1)
-    error, token = locate_error(rows, kl, jnp.zeros(2, int), asked_of(proposal))
+    error, token = locate_error(rows, kl, jnp.zeros(2, int), proposing(proposal))
     assert error.error_position.tolist() == [4, -1]
     assert error.kl.tolist() == [4.0, 0.0] and token[0] == proposal[0, 4]
 
 
-def test_unknown_teacher_token_is_named(pair):
+def test_an_unknown_teacher_token_is_an_error(pair):
     rows = tiny.prompts((1,), width=WIDTH)
     with pytest.raises((ValueError, TypeCheckError), match="'beam'"):
         run(pair, rows, jax.random.key(0), teacher_token="beam")

@@ -47,6 +47,7 @@ def generate(config: GenerateConfig) -> int:
 
     from mgsr_jax import rows
     from mgsr_jax.decoding import decode
+    from mgsr_jax.decoding.sampling import Sampling
     from mgsr_jax.training import inputs
 
     check_sampling(
@@ -61,12 +62,12 @@ def generate(config: GenerateConfig) -> int:
         loaded.params(config.dtype),
         jax.tree.map(jnp.asarray, prompts),
         key=jax.random.key(config.seed),
-        max_length=config.max_length,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos_ids=inputs.eos_ids(loaded.tokenizer, loaded.model),
-        vocab_size=len(loaded.tokenizer),
+        decoding=decode.Decoding(
+            max_length=config.max_length,
+            eos_ids=inputs.eos_ids(loaded.tokenizer, loaded.model),
+            sampling=Sampling(config.temperature, config.top_k, config.top_p),
+            vocab_size=len(loaded.tokenizer),
+        ),
         dtype=jnp.dtype(config.dtype),
     )
     for tokens, start, end in zip(

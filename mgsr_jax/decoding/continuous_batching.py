@@ -1,94 +1,119 @@
-"""Many rows through few slots: a row that ends makes room for one that waits.
+"""Continuous batching: a row that ends makes room for a row that waits.
 
-Decoded in lock step, rows wait for the longest of them. Here `slots` of them are
-decoded at a time, and are exchanged when enough have ended: those with the most left to
-write go first, so that few slots are idle at the end. A row's tokens do not depend on
-the slot, nor on when it is there; its cache lies in the pool while it waits.
+In lock step every row waits for the longest one. Here `decode_rows` rows are decoded at
+a time and are exchanged once enough of them have ended. Rows with the most left to
+write go first, so that few places are idle at the end. A row's tokens depend neither on
+its place nor on when it is decoded; its cache stays in the pool while it waits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mgsr_jax.sharding import batch_shards
 
-# Share of the slots that stand idle before rows are exchanged, which copies caches.
+# Share of idle places at which rows are exchanged; an exchange copies caches.
 IDLE = 0.25
 
 
-def in_slots(
-    extend: Callable[..., Any], pool: Any, beside: Any, slots: int | None
-) -> Any:
-    """`pool`, a state of R rows with a field `done`, with every row done.
+@runtime_checkable
+class _State(Protocol):
+    """Rows in progress; a pytree whose every leaf has rows as its first axis."""
 
-    `extend(state, beside)` takes a state of `slots` rows one step further, with what
-    `beside` has for these rows; None is a slot for each row. On a mesh each device
-    exchanges its own rows with its own slots.
+    @property
+    def rows(self) -> Any: ...
+
+    @property
+    def done(self) -> Any: ...
+
+
+State = TypeVar("State", bound=_State)
+PerRow = TypeVar("PerRow")
+
+
+def until_done(
+    extend: Callable[[State, PerRow], State],
+    pool: State,
+    per_row: PerRow,
+    decode_rows: int | None,
+) -> State:
+    """The `pool` of R rows after `extend` has been applied until every row is done.
+
+    On a mesh each device exchanges its own rows only.
+
+    Args:
+      extend: takes a state of `decode_rows` rows, with their part of `per_row`, one
+        step further.
+      pool: the state of all R rows.
+      per_row: arrays with a first axis of R, passed along.
+      decode_rows: rows that are extended at a time; None extends all R together.
 
     Raises:
-      ValueError: the devices that rows are split over do not divide the slots.
+      ValueError: the number of devices that rows are sharded over does not divide
+        `decode_rows` or R.
     """
-    if slots is None or slots >= pool.done.shape[0]:
-        return _until_done(lambda pool: extend(pool, beside), pool)
+    if decode_rows is None or decode_rows >= pool.done.shape[0]:
+        return _while_any_left(lambda pool: extend(pool, per_row), pool)
     shards = batch_shards()
-    if slots % shards or pool.done.shape[0] % shards:
+    if decode_rows % shards or pool.done.shape[0] % shards:
         raise ValueError(
-            f"{pool.done.shape[0]} rows in {slots} slots over {shards} devices; "
-            "expected multiples of the number of devices"
+            f"{pool.done.shape[0]} rows, decode_rows={decode_rows}, over {shards} "
+            "devices; expected multiples of the number of devices"
         )
-    size = slots // shards
+    size = decode_rows // shards
     idle = max(1, int(IDLE * size))
 
-    def exchange(pool: Any) -> Any:
-        held = _next_rows(pool, shards, size)
-        active, beside_active = (_take(x, held) for x in (pool, beside))
-        left = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
+    def exchange(pool: State) -> State:
+        chosen = _next_rows(pool, shards, size)
+        active, active_per_row = (_gather(x, chosen) for x in (pool, per_row))
+        waiting = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
 
-        def goes_on(active: Any) -> Any:
+        def cond(active: State) -> Bool[Array, ""]:
             running = jnp.sum(~active.done.reshape(shards, -1), axis=1)
-            makes_room = (left > size) & (running <= size - idle)
-            return jnp.any(running > 0) & ~jnp.any(makes_room)
+            should_exchange = (waiting > size) & (running <= size - idle)
+            return jnp.any(running > 0) & ~jnp.any(should_exchange)
 
-        active = lax.while_loop(goes_on, lambda x: extend(x, beside_active), active)
-        return _put(pool, held, active)
+        active = lax.while_loop(cond, lambda x: extend(x, active_per_row), active)
+        return _scatter(pool, chosen, active)
 
-    return _until_done(exchange, pool)
+    return _while_any_left(exchange, pool)
 
 
-def _until_done(advance: Callable[..., Any], pool: Any) -> Any:
+def _while_any_left(advance: Callable[[State], State], pool: State) -> State:
     return lax.while_loop(lambda pool: jnp.any(~pool.done), advance, pool)
 
 
-def _next_rows(pool: Any, shards: int, size: int) -> Int[Array, "D C"]:
-    """On each shard the rows to go on with: those with the most left to write."""
+def _next_rows(pool: _State, shards: int, size: int) -> Int[Array, "D C"]:
+    """Per shard, the rows to extend next: those with the most left to write."""
     lengths = pool.rows.lengths
     order = jnp.where(pool.done, jnp.iinfo(lengths.dtype).max, lengths)
     return jnp.argsort(order.reshape(shards, -1), axis=1)[:, :size]
 
 
-def _take(tree: Any, held: Int[Array, "D C"]) -> Any:
-    """The held rows of every leaf."""
+def _gather(tree: PerRow, chosen: Int[Array, "D C"]) -> PerRow:
+    """The chosen rows of every leaf."""
 
-    def take(leaf: Array) -> Array:
-        by_shard = leaf.reshape(held.shape[0], -1, *leaf.shape[1:])
-        return jax.vmap(lambda x, i: x[i])(by_shard, held).reshape(-1, *leaf.shape[1:])
+    def gather(leaf: Array) -> Array:
+        by_shard = leaf.reshape(chosen.shape[0], -1, *leaf.shape[1:])
+        picked = jax.vmap(lambda x, i: x[i])(by_shard, chosen)
+        return picked.reshape(-1, *leaf.shape[1:])
 
-    return jax.tree.map(take, tree)
+    return jax.tree.map(gather, tree)
 
 
-def _put(tree: Any, held: Int[Array, "D C"], rows: Any) -> Any:
-    """Every leaf with the held rows written back."""
+def _scatter(tree: State, chosen: Int[Array, "D C"], rows: State) -> State:
+    """Every leaf with the chosen rows replaced by `rows`."""
 
-    def put(leaf: Array, new: Array) -> Array:
+    def scatter(leaf: Array, new: Array) -> Array:
         by_shard, new = (
-            x.reshape(held.shape[0], -1, *leaf.shape[1:]) for x in (leaf, new)
+            x.reshape(chosen.shape[0], -1, *leaf.shape[1:]) for x in (leaf, new)
         )
-        return jax.vmap(lambda x, i, n: x.at[i].set(n))(by_shard, held, new).reshape(
+        return jax.vmap(lambda x, i, n: x.at[i].set(n))(by_shard, chosen, new).reshape(
             leaf.shape
         )
 
-    return jax.tree.map(put, tree, rows)
+    return jax.tree.map(scatter, tree, rows)

@@ -22,7 +22,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from mgsr_jax import losses, sharding
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.dataset import Prompt
-from mgsr_jax.decoding.decode import generate
+from mgsr_jax.decoding.decode import Decoding, generate
+from mgsr_jax.decoding.sampling import Sampling
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Model, Params
 
@@ -246,27 +247,25 @@ def evaluate(
     vocab_size = min(len(tokenizer), model.config.vocab_size)
     batches = functools.partial(_batches, scored, batch_size, max_length, mesh)
     tick = _ticker(progress, -(-len(scored) // batch_size) * (len(seeds) + 2))
-    sample = functools.partial(
-        generate,
-        model,
-        params,
+    sampled = Decoding(
         max_length=max_length,
-        top_k=top_k,
-        top_p=top_p,
         eos_ids=stop,
+        sampling=Sampling(temperature, top_k, top_p),
         vocab_size=vocab_size,
-        prefill_width=max_prompt_length,
         no_repeat_ngram=no_repeat_ngram,
-        dtype=dtype,
+    )
+    greedy = dataclasses.replace(sampled, sampling=Sampling(0.0, top_k, top_p))
+    write = functools.partial(
+        generate, model, params, prefill_width=max_prompt_length, dtype=dtype
     )
     found: dict[int | None, tuple[TextScores, list[Answer]]] = {}
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for seed in (*seeds, None):
             key = jax.random.key(0 if seed is None else seed)
-            heat = 0.0 if seed is None else temperature
+            decoding = greedy if seed is None else sampled
             responses: dict[int, list[int]] = {}
             for rows in batches(with_response=False):
-                drawn = sample(rows, key=key, temperature=heat)
+                drawn = write(rows, key=key, decoding=decoding)
                 responses |= _responses(sharding.fetch_whole(drawn), stop)
                 tick()
             found[seed] = _score(tokenizer, scored, responses, seed)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mgsr_jax.integrations._batch_loss import next_token_labels
 from mgsr_jax.integrations._peer import peer
-from mgsr_jax.integrations._terms import next_token_labels
 from mgsr_jax.losses import span_pairs
 from mgsr_jax.typing import Leaf
 

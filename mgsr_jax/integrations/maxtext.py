@@ -21,12 +21,11 @@ What MaxText does, and what follows from it:
   its segmentation is not 0. (MaxText's own padding of unpacked rows does compare ids:
   give it a padding id that is not the end of sequence.)
 - `student_freeze_param_filter` must leave `mgsr_clip_network` free.
-- It hands over no span ids, so `Terms.span` stays 0.
+- It hands over no span ids, so `objective.span` stays 0.
 - The step counts micro-batches, not updates, where gradients are accumulated; each
   micro-batch is a mean of its own.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +33,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, ScalarLike
 
+from mgsr_jax.integrations._batch_loss import (
+    DEFAULTS,
+    Labels,
+    cross_entropy_loss,
+    mgsr_loss,
+)
 from mgsr_jax.integrations._clip_network import (
     attach_clip_network,
     clip_network_optimizer,
@@ -41,14 +46,8 @@ from mgsr_jax.integrations._clip_network import (
     with_clip_network,
 )
 from mgsr_jax.integrations._peer import peer
-from mgsr_jax.integrations._terms import (
-    DEFAULTS,
-    Labels,
-    Terms,
-    cross_entropy_loss,
-    mgsr_loss,
-)
 from mgsr_jax.losses import Sum, TopKTeacher
+from mgsr_jax.objective import Objective
 
 __all__ = [
     "MgsrStrategy",
@@ -75,9 +74,9 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
       vocab_size: the tokenizer's, if the models' is padded; columns at or beyond it
         have probability 0.
       pad_id: MaxText's; not used.
-      terms: the weights; its own vocab_size is not read.
-      schedule: step -> factors on the weights by name, as `{"cross_entropy": 0.5}`; the
-        step is a traced int32 scalar.
+      objective: weights of the losses, and their settings.
+      schedule: step -> factors on the weights by name, such as `{"sft": 0.5}`; the step
+        is a traced int32 scalar.
     """
 
     def __init__(
@@ -87,14 +86,14 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         vocab_size: int,
         pad_id: int = 0,
         *,
-        terms: Terms = DEFAULTS,
+        objective: Objective = DEFAULTS,
         schedule: Callable[[Any], Mapping[str, ScalarLike]] | None = None,
     ):
         # MaxText shows a loss the student's output alone, so the network goes with it.
         student_forward_fn = with_clip_network(student_forward_fn)
         super().__init__(student_forward_fn, teacher_forward_fn, vocab_size, pad_id)
-        self.terms = dataclasses.replace(terms, vocab_size=vocab_size)
-        self.schedule = schedule
+        self.objective, self.schedule = objective, schedule
+        self._vocab_size = vocab_size
 
     def create_labels(
         self,
@@ -136,7 +135,13 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         scale = None if self.schedule is None else self.schedule(step)
         teacher = _teacher(teacher_output)
         loss, sums = mgsr_loss(
-            clip_params, student.logits, teacher, labels, self.terms, scale=scale
+            clip_params,
+            student.logits,
+            teacher,
+            labels,
+            self.objective,
+            vocab_size=self._vocab_size,
+            scale=scale,
         )
         others = {}
         if student.moe_lb_loss is not None:
@@ -149,7 +154,9 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
     ) -> tuple[Float[Array, ""], Metrics]:
         """The mean cross-entropy on the labels: evaluation runs no teacher."""
         student, _ = student_output
-        loss, sums = cross_entropy_loss(student.logits, labels, self.terms)
+        loss, sums = cross_entropy_loss(
+            student.logits, labels, vocab_size=self._vocab_size
+        )
         return loss, _named("eval", sums)
 
 
@@ -163,7 +170,7 @@ def _teacher(output: Any) -> Any:
 
 def _named(prefix: str, sums: dict[str, Sum], **values: jax.Array) -> Metrics:
     # MaxText's console and plots know the cross-entropy by this name.
-    names = {"cross_entropy": "hard_loss"}
+    names = {"sft": "hard_loss"}
     metrics = {
         f"{prefix}/{names.get(k, k)}": (v.total, v.count) for k, v in sums.items()
     }

@@ -30,6 +30,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from mgsr_jax.integrations._batch_loss import (
+    DEFAULTS,
+    Labels,
+    cross_entropy_loss,
+    mgsr_loss,
+    next_token_labels,
+)
 from mgsr_jax.integrations._clip_network import (
     attach_clip_network,
     clip_network_optimizer,
@@ -37,14 +44,6 @@ from mgsr_jax.integrations._clip_network import (
     with_clip_network,
 )
 from mgsr_jax.integrations._peer import peer
-from mgsr_jax.integrations._terms import (
-    DEFAULTS,
-    Labels,
-    Terms,
-    cross_entropy_loss,
-    mgsr_loss,
-    next_token_labels,
-)
 from mgsr_jax.integrations._tunix_batch import (
     INSTALL,
     TrainingInput,
@@ -52,6 +51,7 @@ from mgsr_jax.integrations._tunix_batch import (
     model_inputs,
 )
 from mgsr_jax.losses import Sum
+from mgsr_jax.objective import Objective, VocabArguments
 from mgsr_jax.typing import PRNGKey
 
 __all__ = [
@@ -82,8 +82,9 @@ class MgsrStrategy(_strategies.BaseStrategy):
       student_forward_fn: (model, **inputs) -> logits [B, S, Vs], gradients flow.
       teacher_forward_fn: (model, **inputs) -> logits [B, S, Vt], or a TopKTeacher.
       key: of the clip network's start.
-      terms: weights of the three means, and vocab_size.
-      num_candidates: K, how many of the teacher's classes DAC-KL looks at.
+      objective: weights of the losses, and their settings.
+      vocab_size: columns of logits at or beyond it are padding.
+      vocab_axis: mesh axis that the logits' columns are sharded over.
       labels_fn: (**inputs) -> `Labels`, aligned with the logits.
 
     Raises:
@@ -96,19 +97,20 @@ class MgsrStrategy(_strategies.BaseStrategy):
         teacher_forward_fn: Callable[..., Any],
         *,
         key: PRNGKey,
-        terms: Terms = DEFAULTS,
-        num_candidates: int = 512,
+        objective: Objective = DEFAULTS,
+        vocab_size: int | None = None,
+        vocab_axis: str | None = None,
         labels_fn: Callable[..., Labels] = next_token_labels,
     ):
         # Tunix shows a loss the student's output alone, so the network goes with it.
         student_forward_fn = with_clip_network(student_forward_fn)
         super().__init__(student_forward_fn, teacher_forward_fn, labels_fn)
-        self.terms, self.clip_params = terms, None
-        self._key, self._num_candidates = key, num_candidates
+        self.objective, self.clip_params, self._key = objective, None, key
+        self._columns = VocabArguments(vocab_size=vocab_size, vocab_axis=vocab_axis)
 
     def pre_process_models(self, student_model: Any, teacher_model: Any) -> Any:
         attach_clip_network(
-            student_model, self._key, num_candidates=self._num_candidates
+            student_model, self._key, num_candidates=self.objective.num_candidates
         )
         self.clip_params = None
         return student_model, teacher_model
@@ -117,13 +119,20 @@ class MgsrStrategy(_strategies.BaseStrategy):
         self, student_output: Any, teacher_output: Any, labels: Labels
     ) -> tuple[jax.Array, dict[str, Sum]]:
         logits, clip_params = student_output
-        return mgsr_loss(clip_params, logits, teacher_output, labels, self.terms)
+        return mgsr_loss(
+            clip_params,
+            logits,
+            teacher_output,
+            labels,
+            self.objective,
+            **self._columns,
+        )
 
     def compute_eval_loss(
         self, student_output: Any, labels: Labels
     ) -> tuple[jax.Array, dict[str, Sum]]:
         logits, _ = student_output
-        return cross_entropy_loss(logits, labels, self.terms)
+        return cross_entropy_loss(logits, labels, **self._columns)
 
     def post_process_models(self, student_model: Any, teacher_model: Any) -> Any:
         if self.clip_params is None:  # a second close changes nothing
@@ -134,7 +143,9 @@ class MgsrStrategy(_strategies.BaseStrategy):
 def peft_loss(
     student_forward_fn: Callable[..., Any],
     *,
-    terms: Terms = DEFAULTS,
+    objective: Objective = DEFAULTS,
+    vocab_size: int | None = None,
+    vocab_axis: str | None = None,
     labels_fn: Callable[..., Labels] = next_token_labels,
 ) -> Callable[..., Any]:
     """The same loss for a PeftTrainer, whose batches bring the teacher's output.
@@ -154,7 +165,15 @@ def peft_loss(
     def loss_fn(model: Any, inputs: dict[str, Any], teacher_output: Any) -> Any:
         logits, clip_params = forward(model, **inputs)
         labels = labels_fn(**inputs)
-        return mgsr_loss(clip_params, logits, teacher_output, labels, terms)
+        return mgsr_loss(
+            clip_params,
+            logits,
+            teacher_output,
+            labels,
+            objective,
+            vocab_size=vocab_size,
+            vocab_axis=vocab_axis,
+        )
 
     return loss_fn
 

@@ -222,7 +222,7 @@ class _Planner:
         return compile_program(
             "rollout",
             self.run.rollout,
-            (self.state.whole[STUDENT], self.teacher_params, rows, _KEY),
+            (self.state.all_params[STUDENT], self.teacher_params, rows, _KEY),
             options=self.target.compiler_options,
             waiting=waiting,
         )

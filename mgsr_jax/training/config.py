@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.models.lora import LoraConfig
-from mgsr_jax.objective import SETTINGS, Objective
+from mgsr_jax.objective import DIVERGENCE_SETTINGS, Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.optimizer import OptimizerConfig
@@ -348,14 +348,14 @@ def _check_objective(config: TrainConfig) -> None:
 
 def _check_divergence(objective: Objective) -> None:
     """The numbers of the divergence are there, read, and in their range."""
-    name, read = objective.divergence, SETTINGS.get(objective.divergence, ())
+    name, read = objective.divergence, DIVERGENCE_SETTINGS.get(objective.divergence, ())
     for field in ("alpha", "beta", "head_mass", "mix"):
         value = getattr(objective, field)
         if value is not None and field not in read:
             raise ValueError(
                 f"objective.{field}={value} is not read by "
                 f"objective.divergence={name!r}; leave it out, or choose one of "
-                f"{[d for d, own in SETTINGS.items() if field in own]}"
+                f"{[d for d, own in DIVERGENCE_SETTINGS.items() if field in own]}"
             )
         if name == "alpha_beta_divergence" and value == 0:
             raise ValueError(f"objective.{field}=0.0; expected another number than 0")

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from mgsr_jax.losses import Sum
-from mgsr_jax.objective import DIVERGENCES, START
+from mgsr_jax.objective import DIVERGENCES, LIMITS_START
 
 SHOWN = ("loss", "sft", *DIVERGENCES, "span")
 _PEAK = "peak_bytes_in_use"
@@ -30,7 +30,7 @@ class Means:
     """Adds up (sum, count) pairs, of steps or batches, until their means are asked for.
 
     Values that were never counted are left out; an `x_variance`, which is around the
-    objective's START of x, comes out as `x_deviation` around the mean of x.
+    objective's LIMITS_START of x, comes out as `x_deviation` around the mean of x.
 
     >>> means = Means()
     >>> means.add({"kl": Sum(3.0, 2.0)})
@@ -58,7 +58,7 @@ class Means:
         self._sums = {}
         for name in [name for name in means if name.endswith("_variance")]:
             base = name.removesuffix("_variance")
-            moved = means[base] - START[base.rpartition("/")[-1]]
+            moved = means[base] - LIMITS_START[base.rpartition("/")[-1]]
             variance = max(means.pop(name) - moved**2, 0.0)
             means[f"{base}_deviation"] = math.sqrt(variance)
         return means

@@ -1,6 +1,14 @@
-"""Choice of a step's source of rows, and the state of the replay policy: buffer, ratio.
+"""The choice of a step's source of rows, and the state of the replay policy.
 
-The rule is that of `mgsr_jax.rollout`'s docstring.
+off      the data
+on       with probability `probability` generate, else the data
+replay   adaptive off-policy, as in DistiLLM (arXiv 2402.03898): with r ~ U(0, 1),
+         ratio phi, step s of S,
+           r < phi (1 - s/S), or r < phi while the buffer is not full:  generate, push
+           else r < phi:                                            sample the buffer
+           else:                                                    the data
+         after a validation whose loss is at least `reference + epsilon`:
+           phi += 0.1 (at most 1), reference = loss
 """
 
 import dataclasses

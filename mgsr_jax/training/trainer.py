@@ -163,7 +163,7 @@ class _Run:
                 rows = self.source.next(
                     step,
                     jax.random.fold_in(self.key, step),
-                    self.state.whole[STUDENT],
+                    self.state.all_params[STUDENT],
                     self.teacher_params,
                 )
                 self.state, metrics = self.programs.train_step(
@@ -204,7 +204,7 @@ class _Run:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=leaf.sharding
             ),
-            self.state.changing,
+            self.state.checkpointed,
         )
         state, host, replay = checkpoint_state.restore(
             self.manager, step, state=like, replay=self.source.replay_rows
@@ -229,7 +229,7 @@ class _Run:
         checkpoint_state.save(
             self.manager,
             int(self.state.step),
-            state=self.state.changing,
+            state=self.state.checkpointed,
             host=self.source.host_state()
             | {
                 "data_fingerprint": self.setup.train_fingerprint,
@@ -253,7 +253,7 @@ class _Run:
         ):
             means.add(
                 self.programs.validation_step(
-                    self.state.whole,
+                    self.state.all_params,
                     self.teacher_params,
                     sharding.put_batch(self.setup.mesh, rows),
                 )
@@ -327,7 +327,7 @@ class _Run:
         hf.save_pretrained(
             target,
             self.setup.student,
-            lora.merged(self.state.whole[STUDENT], self.config.lora),
+            lora.merged(self.state.all_params[STUDENT], self.config.lora),
             tokenizer_from=self.config.student,
             overwrite=True,
         )

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import sharding
 from mgsr_jax.data.dataset import Prompt
-from mgsr_jax.decoding.decode import generate
+from mgsr_jax.decoding.decode import Decoding, generate
+from mgsr_jax.decoding.sampling import ANCESTRAL, GREEDY
 from mgsr_jax.evaluation.evaluate import (
     distinct_n,
     evaluate,
@@ -135,9 +136,7 @@ def by_hand(student, prompts, seed):
         params,
         jax.tree.map(jnp.asarray, rows),
         key=jax.random.key(seed or 0),
-        max_length=14,
-        temperature=0.0 if seed is None else 1.0,
-        eos_ids=(1,),
+        decoding=Decoding(14, (1,), GREEDY if seed is None else ANCESTRAL),
     )
     ids = [
         [token for token in tokens[start:end].tolist() if token != 1]

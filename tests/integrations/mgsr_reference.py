@@ -14,9 +14,7 @@ def mgsr_means(clip_params, student, teacher, labels, scored, span_ids=None, **d
     scored = np.asarray(scored, bool)
     means = {name: np.mean(x[scored]) for name, x in zip(fields, values, strict=True)}
     vocab_size = dac.get("vocab_size")
-    means["cross_entropy"] = np.mean(
-        reference.cross_entropy(student, labels, vocab_size)[scored]
-    )
+    means["sft"] = np.mean(reference.cross_entropy(student, labels, vocab_size)[scored])
     if span_ids is not None:
         distances = [
             reference.span_correlation(*row, vocab_size)

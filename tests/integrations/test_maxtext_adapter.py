@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from mgsr_reference import mgsr_means
 
-from mgsr_jax.integrations import Terms
+from mgsr_jax.integrations import Objective
 from mgsr_jax.losses import init_clip_network
 
 PATH = "maxtext.trainers.post_train.distillation.distillation_utils"
@@ -195,10 +195,10 @@ def expected(teacher_logits=None):
 def check(got, want):
     """`got` is what compute_loss returns, `want` the reference's means."""
     loss, metrics = got
-    total = want["dac_kl"] + want["cross_entropy"]
+    total = want["dac_kl"] + want["sft"]
     np.testing.assert_allclose(loss, total, rtol=1e-5)
     np.testing.assert_allclose(metrics["distill/total_loss"], (total, 1), rtol=1e-5)
-    names = {"cross_entropy": "hard_loss"}
+    names = {"sft": "hard_loss"}
     for name, mean in want.items():
         total, count = metrics[f"distill/{names.get(name, name)}"]
         assert count == 8
@@ -246,7 +246,7 @@ def test_the_loss_of_a_mixture_of_experts_is_added(adapter):
 
 def test_a_schedule_reads_the_traced_step(adapter):
     def schedule(step):
-        return {"dac_kl": step / 10, "cross_entropy": 1 - step / 10}
+        return {"token": step / 10, "sft": 1 - step / 10}
 
     @jax.jit
     def loss(step):
@@ -254,7 +254,7 @@ def test_a_schedule_reads_the_traced_step(adapter):
 
     want = expected()
     for step in (0, 3):
-        mixed = step / 10 * want["dac_kl"] + (1 - step / 10) * want["cross_entropy"]
+        mixed = step / 10 * want["dac_kl"] + (1 - step / 10) * want["sft"]
         np.testing.assert_allclose(loss(jnp.int32(step)), mixed, rtol=1e-5)
     with pytest.raises(ValueError, match="a schedule needs the step, got None"):
         run(adapter, schedule=schedule)
@@ -315,7 +315,7 @@ def test_evaluation_is_the_cross_entropy_on_the_labels(adapter):
     output = call(strategy.student_forward_fn, student, batch)
     labels = labels_of(strategy, batch)
     loss, metrics = strategy.compute_eval_loss(output, labels)
-    want = expected()["cross_entropy"]
+    want = expected()["sft"]
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     np.testing.assert_allclose(metrics["eval/hard_loss"], (8 * want, 8), rtol=1e-5)
 
@@ -338,7 +338,7 @@ def test_the_clip_network_goes_in_and_out_once(adapter):
 
 def test_span_ids_are_not_handed_over(adapter):
     with pytest.raises(ValueError, match="the labels have no span_ids"):
-        run(adapter, terms=Terms(span=1.0))
+        run(adapter, objective=Objective(span=1.0))
 
 
 needs_maxtext = pytest.mark.skipif(
@@ -430,7 +430,7 @@ def test_maxtexts_own_trainer_trains_and_logs(real_adapter, monkeypatch, offline
         return trainer.metrics_logger.get_metric_history("", name, "train")
 
     want = expected()
-    for name, logged in (("dac_kl", "dac_kl"), ("cross_entropy", "hard_loss")):
+    for name, logged in (("dac_kl", "dac_kl"), ("sft", "hard_loss")):
         np.testing.assert_allclose(log(f"distill/{logged}")[0], want[name], rtol=1e-5)
     first, second = log("loss")
     assert second < first

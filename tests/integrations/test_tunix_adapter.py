@@ -17,7 +17,7 @@ from tunix.distillation import TrainingConfig
 from tunix.distillation.strategies import BaseStrategy
 from tunix.models.llama3 import model as llama3
 
-from mgsr_jax.integrations import Terms
+from mgsr_jax.integrations import Objective
 from mgsr_jax.integrations import tunix as adapter
 from mgsr_jax.integrations._clip_network import clip_network_params
 from mgsr_jax.losses import init_clip_network
@@ -37,8 +37,8 @@ pytestmark = [
 ]
 
 V, K, WIDTH, S = 11, 5, 6, 8
-TERMS = Terms(span=1.0)
-TRAINED = ("dac_kl", "cross_entropy", "span")
+OBJECTIVE = Objective(num_candidates=K)
+TRAINED = ("dac_kl", "sft", "span")
 # (prompt, response) lengths. The last row has nothing to learn.
 LENGTHS = ((2, 5), (1, 2), (3, 4), (4, 0))
 
@@ -94,18 +94,18 @@ def rows(batch, chosen):
     )
 
 
-def strategy(terms=TERMS, **settings):
+def strategy(objective=OBJECTIVE, **settings):
     settings = dict(student_forward_fn=forward, teacher_forward_fn=forward) | settings
-    return adapter.MgsrStrategy(
-        key=jax.random.key(3), terms=terms, num_candidates=K, **settings
-    )
+    return adapter.MgsrStrategy(key=jax.random.key(3), objective=objective, **settings)
 
 
-def trainer_of(student, *, terms=TERMS, optimizer=None, accumulate=None, **config):
+def trainer_of(
+    student, *, objective=OBJECTIVE, optimizer=None, accumulate=None, **config
+):
     return adapter.MgsrDistillationTrainer(
         student,
         Tiny(1),
-        strategy(terms),
+        strategy(objective),
         optimizer or optax.sgd(0.1),
         TrainingConfig(
             eval_every_n_steps=1, gradient_accumulation_steps=accumulate, **config
@@ -124,7 +124,7 @@ def peft_trainer_of(student, *, optimizer=None, accumulate=None):
             "inputs": adapter.model_inputs(x),
             "teacher_output": x.teacher_output,
         }
-    ).with_loss_fn(adapter.peft_loss(forward, terms=TERMS), has_aux=True)
+    ).with_loss_fn(adapter.peft_loss(forward, objective=OBJECTIVE), has_aux=True)
 
 
 def log(trainer, name, mode="train"):
@@ -331,13 +331,11 @@ def test_ragged_micro_batches_accumulate_exactly(of):
 def test_evaluation_is_the_cross_entropy_on_the_labels():
     student, batch = full(), batch_of()
     logits = student(batch.input_tokens)
-    want = expected(batch, logits, logits)["cross_entropy"]
+    want = expected(batch, logits, logits)["sft"]
     trainer = trainer_of(student, optimizer=optax.sgd(0.0))
     trainer.train([batch], [rows(batch, slice(0, 2)), rows(batch, slice(2, 4))])
     # Over tokens, not over batches: once before and once after the step.
-    np.testing.assert_allclose(
-        log(trainer, "cross_entropy", "eval"), [want, want], rtol=2e-5
-    )
+    np.testing.assert_allclose(log(trainer, "sft", "eval"), [want, want], rtol=2e-5)
 
 
 def test_the_clip_network_has_its_own_learning_rate():

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from tiny import GPT2, LLAMA, OPT
 
 from mgsr_jax import models, sharding
-from mgsr_jax.decoding import decode
+from mgsr_jax.decoding.decode import Decoding, generate
+from mgsr_jax.decoding.sampling import GREEDY
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.rows import from_lists
@@ -157,9 +158,9 @@ def test_decoding_reads_merged_kernels():
     assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
     rows = from_lists([[5, 6, 7], [8]], [[], []], width=12, ground_truth=False)
     rows = jax.tree.map(jnp.asarray, rows)
-    settings = dict(key=jax.random.key(3), max_length=12, eos_ids=(0,), temperature=0.0)
+    settings = dict(key=jax.random.key(3), decoding=Decoding(12, (0,), GREEDY))
     wrote, expected = (
-        decode.generate(model, each, rows, **settings) for each in (own, merged)
+        generate(model, each, rows, **settings) for each in (own, merged)
     )
     jax.tree.map(np.testing.assert_array_equal, wrote, expected)
 

@@ -100,8 +100,8 @@ def test_a_step_moves_the_adapters_and_nothing_else(base):
     moments = jax.tree.leaves(optax.tree.get_all_with_path(state.opt_state, "mu"))
     sizes = sum(x.size for x in moments if isinstance(x, jax.Array))
     assert sizes == sum(x.size for x in jax.tree.leaves(state.params))
-    assert set(state.whole["student"]) == {*base, LORA}
-    assert set(state.changing) == {"step", "key", "params", "opt_state"}
+    assert set(state.all_params["student"]) == {*base, LORA}
+    assert set(state.checkpointed) == {"step", "key", "params", "opt_state"}
 
 
 def test_the_step_s_gradient_is_that_of_the_merged_student(base):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mgsr_jax.losses import Sum
-from mgsr_jax.objective import START
+from mgsr_jax.objective import LIMITS_START
 from mgsr_jax.training.metrics import Means, MetricsLog, StepProgress, peak_memory
 
 
@@ -32,7 +32,7 @@ def test_a_variance_comes_out_as_a_deviation():
     means = Means()
     lower = np.array([0.0, 0.2, 0.3, 0.5])
     for part in (lower[:1], lower[1:]):
-        around = np.sum((part - START["lower"]) ** 2)
+        around = np.sum((part - LIMITS_START["lower"]) ** 2)
         means.add(
             {
                 "train/lower": Sum(np.sum(part), len(part)),

@@ -1,0 +1,215 @@
+"""The objective of one micro-batch, computed a chunk of its tokens at a time.
+
+Logits [B, T, V] of both models would be the largest arrays of a step by far. So the
+models' hidden states are computed for the whole micro-batch, and logits exist for one
+chunk of its scored tokens at a time, forwards and backwards.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mgsr_jax import losses, sharding
+from mgsr_jax.losses import Projection, Sum, TopKTeacher
+from mgsr_jax.losses._chunked import default_chunk_size
+from mgsr_jax.objective import (
+    Objective,
+    Targets,
+    Weights,
+    make_targets,
+    weighted_sum,
+)
+from mgsr_jax.rows import Rows, next_token_view
+from mgsr_jax.typing import Leaf, Model, Params, RowKeys
+
+LOGIT_PARTS = 8
+"""Parts of a chunk whose losses are computed one after the other.
+
+Logits of a chunk are formed at once, since that reads the whole head. Their losses need
+many times the memory of the logits.
+"""
+
+TeacherOutputs = TopKTeacher | Float[Array, "B S D"]
+"""Teacher outputs in place of running it: K classes per label, or hidden states."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLoss:
+    """Models and settings of the loss; static, the same for all micro-batches.
+
+    Attributes:
+      student: the model that is trained.
+      teacher: the model that it is compared with, or None.
+      objective: the three losses and their weights.
+      vocab_size: columns of logits at or beyond it are padding.
+      dtype: of the student's computation.
+      chunk_size: tokens per device whose logits exist at a time; None: a default by
+        the size of the vocabulary.
+      score_teacher: add the teacher's cross-entropy on the labels to the metrics.
+    """
+
+    student: Model
+    teacher: Model | None
+    objective: Objective
+    vocab_size: int | None = None
+    dtype: DTypeLike = jnp.float32
+    chunk_size: int | None = None
+    score_teacher: bool = False
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that a chunk shares with the next: a span pair reads two."""
+        return 1 if self.objective.span else 0
+
+
+class Chunk(NamedTuple):
+    """Adjacent tokens of a micro-batch: all that their losses read except `hidden`.
+
+    Attributes:
+      targets: labels, masks and weights. [N]
+      teacher: the teacher's hidden states [N, D], its K classes, or None.
+    """
+
+    targets: Targets
+    teacher: Leaf
+
+
+def micro_batch_loss(
+    params: Params,
+    teacher_params: Params | None,
+    rows: Rows,
+    weights: Weights,
+    *,
+    spec: StepLoss,
+    teacher_outputs: TeacherOutputs | None = None,
+    dropout_keys: RowKeys | None = None,
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """The weighted sum of the three losses over `rows` [B, S], and metrics as sums.
+
+    Args:
+      params: "student" and, where limits are learned, "clip_network".
+      teacher_params: None where no part runs the teacher.
+      rows: the micro-batch.
+      weights: of its positions, from `position_weights` of the whole step.
+      spec: models and settings.
+      teacher_outputs: used in place of running the teacher.
+      dropout_keys: one per row, for a student whose forward pass takes them.
+
+    Raises:
+      ValueError: a part compares with a teacher and there is none, or K classes.
+    """
+    student, view = spec.student, next_token_view(rows)
+    cast = jax.tree.map(lambda p: p.astype(spec.dtype), params["student"])
+    dropout = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
+    hidden, _ = student.forward(cast, view.inputs, **dropout)
+    teacher, teacher_head = _teacher_chunk(spec, teacher_params, rows, teacher_outputs)
+    head = student.head_params(params["student"])
+    shared = {
+        # Not the cast copy: gradients of chunks are summed in float32.
+        "head": jax.tree.map(lambda p: Projection(p) if p.ndim == 2 else p, head),
+        "teacher_head": teacher_head,
+        "clip_network": params.get("clip_network"),
+    }
+    by_token = P(sharding.vocab_axis())
+    return losses.chunked(
+        functools.partial(chunk_loss, spec=spec),
+        shared,
+        hidden,
+        Chunk(make_targets(rows, weights), teacher),
+        chunk_size=spec.chunk_size or default_chunk_size(student.config.vocab_size),
+        overlap=spec.overlap,
+        where=view.where,
+        batch_axes=sharding.batch_axes(),
+        shared_specs={"head": by_token, "teacher_head": by_token, "clip_network": P()},
+    )
+
+
+def chunk_loss(
+    shared: Params, hidden: Float[Array, "N D"], chunk: Chunk, *, spec: StepLoss
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """The three losses of adjacent tokens: weighted sum, and metrics.
+
+    The last `spec.overlap` tokens also begin the next chunk: the span loss reads them
+    here, and they count there.
+    """
+    head = jax.tree.map(lambda p: p.astype(spec.dtype), shared["head"])
+    student_logits = spec.student.unembed(head, hidden)
+    teacher = chunk.teacher
+    if spec.teacher is not None and isinstance(teacher, jax.Array):
+        teacher = spec.teacher.unembed(shared["teacher_head"], teacher)
+    targets = _without_overlap(chunk.targets, spec.overlap)
+    return losses.chunked(
+        functools.partial(_logits_loss, spec=spec),
+        shared["clip_network"],
+        student_logits,
+        Chunk(targets, teacher),
+        chunk_size=-(-len(hidden) // LOGIT_PARTS) + spec.overlap,
+        overlap=spec.overlap,
+        batch_axes=sharding.batch_axes(),
+    )
+
+
+def _logits_loss(
+    clip_params: Params | None,
+    student_logits: Float[Array, "N V"],
+    chunk: Chunk,
+    *,
+    spec: StepLoss,
+) -> tuple[Float[Array, ""], dict[str, Sum]]:
+    """The losses of one part of a chunk; `chunk.teacher` holds logits or K classes."""
+    return weighted_sum(
+        clip_params,
+        student_logits,
+        chunk.teacher,
+        _without_overlap(chunk.targets, spec.overlap),
+        spec.objective,
+        vocab_size=spec.vocab_size,
+        vocab_axis=sharding.vocab_axis(),
+        score_teacher=spec.score_teacher,
+    )
+
+
+def _without_overlap(targets: Targets, overlap: int) -> Targets:
+    """`targets` in which the last `overlap` tokens are read but do not count."""
+    size = len(targets.where)
+    counts = jnp.arange(size) < size - overlap
+    return targets._replace(
+        scored=targets.scored & counts,
+        labelled=targets.labelled & counts,
+        pairs=targets.pairs & counts,
+    )
+
+
+def _teacher_chunk(
+    spec: StepLoss,
+    teacher_params: Params | None,
+    rows: Rows,
+    outputs: TeacherOutputs | None,
+) -> tuple[TopKTeacher | Float[Array, "B T D"] | None, Params | None]:
+    """The teacher's outputs at every label, and its head where logits are needed."""
+    objective, view = spec.objective, next_token_view(rows)
+    if not objective.needs_teacher:
+        return None, None
+    if isinstance(outputs, TopKTeacher):
+        if objective.span:
+            raise ValueError(
+                "objective.span compares whole distributions and a cached teacher has "
+                "K classes; set it to 0, or pass no teacher_outputs, to run the teacher"
+            )
+        return outputs, None
+    if spec.teacher is None or teacher_params is None:
+        raise ValueError(
+            "objective.token and objective.span compare with a teacher, got None; pass "
+            "one, or set both weights to 0 for plain fine-tuning"
+        )
+    if outputs is None:
+        outputs, _ = spec.teacher.forward(teacher_params, view.inputs)
+    hidden = outputs[:, : view.inputs.shape[1]]
+    return lax.stop_gradient((hidden, spec.teacher.head_params(teacher_params)))

@@ -1,0 +1,44 @@
+"""Decoding without a cache: a Python loop over rows and tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsr_jax.decoding.sampling import STUDENT_STREAM, row_keys, sample
+
+
+@partial(jax.jit, static_argnums=0)
+def full_logits(model, params, tokens):
+    """Logits of one row, [S, V], from a forward pass over all of it."""
+    hidden, _ = model.forward(params, tokens[None])
+    return model.unembed(model.head_params(params), hidden)[0]
+
+
+def generate(model, params, rows, key, decoding):
+    """The tokens of every row, as lists."""
+    result, width = [], rows.tokens.shape[1]
+    keys = row_keys(key, rows.example, STUDENT_STREAM, 0)
+    data = np.asarray(jax.random.key_data(keys))
+    for b, length in enumerate(rows.prompt_lengths.tolist()):
+        tokens = rows.tokens[b, :length].tolist()
+        while len(tokens) < decoding.max_length:
+            padded = jnp.asarray(tokens + [0] * (width - len(tokens)))
+            logits = full_logits(model, params, padded)[len(tokens) - 1][None]
+            row_key = jax.random.wrap_key_data(data[b])
+            token_key = jax.random.fold_in(row_key, len(tokens))[None]
+            token = int(sample(logits, token_key, decoding.sampling)[0])
+            tokens.append(token)
+            if token in decoding.eos_ids:
+                break
+        result.append(tokens)
+    return result
+
+
+def as_lists(rows):
+    """Prompt and response of every row."""
+    return [
+        tokens[:length].tolist()
+        for tokens, length in zip(rows.tokens, rows.lengths, strict=True)
+    ]
