@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.losses import TopKTeacher
-from mgsr_jax.rollout import Rollout, RolloutConfig
+from mgsr_jax.rollout import Rollout, RolloutConfig, TeacherHidden
 from mgsr_jax.rows import NO_SPAN, Rows, narrowest, with_width
 from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
@@ -22,7 +22,6 @@ from mgsr_jax.training.replay import (
     AdaptiveRatio,
     ReplayBuffer,
     Source,
-    TeacherHidden,
     choose_source,
 )
 from mgsr_jax.typing import Params, PRNGKey
