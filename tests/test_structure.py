@@ -40,9 +40,7 @@ MAX_OTHER_FILE_LINES = 500  # tests, examples, benchmarks
 EXCEPTIONS: dict[str, str] = dict.fromkeys(
     """
 checkpoint.hf:_match
-commands.generate
-commands.generate:evaluate
-commands.generate:generate
+commands.export:export_student
 data.dataset:load_prompts
 data.teacher_cache
 evaluation.evaluate
