@@ -3,9 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 BIN := $(VENV)/bin
+# `make test-latest` takes the newest Python that pyproject.toml lists and that runs here.
+LATEST_PYTHON ?= $(or $(shell $(PYTHON) .ci/newer_python.py),$(PYTHON))
+# A jax version for `make test-latest`; empty for the newest that pyproject.toml allows.
+JAX ?=
+LATEST_VENV := .venv-latest$(JAX:%=-jax-%)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test test-trl test-tunix test-aot bench bench-losses lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence test test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -24,6 +29,12 @@ evidence: $(VENV)/installed-train  ## the same with three seeds and all ablation
 
 test: $(VENV)/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-latest:  ## the quick tests with the newest Python and packages, or with JAX=0.11.2
+	$(MAKE) PYTHON="$(LATEST_PYTHON)" VENV=$(LATEST_VENV) PINS=$(JAX:%=jax==%) $(LATEST_VENV)/installed-test
+	$(LATEST_VENV)/bin/python --version
+	$(LATEST_VENV)/bin/python -m pip list | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|transformers) '
+	$(LATEST_VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-trl:  ## the divergences against TRL's, in an environment of its own
 	$(MAKE) VENV=.venv-trl .venv-trl/installed-test-trl
@@ -55,7 +66,7 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environments, the caches and the quickstart's run
-	rm -rf $(VENV) .venv-trl .venv-tunix .venv-aot .venv-bench $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-latest* .venv-trl .venv-tunix .venv-aot .venv-bench $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -67,5 +78,5 @@ $(BIN)/python:
 # One stamp for each extra; it is out of date when pyproject.toml changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing mgsr_jax[$*] into $(VENV): a few minutes the first time"
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(PINS)
 	touch $@
