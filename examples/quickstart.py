@@ -30,10 +30,11 @@ from rich.table import Table
 import mgsr_jax
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.data import dataset
 from mgsr_jax.data.batches import prompt_batches
+from mgsr_jax.data.prompts import load_prompts
 from mgsr_jax.evaluation import report
 from mgsr_jax.evaluation.evaluate import EvaluationResult, evaluate
+from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, next_token_view
@@ -137,7 +138,7 @@ class Quickstart:
             max_length=little_english.LONGEST,
             cache_dir=str(output / "cache"),
         )
-        self.test, _ = dataset.load_prompts(
+        self.test, _ = load_prompts(
             self.data / "test.jsonl", self.tokenizer, self.data_config.encoding
         )
         self.teacher = self._teacher()
@@ -405,7 +406,7 @@ def write_results(
     for row in rows:
         shown.add_row(*row)
     console.print(shown, NOTES)
-    markdown = f"{report.markdown_table(heads, rows)}\n\n{NOTES}\n"
+    markdown = f"{markdown_table(heads, rows)}\n\n{NOTES}\n"
     output = arguments.output
     (output / "table.md").write_text(markdown, encoding="utf-8")
     if arguments.ablations:

@@ -5,9 +5,14 @@ B batch, T position, S cache position (slot), V vocabulary, D width, F MLP width
 N query heads, K key/value heads, H head width, L layers, A micro-batches.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key, PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+else:  # transformers takes about a second to import, and the losses do not need it
+    Tokenizer = Any
 
 Params = dict[str, Any]
 """Nested dicts of arrays."""

@@ -41,9 +41,7 @@ EXCEPTIONS: dict[str, str] = dict.fromkeys(
     """
 checkpoint.hf:_match
 commands.export:export_student
-data.dataset:load_prompts
 data.teacher_cache
-evaluation.evaluate
 evaluation.evaluate:evaluate
 losses._chunked
 losses._chunked:_loop

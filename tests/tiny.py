@@ -157,3 +157,15 @@ def project(folder, *, teacher_seed: int = 1):
         lines = [json.dumps(record) for record in records(count, seed)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def log_probs(model, params, tokens) -> np.ndarray:
+    """Log-probabilities of the next token at every position, in float64. [B, T, V]"""
+
+    @jax.jit
+    def logits(params, tokens):
+        hidden, _ = model.forward(params, tokens)
+        return model.unembed(model.head_params(params), hidden)
+
+    values = np.asarray(logits(params, jnp.asarray(tokens)), np.float64)
+    return values - np.log(np.exp(values).sum(-1, keepdims=True))

@@ -19,7 +19,7 @@ from mgsr_jax.commands.loaded import (
 )
 
 if TYPE_CHECKING:
-    from mgsr_jax.data.dataset import Prompt
+    from mgsr_jax.data.prompts import Prompt
     from mgsr_jax.evaluation.evaluate import EvaluationResult
 
 
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> int:
     ROUGE-L is the F1 with stemming against the best reference, times 100: the mean over
     the examples for each seed, then mean and standard deviation over the seeds.
     """
-    from mgsr_jax.evaluation.report import score_table
+    from mgsr_jax.evaluation.tables import score_table
 
     check_sampling(
         config.temperature,
@@ -98,8 +98,8 @@ def _load_prompts(
     config: EvaluateConfig, loaded: LoadedModel, path: str
 ) -> list["Prompt"]:
     """Read an evaluation set, and print which records are left out and why."""
-    from mgsr_jax.data.dataset import load_prompts
     from mgsr_jax.data.encoding import Encoding
+    from mgsr_jax.data.prompts import load_prompts
 
     encoding = Encoding(
         config.template,
@@ -128,7 +128,7 @@ def _score_sets(
     import jax.numpy as jnp
 
     from mgsr_jax.evaluation.evaluate import evaluate
-    from mgsr_jax.evaluation.report import write_scores
+    from mgsr_jax.evaluation.tables import write_scores
     from mgsr_jax.training.inputs import eos_ids
 
     params, results = loaded.params(config.dtype), {}

@@ -12,7 +12,8 @@ import datasets
 import grain
 import numpy as np
 
-from mgsr_jax.data.dataset import Prompt, lengths
+from mgsr_jax.data.dataset import lengths
+from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import Rows, from_lists, narrowest
 
 Share = slice | np.ndarray

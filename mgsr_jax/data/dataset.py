@@ -1,22 +1,20 @@
-"""Instruction data: records -> tokens, once and cached.
+"""Tokenised instruction data, computed once and cached.
 
-Nothing is cut or left out silently: every record that is not used as it stands is
-counted and named.
+No record is cut or left out silently: the report counts and names each one.
 """
 
-import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import datasets
 import datasets.config
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
@@ -30,7 +28,8 @@ from mgsr_jax.data.encoding import (
     encode_response,
     eos_id,
 )
-from mgsr_jax.data.records import Example, Rejected
+from mgsr_jax.data.records import DataReport, Example, Rejected
+from mgsr_jax.typing import Tokenizer
 
 _COLUMNS = datasets.Features(
     {name: datasets.List(datasets.Value("int32")) for name in ("prompt", "response")}
@@ -38,129 +37,81 @@ _COLUMNS = datasets.Features(
     | {name: datasets.Value("string") for name in ("problem", "message")}
     | {"kept": datasets.Value("bool")}
 )
+_KEYED_MODULES = ("dataset", "encoding", "records", "spans")
+"""Modules of this folder whose source is part of the cache key."""
 _SLAB = 256  # records that are tokenised and chunked together
 
 
-@dataclasses.dataclass(frozen=True)
-class DataReport:
-    """What became of the records of a data set.
+class _Row(TypedDict):
+    """One row of the cached table: a record, used or not."""
 
-    Attributes:
-      kept: examples that are used.
-      malformed: no JSON, not UTF-8, keys missing or of a wrong type; left out.
-      empty: no instruction or no output; left out.
-      too_long: left out, or cut where `too_long="truncate"` (then also in `kept`).
-      messages: one line "file:line: reason" for each of them, in the data's order.
-    """
-
-    kept: int
-    malformed: int
-    empty: int
-    too_long: int
-    messages: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One example of an evaluation set.
-
-    Attributes:
-      tokens: the prompt.
-      response: the first reference and its end-of-sequence, cut at `max_length`.
-      references: every reference, whole.
-      example: its index among the prompts; random keys are folded by it.
-      scored: whether the set's metrics count it.
-      source: "file:line".
-    """
-
-    tokens: tuple[int, ...]
-    response: tuple[int, ...]
-    references: tuple[str, ...]
-    example: int
-    scored: bool
-    source: str
+    prompt: list[int]
+    response: list[int]
+    span_ids: list[int] | np.ndarray
+    problem: str
+    message: str
+    kept: bool
 
 
 def load(
     path: str | Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     encoding: Encoding = ALPACA,
     *,
     chunker: spans.Chunker | None = "textblob",
     spacy_model: str = "en_core_web_sm",
     split: str = "train",
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = 0.05,
 ) -> tuple[datasets.Dataset, DataReport]:
-    """A data set for training or validation: tokens and spans, computed once.
+    """Load tokens and spans of a training or validation set from the cache, or fill it.
 
     The columns are `prompt`, `response` (ends with end-of-sequence unless it was cut)
-    and `span_ids` (of the response). The cache is keyed by everything that they depend
-    on: the file's content, the tokenizer, the encoding, the chunker, this code.
+    and `span_ids` (one id a token of the response). The cache key covers everything
+    that they depend on: the content of the file, the tokenizer, the encoding, the
+    chunker, and this code.
 
     Args:
-      chunker: as in `spans.chunk`; None for no spans.
-      split: of a hub data set.
-      cache_dir: default: that of `datasets` (HF_DATASETS_CACHE).
-      max_bad_fraction: more malformed records than this share are an error.
+      path: file or name of a hub data set.
+      tokenizer: a fast tokenizer of transformers.
+      encoding: template and lengths.
+      chunker: see `spans.chunk`; None for no spans.
+      spacy_model: pipeline for the chunker "spacy".
+      split: split of a hub data set.
+      cache_dir: folder of the cache; default: that of `datasets` (HF_DATASETS_CACHE).
+      max_bad_fraction: largest share of malformed records that is accepted.
 
     Raises:
-      ValueError: no usable record, or too many malformed ones; the first few are named.
-      FileNotFoundError: as `records.read_examples`.
+      ValueError: there is no usable record, or too many are malformed; the error names
+        the first few.
+      FileNotFoundError: see `records.read_examples`.
     """
     eos_id(tokenizer)
-    key = _cache_key(path, split, tokenizer, encoding, chunker, spacy_model)
     options = (path, split, tokenizer, encoding, chunker, spacy_model)
     try:
         table = datasets.Dataset.from_generator(
             lambda: _encoded(*options),
             features=_COLUMNS,
             cache_dir=os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE),
-            fingerprint=key,
+            fingerprint=_cache_key(*options),
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    return _used(path, table, max_bad_fraction)
-
-
-def _used(
-    path: str | Path, table: datasets.Dataset, max_bad_fraction: float
-) -> tuple[datasets.Dataset, DataReport]:
+    assert isinstance(table, datasets.Dataset)
     kept = np.flatnonzero(table["kept"]).tolist()
-    report = _report(len(kept), table["problem"], table["message"])
-    _check_report(path, report, len(table), max_bad_fraction)
+    report = records.data_report(len(kept), table["problem"], table["message"])
+    records.check_report(path, report, len(table), max_bad_fraction)
     return table.select(kept).select_columns(["prompt", "response", "span_ids"]), report
 
 
-def _report(kept: int, problems: Iterable[str], messages: Iterable[str]) -> DataReport:
-    count = collections.Counter(problems)
-    return DataReport(
-        kept=kept,
-        malformed=count["malformed"],
-        empty=count["empty"],
-        too_long=count["too_long"],
-        messages=tuple(message for message in messages if message),
-    )
-
-
-def _check_report(
-    path: str | Path, report: DataReport, total: int, max_bad_fraction: float
-) -> None:
-    first = "; ".join(report.messages[:3])
-    if report.malformed > max_bad_fraction * total:
-        raise ValueError(
-            f"data {str(path)!r}: {report.malformed} of {total} records are "
-            f"malformed, more than max_bad_fraction={max_bad_fraction}; first: {first}"
-        )
-    if report.kept == 0:
-        raise ValueError(
-            f"data {str(path)!r} has no usable record among {total}; "
-            + (f"first: {first}" if first else "it is empty")
-        )
-
-
-def _cache_key(*parts: Any) -> str:
-    path, split, tokenizer, encoding, chunker, spacy_model = parts
+def _cache_key(
+    path: str | Path,
+    split: str,
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    chunker: spans.Chunker | None,
+    spacy_model: str,
+) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if records.is_local(path):
         with open(path, "rb") as file:
@@ -168,8 +119,8 @@ def _cache_key(*parts: Any) -> str:
                 digest.update(block)
         source = Path(path).name
     else:
-        source = f"{path} {split} {records.stored(path, split)._fingerprint}"
-    for module in ("dataset", "encoding", "records", "spans"):
+        source = f"{path} {split} {records.load_table(path, split)._fingerprint}"
+    for module in _KEYED_MODULES:
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     chunked = chunker if isinstance(chunker, str | None) else Hasher.hash(chunker)
     special = sorted(tokenizer.special_tokens_map.items())
@@ -191,16 +142,16 @@ def _version(distribution: str) -> str:
 def _encoded(
     path: str | Path,
     split: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     encoding: Encoding,
     chunker: spans.Chunker | None,
     spacy_model: str,
-) -> Iterator[dict[str, Any]]:
-    """The table that is cached: one row a record, used or not."""
+) -> Iterator[_Row]:
+    """Rows of the cached table, one a record."""
     examples = records.read_examples(path, split=split)
     first = next(examples, None)
-    if first is None:  # `datasets` would say that the split corresponds to no data
-        _check_report(path, _report(0, (), ()), 0, 0.0)
+    if first is None:  # the error of `datasets` would not name the file
+        records.check_report(path, records.data_report(0, (), ()), 0, 0.0)
         return
     examples = itertools.chain([first], examples)
     while slab := list(itertools.islice(examples, _SLAB)):
@@ -208,110 +159,74 @@ def _encoded(
         if chunker is not None:
             decoded = [spans.token_offsets(tokenizer, row["response"]) for row in rows]
             texts, offsets = zip(*decoded, strict=True)
-            found = spans.chunk(texts, offsets, chunker, spacy_model=spacy_model)
-            for row, span_ids in zip(rows, found, strict=True):
-                row["span_ids"] = span_ids
+            span_ids = spans.chunk(texts, offsets, chunker, spacy_model=spacy_model)
+            for row, ids in zip(rows, span_ids, strict=True):
+                row["span_ids"] = ids
         yield from rows
 
 
-def _prompt(example: Example, tokenizer: Any, encoding: Encoding) -> list[int]:
-    return encode_prompt(
+def _encode(
+    example: Example | Rejected, tokenizer: Tokenizer, encoding: Encoding
+) -> _Row:
+    if isinstance(example, Rejected):
+        return _row([], [], example.problem, example.message, kept=False)
+    prompt = encode_prompt(
         tokenizer,
         example.instruction,
         example.input,
         template=encoding.template,
         add_special_tokens=encoding.add_special_tokens,
     )
-
-
-def _encode(
-    example: Example | Rejected, tokenizer: Any, encoding: Encoding
-) -> dict[str, Any]:
-    row = {"prompt": [], "response": [], "span_ids": [], "kept": False}
-    if isinstance(example, Rejected):
-        return row | {"problem": example.problem, "message": example.message}
-    prompt = _prompt(example, tokenizer, encoding)
     response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
     limits = (
         ("prompt", len(prompt), encoding.max_prompt_length),
         ("prompt and response", len(prompt) + len(response), encoding.max_length),
     )
-    over = [
-        f"{n} tokens of {name}, at most {most}" for name, n, most in limits if n > most
+    too_long = [
+        f"{length} tokens of {name}, at most {limit}"
+        for name, length, limit in limits
+        if length > limit
     ]
-    row["kept"] = not over or encoding.too_long == "truncate"
-    if row["kept"]:
-        prompt = cut_prompt(tokenizer, prompt, encoding.max_prompt_length)
-        response = response[: encoding.max_length - len(prompt)]
-        span_ids = [spans.NO_SPAN] * len(response)
-        row |= {"prompt": prompt, "response": response, "span_ids": span_ids}
-    reason = f"{example.source}: {'; '.join(over)}" if over else ""
-    return row | {"problem": "too_long" if over else "", "message": reason}
+    problem = "too_long" if too_long else ""
+    message = f"{example.source}: {'; '.join(too_long)}" if too_long else ""
+    if too_long and encoding.too_long == "drop":
+        return _row([], [], problem, message, kept=False)
+    prompt = cut_prompt(tokenizer, prompt, encoding.max_prompt_length)
+    response = response[: encoding.max_length - len(prompt)]
+    return _row(prompt, response, problem, message, kept=True)
 
 
-def load_prompts(
-    path: str | Path,
-    tokenizer: Any,
-    encoding: Encoding = ALPACA,
-    *,
-    split: str = "train",
-    max_bad_fraction: float = 0.05,
-) -> tuple[list[Prompt], DataReport]:
-    """An evaluation set. Only prompts can be too long: references are compared whole.
-
-    Raises:
-      ValueError: no usable record, or too many malformed ones; the first few are named.
-      FileNotFoundError: as `records.read_examples`.
-    """
-    prompts: list[Prompt] = []
-    problems, messages = [], []
-    for example in records.read_examples(path, split=split):
-        if isinstance(example, Rejected):
-            problems.append(example.problem)
-            messages.append(example.message)
-            continue
-        tokens = _prompt(example, tokenizer, encoding)
-        limit = encoding.max_prompt_length
-        over = len(tokens) > limit
-        problems.append("too_long" if over else "")
-        if over:
-            messages.append(
-                f"{example.source}: {len(tokens)} tokens of prompt, at most {limit}"
-            )
-        if over and encoding.too_long == "drop":
-            continue
-        tokens = cut_prompt(tokenizer, tokens, limit)
-        response = encode_response(tokenizer, example.references[0])
-        response = (response + [eos_id(tokenizer)])[: encoding.max_length - len(tokens)]
-        prompts.append(
-            Prompt(
-                tuple(tokens),
-                tuple(response),
-                example.references,
-                len(prompts),
-                example.scored,
-                example.source,
-            )
-        )
-    report = _report(len(prompts), problems, messages)
-    _check_report(path, report, len(problems), max_bad_fraction)
-    return prompts, report
+def _row(
+    prompt: list[int], response: list[int], problem: str, message: str, *, kept: bool
+) -> _Row:
+    return _Row(
+        prompt=prompt,
+        response=response,
+        span_ids=[spans.NO_SPAN] * len(response),
+        problem=problem,
+        message=message,
+        kept=kept,
+    )
 
 
 def lengths(dataset: datasets.Dataset) -> np.ndarray:
-    """Tokens of prompt and response of every example."""
+    """Number of tokens of prompt and response of every example. [examples]"""
 
-    def of(column: Any) -> np.ndarray:
-        return pc.call_function("list_value_length", [column]).to_numpy()
+    def column_lengths(table: pa.Table, name: str) -> np.ndarray:
+        return pc.call_function("list_value_length", [table[name]]).to_numpy()
 
     columns = dataset.select_columns(["prompt", "response"]).with_format("arrow")
-    tables: Any = columns.iter(batch_size=10_000)  # at once they may be gigabytes
-    found = [of(table["prompt"]) + of(table["response"]) for table in tables]
-    return np.concatenate([np.zeros(0, np.int32), *found])
+    sizes = [np.zeros(0, np.int32)]
+    # In batches: the whole table may take gigabytes.
+    for batch in columns.iter(batch_size=10_000):
+        table = cast(pa.Table, batch)
+        parts = [column_lengths(table, name) for name in ("prompt", "response")]
+        sizes.append(np.add(*parts))
+    return np.concatenate(sizes)
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
-    """A digest of the tokens and spans themselves, in their order."""
+    """Digest of the tokens and spans of a data set, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for column in sorted(dataset.column_names):
         for row in dataset[column]:

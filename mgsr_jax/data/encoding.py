@@ -1,7 +1,9 @@
-"""How a record's text becomes tokens: one path for training, sampling, evaluation."""
+"""Tokens of prompts and responses: one path for training, sampling, evaluation."""
 
 import dataclasses
-from typing import Any
+from typing import cast
+
+from mgsr_jax.typing import Tokenizer
 
 ALPACA_HEAD = (
     "Below is an instruction that describes a task{}. Write a response that "
@@ -13,18 +15,20 @@ TOO_LONG = ("drop", "truncate")
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How a record becomes tokens.
+    """Settings that turn a record into tokens.
 
     Attributes:
-      template: "alpaca" (as MiniLLM and DistiLLM), or "chat": the tokenizer's own.
-      add_special_tokens: begin the prompt as the tokenizer does (its bos, if any).
-      max_prompt_length: most tokens of a prompt.
-      max_length: most tokens of prompt and response, end-of-sequence included.
-      too_long: "drop" the record, or "truncate": a prompt keeps its end, a response its
-        beginning and then has no end-of-sequence.
+      template: "alpaca" (as MiniLLM and DistiLLM), or "chat" for the tokenizer's own
+        chat template.
+      add_special_tokens: put the tokenizer's bos, if it has one, before the prompt.
+      max_prompt_length: largest number of tokens of a prompt.
+      max_length: largest number of tokens of prompt and response together, including
+        end-of-sequence.
+      too_long: "drop" leaves the record out; "truncate" keeps the prompt's end and the
+        response's beginning. A response that is cut has no end-of-sequence.
 
     Raises:
-      ValueError: an unknown value, or a combination that makes no sense.
+      ValueError: a value is unknown, or two settings contradict each other.
     """
 
     template: str = "alpaca"
@@ -35,23 +39,27 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
-            raise ValueError(f"template is {self.template!r}; use one of {TEMPLATES}")
+            raise ValueError(
+                f"template is {self.template!r}; expected one of {TEMPLATES}"
+            )
         if self.too_long not in TOO_LONG:
-            raise ValueError(f"too_long is {self.too_long!r}; use one of {TOO_LONG}")
+            raise ValueError(
+                f"too_long is {self.too_long!r}; expected one of {TOO_LONG}"
+            )
         if not 0 < self.max_prompt_length < self.max_length:
             raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} must be positive and less "
-                f"than max_length={self.max_length}"
+                f"max_prompt_length is {self.max_prompt_length}; expected 1 to "
+                f"{self.max_length - 1}, less than max_length={self.max_length}"
             )
         if self.template == "chat" and self.too_long == "truncate":
             raise ValueError(
-                "too_long='truncate' would cut the opening of a chat template; "
-                "use too_long='drop'"
+                "too_long='truncate' would cut the beginning of a chat template; use "
+                "too_long='drop' with template='chat'"
             )
 
 
 ALPACA = Encoding()
-"""MiniLLM's and DistiLLM's lengths: 256 tokens of prompt, 512 in all."""
+"""The lengths of MiniLLM and DistiLLM: 256 tokens of prompt, 512 in total."""
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -68,18 +76,18 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 
 def encode_prompt(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     instruction: str,
     input: str = "",
     *,
     template: str = "alpaca",
     add_special_tokens: bool = True,
 ) -> list[int]:
-    """The prompt's tokens: for training, sampling and evaluation alike.
+    """Tokens of a prompt, the same for training, sampling and evaluation.
 
-    `add_special_tokens` puts what the tokenizer itself begins a text with (bos) before
-    an Alpaca prompt; never what it ends one with, and never a second bos. A chat
-    template writes its own.
+    `add_special_tokens` puts the tokenizer's bos before an Alpaca prompt. It never adds
+    a second bos, or the special tokens that end a text. A chat template contains its
+    own special tokens.
 
     Raises:
       ValueError: `template="chat"` and the tokenizer has no chat template.
@@ -90,17 +98,17 @@ def encode_prompt(
     body = _ids(tokenizer, text)
     if not add_special_tokens:
         return body
-    whole = _ids(tokenizer, text, add_special_tokens=True)
-    for start in range(len(whole) - len(body) + 1):
-        if whole[start : start + len(body)] == body:
-            return whole[:start] + body
+    with_special = _ids(tokenizer, text, add_special_tokens=True)
+    for start in range(len(with_special) - len(body) + 1):
+        if with_special[start : start + len(body)] == body:
+            return with_special[:start] + body
     raise ValueError(
         f"{type(tokenizer).__name__} encodes a prompt differently with special tokens; "
         "set add_special_tokens=False"
     )
 
 
-def _encode_chat(tokenizer: Any, instruction: str, input: str) -> list[int]:
+def _encode_chat(tokenizer: Tokenizer, instruction: str, input: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "template='chat', but the tokenizer has no chat template; use 'alpaca', or "
@@ -115,24 +123,26 @@ def _encode_chat(tokenizer: Any, instruction: str, input: str) -> list[int]:
         tokenize=True,
         return_dict=False,
     )
-    return list(ids)
+    return cast(list[int], ids)
 
 
-def encode_response(tokenizer: Any, text: str) -> list[int]:
-    """The response's tokens as a continuation of a prompt that ends with a line break.
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a response that continues a prompt ending with a line break.
 
-    Encoded behind a line break, whose tokens are taken off again: a tokenizer that puts
-    a space before the first word of a text must not put one here. Where the line break
-    merges with the text's beginning, the text is encoded by itself.
+    The text is encoded after a line break, whose tokens are then removed: some
+    tokenizers put a space before the first word of a text, which is wrong here. Where
+    the line break merges with the text's beginning, the text is encoded by itself.
     """
-    anchor, joined = _ids(tokenizer, "\n"), _ids(tokenizer, "\n" + text)
-    if joined[: len(anchor)] == anchor:
-        return joined[len(anchor) :]
+    newline, joined = _ids(tokenizer, "\n"), _ids(tokenizer, "\n" + text)
+    if joined[: len(newline)] == newline:
+        return joined[len(newline) :]
     return _ids(tokenizer, text)
 
 
-def _ids(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
-    # split_special_tokens: "</s>" in somebody's text is text, not an end of sequence.
+def _ids(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool = False
+) -> list[int]:
+    # split_special_tokens: a "</s>" in the data is text, not end-of-sequence.
     return tokenizer(
         text,
         add_special_tokens=add_special_tokens,
@@ -141,17 +151,19 @@ def _ids(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[in
     ).input_ids
 
 
-def eos_id(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
+def eos_id(tokenizer: Tokenizer) -> int:
+    """The end-of-sequence token; a ValueError if the tokenizer has none."""
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise ValueError(
-            "the tokenizer has no end-of-sequence token, so no response could end; set "
+            "the tokenizer has no end-of-sequence token, so a response cannot end; set "
             "eos_token in its tokenizer_config.json"
         )
-    return tokenizer.eos_token_id
+    return eos
 
 
-def cut_prompt(tokenizer: Any, prompt: list[int], limit: int) -> list[int]:
-    """The prompt's end; a bos at its beginning stays."""
+def cut_prompt(tokenizer: Tokenizer, prompt: list[int], limit: int) -> list[int]:
+    """Keep the last `limit` tokens of a prompt; a bos at its beginning stays."""
     if len(prompt) <= limit:
         return prompt
     bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []

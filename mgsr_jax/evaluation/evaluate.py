@@ -14,20 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
-from rouge_score.rouge_scorer import RougeScorer
 
 from mgsr_jax import losses, sharding
 from mgsr_jax.data.batches import prompt_batches
-from mgsr_jax.data.dataset import Prompt
+from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import Sampling
-from mgsr_jax.rows import Rows, next_token_view
+from mgsr_jax.evaluation.teacher_forced import response_loss
+from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
+from mgsr_jax.rows import Rows
 from mgsr_jax.typing import Model, Params
-
-_PART = 64  # positions whose logits are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,116 +87,6 @@ class EvaluationResult:
     greedy: TextScores
     loss: float
     answers: tuple[Answer, ...]
-
-
-@functools.cache
-def _rouge_scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 with stemming, in percent, against the best of the references.
-
-    F1 = 2 P R / (P + R), P = lcs / words of the prediction, R = lcs / words of the
-    reference (Lin 2004, by the package rouge-score; words are runs of a-z and 0-9).
-
-    Raises:
-      ValueError: no reference.
-
-    >>> round(rouge_l("the dogs sat", ["the dog sat down", "no"]), 2)  # P 1, R 3/4
-    85.71
-    """
-    if not references:
-        raise ValueError("rouge_l needs at least one reference, got none")
-    score = _rouge_scorer().score
-    best = max(score(given, prediction)["rougeL"].fmeasure for given in references)
-    return 100.0 * best
-
-
-def distinct_n(texts: Sequence[Sequence[Any]], n: int) -> float:
-    """Different n-grams as a share of all n-grams of the texts taken together.
-
-    Li et al. 2016 (arXiv 1510.03055). A text is a list of tokens, or a string, which is
-    split into words. Texts shorter than n have no n-grams; 0 where there are none.
-
-    >>> round(distinct_n(["a b a b", "a"], 2), 3)
-    0.667
-    """
-    units = [text.split() if isinstance(text, str) else text for text in texts]
-    grams = [tuple(u[i : i + n]) for u in units for i in range(len(u) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
-def response_loss(
-    model: Model, params: Params, rows: Rows, *, vocab_size: int | None = None
-) -> losses.Sum:
-    """Teacher-forced cross-entropy of the rows' responses: sum and count of tokens."""
-    view = next_token_view(rows)
-    hidden, _ = model.forward(params, view.inputs)
-    head = model.head_params(params)
-
-    def part(piece: tuple[Array, ...]) -> losses.Sum:
-        hidden, labels, where = piece
-        logits = model.unembed(head, hidden)
-        values = losses.cross_entropy(
-            logits, labels, where=where, vocab_size=vocab_size
-        )
-        return losses.masked_sum(values, where)
-
-    parts = jax.lax.map(part, _in_parts(hidden, view.labels, view.where))
-    return jax.tree.map(jnp.sum, parts)
-
-
-@functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size"))
-def response_kl(
-    student: Model,
-    student_params: Params,
-    teacher: Model,
-    teacher_params: Params,
-    rows: Rows,
-    *,
-    vocab_size: int | None = None,
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """KL(teacher || student) at the t-th token of each response, and which exist.
-
-    What `excess_accumulated_error` compares: of rows that the student wrote, and of
-    rows that the teacher wrote.
-    """
-    view = next_token_view(rows)
-    heads = student.head_params(student_params), teacher.head_params(teacher_params)
-    student_hidden, _ = student.forward(student_params, view.inputs)
-    teacher_hidden, _ = teacher.forward(teacher_params, view.inputs)
-
-    def part(piece: tuple[Array, ...]) -> Array:
-        student_hidden, teacher_hidden, where = piece
-        return losses.forward_kl(
-            student.unembed(heads[0], student_hidden),
-            teacher.unembed(heads[1], teacher_hidden),
-            where=where,
-            vocab_size=vocab_size,
-        )
-
-    parts = jax.lax.map(part, _in_parts(student_hidden, teacher_hidden, view.where))
-    kl = jnp.moveaxis(parts, 0, 1).reshape(view.where.shape[0], -1)
-    kl = kl[:, : view.where.shape[1]]
-    t = jnp.arange(view.where.shape[1])[None]
-    first = rows.prompt_lengths[:, None] - 1
-    index = jnp.minimum(first + t, view.where.shape[1] - 1)
-    where = t < (rows.lengths - rows.prompt_lengths)[:, None]
-    return jnp.where(where, jnp.take_along_axis(kl, index, axis=1), 0.0), where
-
-
-def _in_parts(*arrays: Array) -> tuple[Array, ...]:
-    """[B, T, ...] -> [parts, B, _PART, ...]; zeros (False) fill the last part."""
-
-    def split(x: Array) -> Array:
-        batch, length = x.shape[:2]
-        padding = [(0, 0), (0, -length % _PART)] + [(0, 0)] * (x.ndim - 2)
-        parts = jnp.pad(x, padding).reshape(batch, -1, _PART, *x.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
-
-    return tuple(map(split, arrays))
 
 
 def evaluate(
@@ -397,40 +284,3 @@ def _result(
 def _mean(scores: Sequence[TextScores]) -> TextScores:
     columns = map(dataclasses.astuple, scores)
     return TextScores(*map(statistics.fmean, zip(*columns, strict=True)))
-
-
-def excess_accumulated_error(
-    student_kl: Float[np.ndarray, "B T"],
-    student_where: Bool[np.ndarray, "B T"],
-    teacher_kl: Float[np.ndarray, "C T"],
-    teacher_where: Bool[np.ndarray, "C T"],
-) -> float:
-    """Exposure bias in percent: how much worse the student is on its own prefixes.
-
-    ExAccErr = 100 (sum_t e_t / sum_t r_t - 1), e_t and r_t the mean KL(teacher ||
-    student) at the t-th position of responses that the student, the teacher wrote
-    (MiniLLM, arXiv 2306.08543, section 3.3; Arora et al. 2022). 0: no exposure bias.
-    Positions that only one of the two reaches are left out.
-
-    Args:
-      student_kl: KL(teacher || student) on the student's responses; t counts from the
-        first token of the response. nats
-      student_where: which of them are positions of a response.
-      teacher_kl, teacher_where: the same on responses that the teacher sampled.
-
-    Raises:
-      ValueError: no position that both reach, or a student equal to the teacher.
-    """
-    both = student_where.any(0) & teacher_where.any(0)
-
-    def total(kl: Any, where: Any) -> float:
-        sums = np.where(where, kl, 0.0).sum(0)
-        return float((sums[both] / where.sum(0)[both]).sum())
-
-    if not both.any() or total(teacher_kl, teacher_where) <= 0.0:
-        raise ValueError(
-            "exposure bias is undefined: no common position, or a student that equals "
-            "the teacher on the teacher's responses"
-        )
-    own, given = total(student_kl, student_where), total(teacher_kl, teacher_where)
-    return 100.0 * (own / given - 1.0)

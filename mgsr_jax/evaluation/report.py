@@ -1,28 +1,32 @@
-"""What a run did, to look at: curves of its metrics and a Markdown table."""
+"""The report of a run: curves of its metrics and a Markdown table."""
 
-import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rich.table import Table
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
-from mgsr_jax.evaluation.evaluate import EvaluationResult
+from mgsr_jax.evaluation.tables import markdown_table
 
 Series = dict[str, tuple[list[float], list[float]]]
 """Metric name -> (steps, values)."""
 
 
 class Panel(NamedTuple):
-    """One axes of the figure.
+    """One plot of the figure.
 
     Attributes:
-      title: what it shows.
-      unit: label of its vertical axis.
-      names: the metrics it draws, and the word for each where there are several.
-      from_zero: whether the axis begins at 0.
+      title: the quantity.
+      unit: label of the vertical axis.
+      names: metric name -> label in the panel's legend, empty where there is only one.
+      from_zero: whether the vertical axis begins at 0.
     """
 
     title: str
@@ -54,7 +58,7 @@ PANELS = (
     Panel("Peak memory of a device", "GiB", {"device/peak_gib": ""}, True),
 )
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette: colour-blind readers can distinguish its colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
@@ -62,51 +66,56 @@ SMOOTH_FROM = 40
 
 
 def read_metrics(path: str | Path) -> Series:
-    """The series of a metrics.jsonl: one object a line with `step` and flat names.
+    """Read a metrics.jsonl: one JSON object a line, with `step` and flat metric names.
 
     A last line without its newline is still being written and is left out.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object with a step; names file and line.
+      ValueError: a line is no JSON object with a step; the error names file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no metrics at {path}: expected a run folder's metrics.jsonl"
+            f"no metrics at {path}; expected a run folder's metrics.jsonl: check the "
+            "path"
         )
     text = path.read_text(encoding="utf-8")
     series: Series = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        record = _record(line, where=f"{path}:{number}")
-        step = record.pop("step")
+        step, record = _record(line, where=f"{path}:{number}")
         for name, value in record.items():
             if isinstance(value, int | float):
                 steps, values = series.setdefault(name, ([], []))
-                steps.append(float(step))
+                steps.append(step)
                 values.append(float(value))
     return series
 
 
-def _record(line: str, *, where: str) -> dict[str, Any]:
+def _record(line: str, *, where: str) -> tuple[float, dict[str, object]]:
+    """The step of a line, and its other fields."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}): remove the line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
-        raise ValueError(f"{where}: expected an object with a number `step`: {line}")
-    return record
+        raise ValueError(f"{where}: not JSON ({error}); remove the line") from error
+    if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+        return float(record.pop("step")), record
+    raise ValueError(
+        f"{where}: got {line}, expected a JSON object with a number `step`; remove the "
+        "line"
+    )
 
 
 def curves(runs: Mapping[str, str | Path], out_png: str | Path) -> Path:
-    """Draws the metrics of one or several runs over their steps, a panel a quantity.
+    """Draw the metrics of one or several runs over their steps, one panel a quantity.
 
     Args:
       runs: name in the legend -> metrics.jsonl.
       out_png: file to write.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_metrics`; or there is nothing to draw.
+      FileNotFoundError: see `read_metrics`.
+      ValueError: see `read_metrics`; or no run has a metric of `PANELS`.
     """
     series = {name: read_metrics(path) for name, path in runs.items()}
     present = {metric for of_run in series.values() for metric in of_run}
@@ -116,11 +125,7 @@ def curves(runs: Mapping[str, str | Path], out_png: str | Path) -> Path:
         raise ValueError(
             f"nothing to draw: got {sorted(present)}, expected some of: {known}"
         )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    # A figure of its own, not pyplot's: no global state, no display needed.
+    # Not pyplot's figure: this one needs no display and changes no global state.
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08)
@@ -132,7 +137,10 @@ def curves(runs: Mapping[str, str | Path], out_png: str | Path) -> Path:
     for axes in list(grid)[len(panels) :]:
         axes.set_axis_off()
     figure.legend(
-        handles=[_legend_line(i, name) for i, name in enumerate(series)],
+        handles=[
+            Line2D([], [], color=_colour(i), lw=2, label=name)
+            for i, name in enumerate(series)
+        ],
         loc="outside upper center",
         ncols=min(len(series), 6),
         frameon=False,
@@ -141,25 +149,20 @@ def curves(runs: Mapping[str, str | Path], out_png: str | Path) -> Path:
     return Path(out_png)
 
 
-def _legend_line(index: int, name: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=COLOURS[index % len(COLOURS)], lw=2, label=name)
+def _colour(run: int) -> str:
+    return COLOURS[run % len(COLOURS)]
 
 
-def _draw(axes: Any, panel: Panel, series: Mapping[str, Series]) -> None:
-    for index, of_run in enumerate(series.values()):
-        colour = COLOURS[index % len(COLOURS)]
+def _draw(axes: Axes, panel: Panel, series: Mapping[str, Series]) -> None:
+    for run, of_run in enumerate(series.values()):
         for style, metric in zip(STYLES, panel.names, strict=False):
             if metric in of_run:
-                _draw_line(axes, *of_run[metric], color=colour, linestyle=style)
+                _draw_line(axes, *of_run[metric], color=_colour(run), linestyle=style)
     if len(panel.names) > 1:
-        from matplotlib.lines import Line2D
-
         axes.legend(
             handles=[
-                Line2D([], [], color="0.3", linestyle=style, label=word)
-                for style, word in zip(STYLES, panel.names.values(), strict=False)
+                Line2D([], [], color="0.3", linestyle=style, label=label)
+                for style, label in zip(STYLES, panel.names.values(), strict=False)
             ],
             frameon=False,
             fontsize=8,
@@ -175,21 +178,24 @@ def _draw(axes: Any, panel: Panel, series: Mapping[str, Series]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _draw_line(axes: Any, steps: list[float], values: list[float], **look: Any) -> None:
-    """A line; a long and noisy one in a light tone under its running mean."""
+def _draw_line(
+    axes: Axes, steps: list[float], values: list[float], *, color: str, linestyle: str
+) -> None:
+    """Draw a line; a long one in a light tone, with its running mean on top."""
+    plot = functools.partial(axes.plot, steps, color=color, linestyle=linestyle)
     if len(values) < SMOOTH_FROM:
         marker = "o" if len(values) <= 12 else None
-        axes.plot(steps, values, marker=marker, markersize=3.5, lw=1.6, **look)
+        plot(values, marker=marker, markersize=3.5, lw=1.6)
     else:
-        axes.plot(steps, values, lw=0.7, alpha=0.25, **look)
-        axes.plot(steps, running_mean(values, len(values) // 20), lw=1.6, **look)
+        plot(values, lw=0.7, alpha=0.25)
+        plot(running_mean(values, len(values) // 20), lw=1.6)
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
     """Mean of each value and its neighbours up to `reach` away on both sides.
 
-    Towards an end the window narrows with the distance to it, so that the line is not
-    pulled inwards. Values that are not finite count for nothing; of none, nan.
+    Near an end the window narrows to stay symmetric, so that the line does not bend
+    inwards. Values that are not finite are left out; a window without any gives nan.
 
     >>> running_mean([1.0, 2.0, 6.0], 1)
     [1.0, 3.0, 6.0]
@@ -198,86 +204,19 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     for i in range(len(values)):
         inside = min(reach, i, len(values) - 1 - i)
         window = values[i - inside : i + inside + 1]
-        near = [value for value in window if math.isfinite(value)]
-        means.append(sum(near) / len(near) if near else math.nan)
+        finite = [value for value in window if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
     return means
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, readable as text: columns of numbers are aligned right.
-
-    Args:
-      columns: the heads.
-      rows: cells, one for each column; str() makes their text.
-
-    Raises:
-      ValueError: a row has more or fewer cells than there are columns.
-
-    >>> print(markdown_table(["method", "loss"], [["SFT", "1.27"], ["MGSR", "1.2"]]))
-    | method | loss |
-    |:-------|-----:|
-    | SFT    | 1.27 |
-    | MGSR   |  1.2 |
-    """
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(
-                f"table row {list(row)} has {len(row)} cells, expected "
-                f"{len(columns)}, one for each of {list(columns)}"
-            )
-    # A bar in a cell would start the next one.
-    cells = [
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        for row in rows
-    ]
-    heads = [str(column).replace("|", "\\|") for column in columns]
-    widths = [
-        max(3, *(len(row[i]) for row in [heads, *cells])) for i in range(len(heads))
-    ]
-    right = [
-        bool(cells) and all(_is_number(row[i]) for row in cells)
-        for i in range(len(heads))
-    ]
-    lines = [_table_line(heads, widths, right)]
-    rule = [
-        "-" * (width + 1) + ":" if to_right else ":" + "-" * (width + 1)
-        for width, to_right in zip(widths, right, strict=True)
-    ]
-    lines.append("|" + "|".join(rule) + "|")
-    lines += [_table_line(row, widths, right) for row in cells]
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    """Whether a cell shows a number, perhaps with its deviation, or none at all."""
-    if cell in ("", "-"):
-        return True
-    try:
-        for part in cell.split("±"):
-            float(part)
-    except ValueError:
-        return False
-    return True
-
-
-def _table_line(
-    cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]
-) -> str:
-    padded = [
-        cell.rjust(width) if to_right else cell.ljust(width)
-        for cell, width, to_right in zip(cells, widths, right, strict=True)
-    ]
-    return "| " + " | ".join(padded) + " |"
-
-
 def report(run_folder: str | Path) -> Path:
-    """Writes report.md and curves.png into a run folder, from its metrics.jsonl.
+    """Write report.md and curves.png into a run folder, from its metrics.jsonl.
 
     Returns:
       The path of report.md.
 
     Raises:
-      FileNotFoundError, ValueError: as `curves`.
+      FileNotFoundError, ValueError: see `curves`.
     """
     folder = Path(run_folder)
     series = read_metrics(folder / "metrics.jsonl")
@@ -294,40 +233,3 @@ def report(run_folder: str | Path) -> Path:
     path = folder / "report.md"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def score_table(results: Mapping[str, EvaluationResult]) -> Table:
-    """A row a set: what `mgsr evaluate` prints."""
-    table = Table("set", "examples")
-    for column in ("ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"):
-        table.add_column(column, justify="right")
-    for path, result in results.items():
-        scores = result.sampled or result.greedy
-        sampled = "" if result.sampled is None else f"{result.sampled.rouge_l:.2f}"
-        spread = "" if result.rouge_l_std is None else f" ± {result.rouge_l_std:.2f}"
-        table.add_row(
-            Path(path).name,
-            str(result.examples),
-            sampled + spread,
-            f"{result.greedy.rouge_l:.2f}",
-            f"{scores.distinct_2:.3f}",
-            f"{scores.length:.1f}",
-            f"{result.loss:.4f}",
-        )
-    return table
-
-
-def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -> None:
-    """Every answer of every set, and the scores; again after each set."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = {}
-    for number, (path, result) in enumerate(results.items(), 1):
-        values = dataclasses.asdict(result)
-        answers = values.pop("answers")
-        scores[path] = values
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        name = f"{number}-{Path(path).stem}.jsonl"
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")

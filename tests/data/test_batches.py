@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mgsr_jax.data.batches import eval_batches, prompt_batches, train_batches
-from mgsr_jax.data.dataset import Prompt, lengths
+from mgsr_jax.data.dataset import lengths
+from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import next_token_view
 
 COUNT, BUCKETS = 22, (8, 16, 32)

@@ -1,4 +1,4 @@
-"""Records: one bad line costs one record and is named by file and line."""
+"""Reading of records; a bad line costs one record and is named."""
 
 import json
 
@@ -20,7 +20,7 @@ def as_line(**fields):
     return json.dumps(GOOD | fields).encode()
 
 
-def test_fields(tmp_path):
+def test_fields_of_good_records(tmp_path):
     assert read(
         tmp_path,
         as_line(),
@@ -46,7 +46,7 @@ def test_fields(tmp_path):
         (as_line(instruction=3), "malformed", "'instruction' is a int, expected text"),
         (as_line(input=["a"]), "malformed", "'input' is a list, expected text"),
         (as_line(output=["a", 1]), "malformed", "'output' is a int, expected text"),
-        (as_line(output="\ud800"), "malformed", "half of a surrogate pair"),
+        (as_line(output="\ud800"), "malformed", "unpaired surrogate"),
         (as_line(minillm="no"), "malformed", "'minillm' is 'no'"),
         (as_line(instruction=" \n"), "empty", "empty 'instruction'"),
         (as_line(output=""), "empty", "empty 'output'"),
@@ -54,7 +54,7 @@ def test_fields(tmp_path):
         (as_line(output=["a", " "]), "empty", "empty 'output'"),
     ],
 )
-def test_bad_line_is_named_and_the_rest_is_read(tmp_path, line, problem, reason):
+def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, line, problem, reason):
     before, bad, after = read(tmp_path, as_line(), line, as_line())
     assert isinstance(before, Example) and isinstance(after, Example)
     assert isinstance(bad, Rejected) and bad.problem == problem
@@ -62,17 +62,17 @@ def test_bad_line_is_named_and_the_rest_is_read(tmp_path, line, problem, reason)
     assert "\n" not in bad.message
 
 
-def test_byte_order_mark_and_windows_lines(tmp_path):
+def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
     (example,) = read(tmp_path, b"\xef\xbb\xbf" + as_line() + b"\r", name="some.json")
     assert example == Example("Say hi.", "", ("Hi!",), True, "some.json:1")
 
 
-def test_json_array_says_how_to_convert_it(tmp_path):
-    with pytest.raises(ValueError, match=r"some.json:1: a JSON array.*jq -c"):
+def test_the_error_for_a_json_array_gives_the_command_to_convert_it(tmp_path):
+    with pytest.raises(ValueError, match=r"some.json:1: got a JSON array.*jq -c"):
         read(tmp_path, b"[", as_line(), b"]", name="some.json")
 
 
-def test_parquet(tmp_path, monkeypatch):
+def test_parquet_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = tmp_path / "some.parquet"
     datasets.Dataset.from_list([GOOD, GOOD | {"instruction": ""}]).to_parquet(file)
@@ -82,7 +82,7 @@ def test_parquet(tmp_path, monkeypatch):
     ]
 
 
-def test_broken_parquet_is_one_line(tmp_path, monkeypatch):
+def test_the_error_for_a_broken_parquet_file_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "some.parquet").write_bytes(b"PAR1 this is not")
     with pytest.raises(ValueError, match="some.parquet' cannot be read") as caught:
@@ -90,34 +90,36 @@ def test_broken_parquet_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unknown_files(tmp_path):
+def test_missing_and_unknown_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no.jsonl' is missing"):
         list(read_examples(tmp_path / "no.jsonl"))
     (tmp_path / "some.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="some.csv' is of no known kind"):
+    with pytest.raises(ValueError, match="some.csv' has an unknown suffix"):
         list(read_examples(tmp_path / "some.csv"))
 
 
-def test_hub_name_is_loaded_by_datasets(monkeypatch):
-    asked = []
+def test_a_hub_data_set_is_loaded_by_the_package_datasets(monkeypatch):
+    calls = []
 
     def load_dataset(name, split):
-        asked.append((name, split))
+        calls.append((name, split))
         return datasets.Dataset.from_list([GOOD])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (example,) = read_examples("some/set", split="validation")
-    assert asked == [("some/set", "validation")]
+    assert calls == [("some/set", "validation")]
     assert example == Example("Say hi.", "", ("Hi!",), True, "set:1")
 
 
 @pytest.mark.parametrize(
     "error", [datasets.exceptions.DatasetNotFoundError("x"), ConnectionError("y")]
 )
-def test_hub_that_gives_nothing_is_one_line(monkeypatch, error):
+def test_the_error_for_an_unavailable_hub_data_set_is_one_line(monkeypatch, error):
     def load_dataset(name, split):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(FileNotFoundError, match="'some/set' is neither a file nor"):
+    match = "'some/set' is neither a file nor a data set that the hub provides"
+    with pytest.raises(FileNotFoundError, match=match) as caught:
         list(read_examples("some/set"))
+    assert "\n" not in str(caught.value)

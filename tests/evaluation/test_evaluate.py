@@ -1,4 +1,4 @@
-"""Evaluation: scores by hand, and the loop over a tiny model."""
+"""Evaluation of a tiny model: responses, scores and loss."""
 
 import dataclasses
 import json
@@ -13,83 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import sharding
-from mgsr_jax.data.dataset import Prompt
+from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import ANCESTRAL, GREEDY
-from mgsr_jax.evaluation.evaluate import (
-    distinct_n,
-    evaluate,
-    excess_accumulated_error,
-    response_kl,
-    rouge_l,
-)
+from mgsr_jax.evaluation.evaluate import evaluate
+from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
 from mgsr_jax.rows import from_lists
-
-# Scores of texts
-
-
-@pytest.mark.parametrize(
-    ("prediction", "references", "expected"),
-    [
-        ("the dog sat", ["the dog sat"], 100.0),
-        # lcs "the dog down" = 3 of 4 and 3 of 5 words
-        ("the dog lay down", ["the old dog sat down"], 200 * (3 / 4 * 3 / 5) / 1.35),
-        # subsequence, not substring; order counts: lcs = "a c" or "b c"
-        ("b a c", ["a b c"], 200 / 3),
-        ("Running DOGS!", ["the dog runs"], 200 * (1 / 2 * 1 / 3) / (1 / 2 + 1 / 3)),
-        ("nothing alike", ["the dog", "a cat sat"], 0.0),
-        ("the dog", ["a cat", "the dog ran", "dog"], 80.0),  # the best: P 1, R 2/3
-        ("", ["the dog"], 0.0),
-    ],
-)
-def test_rouge_l_by_hand(prediction, references, expected):
-    assert rouge_l(prediction, references) == pytest.approx(expected, abs=1e-9)
-
-
-def test_rouge_l_stems_words_of_more_than_three_letters():
-    assert rouge_l("jumping happily", ["jumped happy"]) == pytest.approx(50.0)
-    assert rouge_l("connections", ["connected"]) == 100.0
-
-
-def test_rouge_l_does_not_depend_on_the_order_of_references():
-    references = ["a cat", "the dog ran", "dog"]
-    assert rouge_l("the dog", references[::-1]) == rouge_l("the dog", references)
-
-
-def test_rouge_l_without_reference_raises():
-    with pytest.raises(ValueError, match="at least one reference"):
-        rouge_l("a", [])
-
-
-def test_distinct_n_by_hand():
-    texts = [[1, 2, 1, 2], [1, 2], [3]]
-    assert distinct_n(texts, 1) == 3 / 7
-    assert distinct_n(texts, 2) == 2 / 4  # 12 21 12 | 12
-    assert distinct_n(texts, 4) == 1.0
-    assert distinct_n(texts, 5) == 0.0
-    assert distinct_n(["a b a", "b a"], 2) == 2 / 3
-
-
-def test_excess_accumulated_error_by_hand():
-    student_kl = np.array([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]], np.float32)
-    student_where = np.array([[True, True, True], [True, False, False]])
-    teacher_kl = np.array([[1.0, 1.0, 9.0]], np.float32)
-    teacher_where = np.array([[True, True, False]])
-    found = excess_accumulated_error(
-        student_kl, student_where, teacher_kl, teacher_where
-    )
-    assert found == pytest.approx(100 * ((2 + 2) / (1 + 1) - 1))
-    same = excess_accumulated_error(
-        teacher_kl, teacher_where, teacher_kl, teacher_where
-    )
-    assert same == 0.0
-    with pytest.raises(ValueError, match="exposure bias is undefined"):
-        excess_accumulated_error(
-            student_kl, student_where, teacher_kl * 0, teacher_where
-        )
-
-
-# Models
 
 
 @pytest.fixture(scope="module")
@@ -175,25 +104,12 @@ def test_answers_are_lines_of_json(result):
         assert line["response"] == answer.response
 
 
-def log_probs(student, tokens):
-    model, params = student
-
-    @jax.jit
-    def logits(params, tokens):
-        return model.unembed(
-            model.head_params(params), model.forward(params, tokens)[0]
-        )
-
-    values = np.asarray(logits(params, jnp.asarray(tokens)), np.float64)
-    return values - np.log(np.exp(values).sum(-1, keepdims=True))
-
-
 def test_loss_is_the_mean_over_all_response_tokens(student, result):
     prompts = make_prompts()
     rows = from_lists(
         [list(p.tokens) for p in prompts], [list(p.response) for p in prompts], width=14
     )
-    found = log_probs(student, rows.tokens)
+    found = tiny.log_probs(*student, rows.tokens)
     values = [
         -found[b, t - 1, rows.tokens[b, t]]
         for b in range(5)
@@ -239,7 +155,7 @@ def test_padded_vocabulary_is_neither_drawn_nor_scored(student):
     found = evaluate(*student, tokenizer, prompts, seeds=(3,), **OPTIONS)
     words = {w for answer in found.answers for w in answer.response.split("w")[1:]}
     assert max(map(int, words)) < tiny.VOCAB - 9
-    row = [log_probs(student, [[2, 3]])[0, t, : tiny.VOCAB - 9] for t in (0, 1)]
+    row = [tiny.log_probs(*student, [[2, 3]])[0, t, : tiny.VOCAB - 9] for t in (0, 1)]
     expected = [
         np.log(np.exp(p).sum()) - p[label] for p, label in zip(row, (3, 1), strict=True)
     ]
@@ -258,19 +174,3 @@ def test_padded_vocabulary_is_neither_drawn_nor_scored(student):
 def test_bad_examples_raise(student, prompts, changes, reason):
     with pytest.raises(ValueError, match=reason):
         evaluate(*student, make_tokenizer(), prompts, **OPTIONS | changes)
-
-
-def test_response_kl_counts_from_the_first_token_of_the_response(student):
-    teacher = tiny.llama(7, scale=3.0)
-    rows = tiny.complete()
-    kl, where = map(np.asarray, response_kl(*student, *teacher, rows))
-    p, q = (log_probs(model, rows.tokens) for model in (teacher, student))
-    expected = (np.exp(p) * (p - q)).sum(-1)
-    for b in range(4):
-        start, end = int(rows.prompt_lengths[b]), int(rows.lengths[b])
-        size = end - start
-        assert where[b].tolist() == [True] * size + [False] * (13 - size)
-        np.testing.assert_allclose(
-            kl[b, :size], expected[b, start - 1 : end - 1], rtol=1e-3, atol=1e-5
-        )
-        assert not kl[b, size:].any()

@@ -1,4 +1,4 @@
-"""mgsr_jax.evaluation.report: metrics in, curves and tables out."""
+"""The report of a run: metrics are read, curves and a table are written."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import pytest
 
 from mgsr_jax.evaluation.report import (
     curves,
-    markdown_table,
     read_metrics,
     report,
     running_mean,
@@ -57,12 +56,12 @@ def test_read_metrics_names_file_and_line_of_a_bad_record(tmp_path, line):
         read_metrics(path)
 
 
-def test_read_metrics_of_no_file(tmp_path):
+def test_read_metrics_of_a_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no metrics at"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_running_mean_skips_what_is_not_finite():
+def test_running_mean_leaves_out_values_that_are_not_finite():
     assert running_mean([1.0, math.nan, 4.0, 5.0], 1) == [1.0, 2.5, 4.5, 5.0]
     assert math.isnan(running_mean([math.inf], 3)[0])
 
@@ -73,46 +72,28 @@ def png_size(path):
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
-def test_curves_grow_with_what_the_runs_logged(run_folder, tmp_path):
+def test_the_figure_has_more_rows_for_more_metrics(run_folder, tmp_path):
     other = write_metrics(
         tmp_path / "sft.jsonl",
         [{"step": s, "train/lower": 0.1, "train/upper": 0.9} for s in range(3)],
     )
-    one = curves({"mgsr": run_folder / "metrics.jsonl"}, tmp_path / "one.png")
-    two = curves(
-        {"mgsr": run_folder / "metrics.jsonl", "sft": other}, tmp_path / "two.png"
+    three_panels = curves({"mgsr": run_folder / "metrics.jsonl"}, tmp_path / "3.png")
+    four_panels = curves(
+        {"mgsr": run_folder / "metrics.jsonl", "sft": other}, tmp_path / "4.png"
     )
-    # Three panels fill a row; the limits, of the second run alone, begin another.
-    assert png_size(two)[0] == png_size(one)[0]
-    assert png_size(two)[1] > png_size(one)[1]
+    # Three panels fill a row. The limits, which only the second run has, start another.
+    assert png_size(four_panels)[0] == png_size(three_panels)[0]
+    assert png_size(four_panels)[1] > png_size(three_panels)[1]
 
 
-def test_curves_of_unknown_metrics_alone_raise(tmp_path):
+def test_curves_of_only_unknown_metrics_raise(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "train/lr": 0.1}])
     with pytest.raises(ValueError, match="nothing to draw.*train/lr"):
         curves({"run": path}, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_markdown_table_aligns_numbers_right_and_escapes_bars():
-    table = markdown_table(
-        ["method", "ROUGE-L"], [["a|b", "7.0"], ["MGSR", "41.2 ± 0.3"], ["none", "-"]]
-    )
-    assert table.splitlines() == [
-        "| method |    ROUGE-L |",
-        "|:-------|-----------:|",
-        "| a\\|b   |        7.0 |",
-        "| MGSR   | 41.2 ± 0.3 |",
-        "| none   |          - |",
-    ]
-
-
-def test_markdown_table_refuses_a_ragged_row():
-    with pytest.raises(ValueError, match="has 1 cells, expected 2"):
-        markdown_table(["a", "b"], [["1"]])
-
-
-def test_report_shows_last_values_and_the_curves(run_folder):
+def test_the_report_has_the_last_values_and_the_curves(run_folder):
     path = report(run_folder)
     text = path.read_text()
     assert path == run_folder / "report.md"

@@ -1,0 +1,108 @@
+"""Prompts of an evaluation set, with their reference responses."""
+
+import dataclasses
+from pathlib import Path
+
+from mgsr_jax.data.encoding import (
+    ALPACA,
+    Encoding,
+    cut_prompt,
+    encode_prompt,
+    encode_response,
+    eos_id,
+)
+from mgsr_jax.data.records import (
+    DataReport,
+    Example,
+    Rejected,
+    check_report,
+    data_report,
+    read_examples,
+)
+from mgsr_jax.typing import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt of an evaluation set.
+
+    Attributes:
+      tokens: token ids of the prompt.
+      response: token ids of the first reference and end-of-sequence, cut at
+        `max_length`.
+      references: text of every reference, uncut.
+      example: index among the prompts; random keys are folded by it.
+      scored: whether the set's metrics count it.
+      source: "file:line".
+    """
+
+    tokens: tuple[int, ...]
+    response: tuple[int, ...]
+    references: tuple[str, ...]
+    example: int
+    scored: bool
+    source: str
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    encoding: Encoding = ALPACA,
+    *,
+    split: str = "train",
+    max_bad_fraction: float = 0.05,
+) -> tuple[list[Prompt], DataReport]:
+    """Load an evaluation set.
+
+    Only a prompt can be too long: references are compared uncut.
+
+    Raises:
+      ValueError: there is no usable record, or too many are malformed; the error names
+        the first few.
+      FileNotFoundError: see `records.read_examples`.
+    """
+    prompts: list[Prompt] = []
+    problems, messages = [], []
+    limit = encoding.max_prompt_length
+    for example in read_examples(path, split=split):
+        if isinstance(example, Rejected):
+            problems.append(example.problem)
+            messages.append(example.message)
+            continue
+        tokens = encode_prompt(
+            tokenizer,
+            example.instruction,
+            example.input,
+            template=encoding.template,
+            add_special_tokens=encoding.add_special_tokens,
+        )
+        too_long = len(tokens) > limit
+        problems.append("too_long" if too_long else "")
+        if too_long:
+            messages.append(
+                f"{example.source}: {len(tokens)} tokens of prompt, at most {limit}"
+            )
+        if not too_long or encoding.too_long == "truncate":
+            tokens = cut_prompt(tokenizer, tokens, limit)
+            prompts.append(_prompt(tokenizer, example, encoding, tokens, len(prompts)))
+    report = data_report(len(prompts), problems, messages)
+    check_report(path, report, len(problems), max_bad_fraction)
+    return prompts, report
+
+
+def _prompt(
+    tokenizer: Tokenizer,
+    example: Example,
+    encoding: Encoding,
+    tokens: list[int],
+    index: int,
+) -> Prompt:
+    response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
+    return Prompt(
+        tokens=tuple(tokens),
+        response=tuple(response[: encoding.max_length - len(tokens)]),
+        references=example.references,
+        example=index,
+        scored=example.scored,
+        source=example.source,
+    )
