@@ -15,7 +15,7 @@ from mgsr_jax.rollout import RolloutConfig, make_rollout
 from mgsr_jax.rows import Rows, from_lists
 from mgsr_jax.train_step import init_state, make_train_step
 from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mgsr_jax.training.row_source import RowSource, StepRows
+from mgsr_jax.training.row_source import BatchLayout, RowSource, StepRows
 from mgsr_jax.typing import Params
 
 FORWARD_KL = Objective(sft=0.0, token=1.0, span=0.0, divergence="forward_kl")
@@ -97,10 +97,7 @@ class Training:
                 config,
                 make_rollout(*two, config, eos_ids=eos_ids, prefill_width=prompt_width),
                 add_spans,
-                mesh=mesh,
-                batch_size=batch_size,
-                widths=[width],
-                micro_batches=micro_batches,
+                layout=BatchLayout(mesh, batch_size, micro_batches, [width]),
                 steps=STEPS,
                 keep_ground_truth=objective.sft > 0,
             )
@@ -117,7 +114,10 @@ class Training:
                 self._teacher_params,
             )
             self._state, metrics = self._train_step(
-                self._state, self._teacher_params, rows.micro_batches, rows.cached
+                self._state,
+                self._teacher_params,
+                rows.micro_batches,
+                rows.teacher_outputs,
             )
         jax.block_until_ready(self._state)
         self._step += 1

@@ -9,8 +9,9 @@ import pytest
 
 from mgsr_jax import models
 from mgsr_jax.commands.parser import COMMANDS, main
-from mgsr_jax.training.config import TrainConfig, check
-from mgsr_jax.training.inputs import read_models
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.config_checks import check_config
+from mgsr_jax.training.model_pair import read_models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -67,7 +68,7 @@ def test_a_config_is_read_and_can_work(file, monkeypatch):
     monkeypatch.setitem(COMMANDS, "train", train)
     assert main(arguments) == 0
     (config,) = found
-    check(config)
+    check_config(config)
     if "shapes" in str(config.teacher):
         sizes = dataclasses.replace(config.mesh, tensor=1)
         student, teacher = read_models(dataclasses.replace(config, mesh=sizes))

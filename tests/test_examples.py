@@ -14,7 +14,8 @@ import tiny
 
 from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import alpaca_prompt
-from mgsr_jax.training.config import DataConfig, TrainConfig, check
+from mgsr_jax.training.config import DataConfig, TrainConfig
+from mgsr_jax.training.config_checks import check_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -208,7 +209,7 @@ def test_every_method_is_a_run_that_the_trainer_accepts(tmp_path):
     names = {quickstart.run_name(name) for name in methods}
     assert len(names) == len(methods)
     for method in methods.values():
-        check(
+        check_config(
             TrainConfig(
                 student="student",
                 teacher="teacher" if method.objective.needs_teacher else None,

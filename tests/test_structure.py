@@ -51,14 +51,7 @@ models._functional
 models._functional:forward
 planning.plan
 rows:from_lists
-training.config
-training.config:check
-training.inputs
-training.inputs:read_inputs
 training.programs:make_programs
-training.row_source:__init__
-training.trainer
-training.trainer:_loop
     """.split(),
     "to be split",
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import transformers
 
+from mgsr_jax.models import LanguageModel
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -79,6 +81,16 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> st
     """
     pairs = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def eos_ids(
+    tokenizer: transformers.PreTrainedTokenizerFast, model: LanguageModel
+) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end-of-sequence and the model's."""
+    of_model = model.config.eos_token_id
+    of_model = of_model if isinstance(of_model, tuple | list) else (of_model,)
+    ids = (tokenizer.eos_token_id, *of_model)
+    return tuple(sorted({i for i in ids if isinstance(i, int)}))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

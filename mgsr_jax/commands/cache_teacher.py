@@ -24,12 +24,13 @@ from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.train import reserve_gpu_memory
 from mgsr_jax.losses import TopKTeacher, top_k_teacher
 from mgsr_jax.rows import Rows, next_token_view
-from mgsr_jax.training.config import TrainConfig, check
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.typing import Model, Params
 
 if TYPE_CHECKING:
     from mgsr_jax.data.teacher_cache import CachedExample, Manifest, Recipe
-    from mgsr_jax.training.inputs import Setup
+    from mgsr_jax.training.inputs import RunInputs
 
 TopKStep = Callable[[Params, Rows], TopKTeacher]
 
@@ -172,14 +173,14 @@ def _check(config: TrainConfig) -> None:
             "mgsr cache-teacher on one host, then any number of hosts can read it"
         )
     # Training with the cache must be possible too.
-    check(dataclasses.replace(config, teacher_cache=config.output))
+    check_config(dataclasses.replace(config, teacher_cache=config.output))
 
 
 def _write_shards(
     folder: Path,
     recipe: "Recipe",
     missing: list[int],
-    setup: "Setup",
+    setup: "RunInputs",
     console: Console,
 ) -> None:
     from mgsr_jax.data import teacher_cache
@@ -208,7 +209,7 @@ def _write_shards(
 
 
 def _run_batches(
-    setup: "Setup", params: Params, step: TopKStep, examples: range
+    setup: "RunInputs", params: Params, step: TopKStep, examples: range
 ) -> Iterator[dict[int, "CachedExample"]]:
     """The teacher's outputs per batch, keyed by example; short batches come first."""
     pending = None
@@ -241,7 +242,7 @@ def _by_example(rows: Rows, teacher: TopKTeacher) -> dict[int, "CachedExample"]:
     return examples
 
 
-def _batches(setup: "Setup", examples: range) -> Iterator[Rows]:
+def _batches(setup: "RunInputs", examples: range) -> Iterator[Rows]:
     """Rows of the examples, each in the narrowest width that holds it."""
     from mgsr_jax.data.batches import eval_batches
 

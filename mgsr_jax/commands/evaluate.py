@@ -127,9 +127,9 @@ def _score_sets(
     """Evaluate each set; the scores so far are written after each."""
     import jax.numpy as jnp
 
+    from mgsr_jax.checkpoint.tokenizer import eos_ids
     from mgsr_jax.evaluation.evaluate import evaluate
     from mgsr_jax.evaluation.tables import write_scores
-    from mgsr_jax.training.inputs import eos_ids
 
     params, results = loaded.params(config.dtype), {}
     for path, prompts in sets.items():

@@ -69,8 +69,7 @@ def export_student(
     from mgsr_jax.checkpoint.peft import save_adapter
     from mgsr_jax.checkpoint.state import params_shapes, restore_params
     from mgsr_jax.models import lora
-    from mgsr_jax.training.inputs import read_run_config
-    from mgsr_jax.training.trainer import CHECKPOINTS
+    from mgsr_jax.training.run_folder import CHECKPOINTS, read_run_config
 
     config, checkpoints = read_run_config(run), Path(run) / CHECKPOINTS
     source, settings = config["student"], LoraConfig(**config.get("lora", {}))

@@ -46,9 +46,9 @@ def generate(config: GenerateConfig) -> int:
     import jax.numpy as jnp
 
     from mgsr_jax import rows
+    from mgsr_jax.checkpoint.tokenizer import eos_ids
     from mgsr_jax.decoding import decode
     from mgsr_jax.decoding.sampling import Sampling
-    from mgsr_jax.training import inputs
 
     check_sampling(
         config.temperature, config.top_k, config.top_p, max_length=config.max_length
@@ -64,7 +64,7 @@ def generate(config: GenerateConfig) -> int:
         key=jax.random.key(config.seed),
         decoding=decode.Decoding(
             max_length=config.max_length,
-            eos_ids=inputs.eos_ids(loaded.tokenizer, loaded.model),
+            eos_ids=eos_ids(loaded.tokenizer, loaded.model),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             vocab_size=len(loaded.tokenizer),
         ),

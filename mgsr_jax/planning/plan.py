@@ -33,8 +33,9 @@ from mgsr_jax.planning.compiled import (
 from mgsr_jax.planning.machines import GIB, Target
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import init_state
-from mgsr_jax.training.config import TrainConfig, check
-from mgsr_jax.training.inputs import check_sizes, read_models
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.config_checks import check_config
+from mgsr_jax.training.model_pair import check_sizes, read_models
 from mgsr_jax.training.programs import (
     init_trained,
     make_programs,
@@ -135,7 +136,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _planner(config: TrainConfig, target: Target) -> "_Planner":
-    check(config)
+    check_config(config)
     sizes = config.mesh
     mesh = sharding.make_mesh(
         sizes.data, sizes.fsdp, sizes.tensor, devices=target.devices

@@ -1,7 +1,6 @@
-"""What a run starts from, on its mesh: the state at step 0, and the teacher."""
+"""The initial state of a run on its mesh, and the teacher's weights."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.models import quantized
 from mgsr_jax.train_step import TrainState, init_state
-from mgsr_jax.training.inputs import Setup
+from mgsr_jax.training.inputs import RunInputs
 from mgsr_jax.training.programs import (
     init_trained,
     partition_rules,
@@ -20,16 +19,18 @@ from mgsr_jax.training.programs import (
 from mgsr_jax.typing import STUDENT, Params
 
 
-def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
-    """The student's weights, what else is trained, and the optimizer's state.
+def load_state(
+    inputs: RunInputs, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state at step 0: the student's weights, other trained parameters, optimizer.
 
-    With adapters the weights are frozen, and in the precision of computation.
+    With adapters the student's weights are frozen, in the dtype of computation.
     """
-    config, student = setup.config, setup.student
+    config, student = inputs.config, inputs.student
     has_adapters = config.lora.rank > 0
     dtype = jnp.dtype(config.dtype) if has_adapters else jnp.float32
-    weights = hf.load_params(config.student, student, mesh=setup.mesh, dtype=dtype)
-    params, frozen = _init_trained(setup), {}
+    weights = hf.load_params(config.student, student, mesh=inputs.mesh, dtype=dtype)
+    params, frozen = _init_trained(inputs), {}
     if has_adapters:
         frozen = {STUDENT: weights}
     else:
@@ -39,25 +40,27 @@ def load_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainSt
         return init_state(params, optimizer, config.seed, frozen=frozen)
 
     abstract = jax.eval_shape(init, params, frozen)
-    places = state_shardings(setup.mesh, student, abstract)
+    places = state_shardings(inputs.mesh, student, abstract)
     return jax.jit(init, out_shardings=places, donate_argnums=(0, 1))(params, frozen)
 
 
-def load_teacher(setup: Setup) -> Params:
+def load_teacher(inputs: RunInputs) -> Params:
     """The teacher's weights."""
-    config = setup.config
-    assert setup.teacher is not None and config.teacher is not None
-    settings: dict[str, Any] = {"dtype": jnp.dtype(config.teacher_dtype)}
+    config = inputs.config
+    assert inputs.teacher is not None and config.teacher is not None
+    load = functools.partial(
+        hf.load_params, config.teacher, inputs.teacher, mesh=inputs.mesh
+    )
     if config.teacher_dtype == "int8":
-        settings = {"dtype": jnp.bfloat16, "transform": quantized.quantize}
-    return hf.load_params(config.teacher, setup.teacher, mesh=setup.mesh, **settings)
+        return load(dtype=jnp.bfloat16, transform=quantized.quantize)
+    return load(dtype=jnp.dtype(config.teacher_dtype))
 
 
-def _init_trained(setup: Setup) -> Params:
-    """Drawn where it lives."""
-    init = functools.partial(init_trained, setup.config, setup.student, setup.steps)
+def _init_trained(inputs: RunInputs) -> Params:
+    """Initial values of `init_trained`, computed on the devices that hold them."""
+    init = functools.partial(init_trained, inputs.config, inputs.student, inputs.steps)
     abstract = jax.eval_shape(init)
-    rules = partition_rules(setup.student, abstract)
+    rules = partition_rules(inputs.student, abstract)
     specs = sharding.partition_specs(rules, abstract, strict=False)
-    places = sharding.placed(setup.mesh, abstract, specs)
+    places = sharding.placed(inputs.mesh, abstract, specs)
     return jax.jit(init, out_shardings=places)()

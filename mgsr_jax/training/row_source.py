@@ -1,16 +1,17 @@
-"""The rows of every step: from the data, the student's rollouts, or the replay buffer.
+"""Rows of every step: from the data, the student's rollouts, or the replay buffer.
 
-What this holds on the host (position in the data, buffer, ratio) is part of a
-checkpoint, so that a resumed run sees the rows that it would have seen.
+The state on the host (position in the data, replay buffer, ratio) is part of a
+checkpoint, so a resumed run trains on the rows that an uninterrupted run would.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.losses import TopKTeacher
@@ -28,64 +29,120 @@ from mgsr_jax.typing import Params, PRNGKey
 
 Lookup = Callable[[Rows], TopKTeacher]
 
+TeacherOutput = TopKTeacher | TeacherHidden | None
+"""Stored teacher output for a micro-batch: its most probable classes, or its hidden
+states; None where the step has to run the teacher."""
 
-class StepRows(NamedTuple):
-    """What one step trains on.
+
+@runtime_checkable
+class HostBatches(Protocol):
+    """Host rows batch by batch, with a position to save: grain's iterator."""
+
+    def __next__(self) -> Rows: ...
+
+    def get_state(self) -> dict[str, object]: ...
+
+    def set_state(self, state: dict[str, object]) -> None: ...
+
+
+class RatioState(TypedDict):
+    """Fields of `AdaptiveRatio`."""
+
+    ratio: float
+    reference: float | None
+
+
+class HostState(TypedDict):
+    """The JSON part of a checkpoint.
 
     Attributes:
-      micro_batches: device rows of one shape, to be summed over.
-      source: where they came from.
-      cached: what the teacher says of each micro-batch: its most probable classes or
-        its hidden states; None where it is to be run.
-      corrections: of SCRG, one record a generated micro-batch.
+      data: position in the data.
+      ratio: state of the adaptive ratio.
+      pushed: rows ever pushed to the replay buffer.
+    """
+
+    data: dict[str, object]
+    ratio: RatioState
+    pushed: int
+
+
+class StepRows(NamedTuple):
+    """The training rows of one step.
+
+    Attributes:
+      micro_batches: device rows of one shape; the step sums over them.
+      source: where the rows came from.
+      teacher_outputs: stored teacher output of each micro-batch.
+      corrections: SCRG's record of each generated micro-batch.
     """
 
     micro_batches: tuple[Rows, ...]
     source: Source
-    cached: tuple[TopKTeacher | TeacherHidden | None, ...]
+    teacher_outputs: tuple[TeacherOutput, ...]
     corrections: tuple[ScrgInfo, ...] = ()
 
 
-def host_share(mesh: Mesh, batch_size: int, micro_batches: int) -> np.ndarray:
-    """Which rows of a step's batch this process makes: its rows of every micro-batch.
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """Division of a step's batch into micro-batches and over devices.
 
-    Micro-batches are cut from the global batch, so that which rows they hold does not
-    depend on the number of hosts.
+    Attributes:
+      mesh: device mesh.
+      batch_size: rows of a step's batch, over all hosts.
+      micro_batches: number of parts of a batch.
+      widths: allowed widths of rows, ascending; a step that generates uses the last.
     """
-    size = batch_size // micro_batches
-    first = np.arange(micro_batches)[:, None] * size
-    return (first + host_rows(mesh, size)).reshape(-1)
+
+    mesh: Mesh
+    batch_size: int
+    micro_batches: int
+    widths: Sequence[int]
+
+    @property
+    def host_share(self) -> np.ndarray:
+        """Indices of the rows that this process makes: its part of every micro-batch.
+
+        Micro-batches are cut from the global batch, so the rows of a micro-batch do not
+        depend on the number of hosts.
+        """
+        size = self.batch_size // self.micro_batches
+        first = np.arange(self.micro_batches)[:, None] * size
+        return (first + host_rows(self.mesh, size)).reshape(-1)
+
+    def split(self, rows: Rows) -> list[Rows]:
+        """A host batch as micro-batches."""
+        parts = self.micro_batches
+        return [
+            jax.tree.map(lambda leaf, i=i: np.split(leaf, parts)[i], rows)
+            for i in range(parts)
+        ]
 
 
 class RowSource:
     """Makes the rows of one step after the other.
 
     Args:
-      batches: iterator of host rows, as `train_batches` gives them for `host_share`.
+      batches: host rows of this process's `layout.host_share`, from `train_batches`.
       config: the policy.
-      rollout: from `rollout.make_rollout`; None where the policy is "off".
+      rollout: result of `make_rollout`; None if the policy is "off".
       add_spans: marks the phrases of generated host rows.
-      widths: that rows may have, ascending; a step that generates needs the last.
+      layout: division of a batch.
+      steps: steps of the whole run.
+      keep_ground_truth: whether a generated step also has its prompts' data rows.
       lookup: `TeacherCache.lookup`, for the data's own rows; None runs the teacher.
-      micro_batches: parts that a batch is split into.
-      steps: of the whole run.
-      keep_ground_truth: whether a generated step also carries its prompts' data rows.
 
     Raises:
-      ValueError: a policy that generates, and no rollout.
+      ValueError: a policy that generates, without a rollout.
     """
 
     def __init__(
         self,
-        batches: Any,
+        batches: HostBatches,
         config: RolloutConfig,
         rollout: Rollout | None,
         add_spans: Callable[[Rows], Rows],
         *,
-        mesh: Mesh,
-        batch_size: int,
-        widths: Sequence[int],
-        micro_batches: int,
+        layout: BatchLayout,
         steps: int,
         keep_ground_truth: bool,
         lookup: Lookup | None = None,
@@ -96,19 +153,19 @@ class RowSource:
                 "pass one from make_rollout, or set the policy to off"
             )
         self._batches, self._config, self._rollout = batches, config, rollout
-        self._add_spans, self._mesh = add_spans, mesh
-        self._size, self._parts, self._steps = batch_size, micro_batches, steps
-        self._share = host_share(mesh, batch_size, micro_batches)
+        self._add_spans, self._layout, self._steps = add_spans, layout, steps
+        self._host_share = layout.host_share
         self._keep_ground_truth, self._lookup = keep_ground_truth, lookup
-        self._widths = widths
         replays = config.policy == "replay"
-        self._buffer = ReplayBuffer.empty(config.capacity if replays else 1, widths[-1])
+        self._buffer = ReplayBuffer.empty(
+            config.capacity if replays else 1, layout.widths[-1]
+        )
         self._ratio = AdaptiveRatio(config.initial_ratio)
 
     def next(
         self, step: int, key: PRNGKey, params: Params, teacher_params: Params | None
     ) -> StepRows:
-        """The rows of `step`; `key` is the step's own, the same on every host."""
+        """The rows of `step`; `key` is the step's key, the same on every host."""
         policy_key, rollout_key, replay_key = jax.random.split(key, 3)
         source = choose_source(
             self._config,
@@ -119,31 +176,28 @@ class RowSource:
             buffer_full=self._buffer.full,
         )
         if source == "replay":
-            rows = self._buffer.sample(replay_key, self._size)
-            rows = with_width(rows, narrowest(self._widths, rows.lengths))
-            rows = self._split(jax.tree.map(lambda leaf: leaf[self._share], rows))
-            return StepRows(self._put(rows), source, self._not_cached)
+            return self._replay(replay_key)
         rows = next(self._batches)
         if source == "data" or self._rollout is None:  # the second: policy "off"
-            host = self._split(rows)
+            host = self._layout.split(rows)
             return StepRows(self._put(host), source, self._look_up(host))
-        host = self._split(with_width(rows, self._widths[-1]))
+        host = self._layout.split(with_width(rows, self._layout.widths[-1]))
         ground_truth = self._put(host)
-        samples, corrections, heard = self._rollout(
+        samples, corrections, teacher_hidden = self._rollout(
             params, teacher_params, ground_truth, rollout_key
         )
-        rows, cached = (), ()
+        kept, outputs = (), ()
         if self._keep_ground_truth:
-            rows, cached = ground_truth, self._look_up(host)
+            kept, outputs = ground_truth, self._look_up(host)
         return StepRows(
-            micro_batches=rows + tuple(self._finish(rows) for rows in samples),
+            micro_batches=kept + tuple(self._finish(rows) for rows in samples),
             source=source,
-            cached=cached + heard,
+            teacher_outputs=outputs + teacher_hidden,
             corrections=corrections,
         )
 
     def validated(self, loss: float) -> None:
-        """Tells the replay policy how validation went."""
+        """Report a validation loss to the replay policy."""
         self._ratio.update(loss, self._config.epsilon)
 
     @property
@@ -151,56 +205,63 @@ class RowSource:
         """phi of the replay policy."""
         return self._ratio.ratio
 
-    def host_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps as JSON."""
+    def host_state(self) -> HostState:
+        """The part of the state that a checkpoint stores as JSON."""
         return {
             "data": self._batches.get_state(),
-            "ratio": dataclasses.asdict(self._ratio),
+            "ratio": {
+                "ratio": self._ratio.ratio,
+                "reference": self._ratio.reference,
+            },
             "pushed": self._buffer.pushed,
         }
 
     @property
     def replay_rows(self) -> dict[str, np.ndarray]:
-        """What a checkpoint keeps as arrays."""
+        """The part of the state that a checkpoint stores as arrays."""
         return vars(self._buffer.rows)
 
-    def restore(self, host: dict[str, Any], replay: dict[str, np.ndarray]) -> None:
-        """Goes on from what `host_state` and `replay_rows` gave."""
+    def restore(self, host: HostState, replay: Mapping[str, np.ndarray]) -> None:
+        """Continue from saved `host_state` and `replay_rows`."""
         self._batches.set_state(host["data"])
         self._ratio = AdaptiveRatio(**host["ratio"])
         rows = Rows(**{name: np.array(leaf) for name, leaf in replay.items()})
         self._buffer = ReplayBuffer(rows, host["pushed"])
 
-    def _split(self, rows: Rows) -> list[Rows]:
-        """A host batch as micro-batches."""
-        return [
-            jax.tree.map(lambda leaf, i=i: np.split(leaf, self._parts)[i], rows)
-            for i in range(self._parts)
-        ]
+    def _replay(self, key: PRNGKey) -> StepRows:
+        rows = self._buffer.sample(key, self._layout.batch_size)
+        rows = with_width(rows, narrowest(self._layout.widths, rows.lengths))
+        own = jax.tree.map(lambda leaf: leaf[self._host_share], rows)
+        return StepRows(self._put(self._layout.split(own)), "replay", self._no_outputs)
 
     def _put(self, parts: list[Rows]) -> tuple[Rows, ...]:
-        return tuple(put_batch(self._mesh, part) for part in parts)
+        return tuple(put_batch(self._layout.mesh, part) for part in parts)
 
-    def _look_up(self, parts: list[Rows]) -> tuple[TopKTeacher | None, ...]:
-        """What the teacher cache, where there is one, says of the data's own rows."""
+    def _look_up(self, parts: list[Rows]) -> tuple[TeacherOutput, ...]:
+        """The teacher cache's output for data rows; None without a cache."""
         if self._lookup is None:
-            return self._not_cached
-        return tuple(put_batch(self._mesh, self._lookup(part)) for part in parts)
+            return self._no_outputs
+        mesh = self._layout.mesh
+        return tuple(put_batch(mesh, self._lookup(part)) for part in parts)
 
     @property
-    def _not_cached(self) -> tuple[None, ...]:
-        return (None,) * self._parts
+    def _no_outputs(self) -> tuple[None, ...]:
+        return (None,) * self._layout.micro_batches
 
     def _finish(self, rows: Rows) -> Rows:
-        """With spans, which each host finds in its own rows."""
-        rows = put_batch(self._mesh, self._add_spans(fetch_rows(rows)))
-        if self._config.policy == "replay":  # the same buffer on every host
+        """Add spans, which each host finds in its own rows; push to the buffer."""
+        rows = put_batch(self._layout.mesh, self._add_spans(fetch_rows(rows)))
+        if self._config.policy == "replay":  # the buffer is the same on every host
             self._buffer.push(fetch_whole(rows))
         return rows
 
 
 def with_spans(
-    rows: Rows, tokenizer: Any, chunker: Chunker, *, spacy_model: str
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerFast,
+    chunker: Chunker,
+    *,
+    spacy_model: str,
 ) -> Rows:
     """Host rows with the phrases of their responses marked."""
     responses = [

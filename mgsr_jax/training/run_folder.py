@@ -1,3 +1,104 @@
-"""Names of what a run folder holds."""
+"""Files of a run folder: the settings that a run was started with, and their check."""
 
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mgsr_jax.training.config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+REJECTED_FILE = "rejected.txt"
+CHECKPOINTS = "checkpoints"
 STUDENT_FOLDER = "student"
+
+_MAY_CHANGE = (
+    "resume",
+    "output",
+    "mesh",
+    "distributed",
+    "micro_batches",
+    "chunk_size",
+    "attention",
+    "remat",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "tensorboard",
+)
+"""Settings that do not change what a resumed run computes."""
+
+
+def read_run_config(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of the run in a folder, as plain values.
+
+    Raises:
+      FileNotFoundError: the folder has no settings file.
+      ValueError: the file cannot be read.
+    """
+    file = Path(run) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{run} has no {CONFIG_FILE}, so it is not a run folder; give the output "
+            "folder of mgsr train"
+        )
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML ({error}); restore it") from error
+    if not isinstance(settings, dict) or "student" not in settings:
+        raise ValueError(
+            f"{file} is truncated or not the settings of a run; restore it, or start "
+            "a new run"
+        )
+    return settings
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuse an output folder that is neither new nor the same run to be resumed.
+
+    Raises:
+      FileExistsError: a file, or a folder with content and no `resume`.
+      FileNotFoundError, ValueError: not a run folder, or a run with other settings.
+    """
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} is a file; give a folder's name")
+    if not output.exists() or not os.listdir(output):
+        return
+    if not config.resume:
+        raise FileExistsError(
+            f"output folder {output} is not empty; give another one, or continue the "
+            "run in it with resume: true"
+        )
+    old = read_run_config(output)
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]
+    ]
+    if changed:
+        was = {name: old.get(name) for name in changed}
+        raise ValueError(
+            f"resume: {', '.join(changed)} changed since {output} was started "
+            f"(was {was}); a resumed run must have the same settings"
+        )
+
+
+def write_run_config(config: TrainConfig) -> None:
+    """Write the settings file, complete or not at all: a resumed run needs it."""
+    output = Path(config.output)
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    unfinished = output / f".{CONFIG_FILE}"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(output / CONFIG_FILE)
+
+
+def write_rejected(output: Path, messages: Sequence[str]) -> Path:
+    """Write one line for each record that was not used unchanged; returns the file."""
+    path = output / REJECTED_FILE
+    path.write_text("\n".join(messages) + "\n", encoding="utf-8")
+    return path

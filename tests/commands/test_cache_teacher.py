@@ -297,7 +297,7 @@ def test_candidates_that_are_not_in_the_cache_are_refused(project, made):
     for divergence in ("dac_kl", "dac_kl_fixed"):
         wants = dataclasses.replace(objective, divergence=divergence)
         settings = config(project, "run", objective=wants)
-        message = "num_candidates=17 and a teacher cache of 16 classes.*--top_k 17"
+        message = "num_candidates=17, but the teacher cache has 16 classes.*--top_k 17"
         with pytest.raises(ValueError, match=message):
             make(settings)
         cached = dataclasses.replace(settings, teacher_cache=made[0].output)
@@ -354,7 +354,7 @@ def test_logits_that_are_not_finite_are_named(project, one_width, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(teacher=None), "compare with a teacher and there is none"),
+        (dict(teacher=None), "compare with a teacher, and none is set"),
         (dict(teacher_cache="elsewhere"), "--output elsewhere"),
         (dict(objective=Objective()), "objective.span=1.0 compares whole"),
     ],

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.training.config import DataConfig, TrainConfig, check
+from mgsr_jax.training.config import DataConfig, TrainConfig
+from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.training.inputs import prepare, resolve_chunker
 
 
@@ -31,7 +32,7 @@ def make(**changes):
 
 
 def test_the_defaults_are_valid():
-    check(make())
+    check_config(make())
 
 
 @pytest.mark.parametrize(
@@ -60,14 +61,20 @@ def test_the_defaults_are_valid():
     ids=str,
 )
 def test_what_works_is_let_through(changes):
-    check(make(**changes))
+    check_config(make(**changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(steps=None), "exactly one of steps and epochs, got steps=None, epochs=N"),
-        (dict(epochs=1.0), "exactly one of steps and epochs, got steps=10, epochs=1.0"),
+        (
+            dict(steps=None),
+            "one of steps and epochs, got steps=None, epochs=N",
+        ),
+        (
+            dict(epochs=1.0),
+            "one of steps and epochs, got steps=10, epochs=1.0",
+        ),
         (
             dict(output="gs://bucket/run"),
             r"output='gs://bucket/run' .*; mount the buck",
@@ -85,11 +92,11 @@ def test_what_works_is_let_through(changes):
         ),
         (
             dict(rollout__probability=1.1),
-            r"rollout.probability must lie in \[0, 1\], .*1.1",
+            r"rollout.probability must be in \[0, 1\], .*1.1",
         ),
-        (dict(rollout__probability=-0.1), "rollout.probability must lie in"),
-        (dict(rollout__probability=float("nan")), "rollout.probability must lie in"),
-        (dict(rollout__initial_ratio=2.0), r"rollout.initial_ratio must lie in .*2.0"),
+        (dict(rollout__probability=-0.1), "rollout.probability must be in"),
+        (dict(rollout__probability=float("nan")), "rollout.probability must be in"),
+        (dict(rollout__initial_ratio=2.0), r"rollout.initial_ratio must be in .*2.0"),
         (dict(rollout__rounds=-1), "rollout needs rounds >= 0.*rounds=-1"),
         (dict(rollout__temperature=-1.0), "temperature >= 0.*temperature=-1.0"),
         (dict(rollout__top_p=0.0), "0 < top_p <= 1.*top_p=0.0"),
@@ -104,7 +111,7 @@ def test_what_works_is_let_through(changes):
         ),
         (dict(objective__lower=0.9, objective__upper=0.2), "lower < upper.*lower=0.9"),
         (dict(objective__upper=1.2), "upper <= 1, got .*upper=1.2"),
-        (dict(teacher=None), "compare with a teacher and there is none; set teacher"),
+        (dict(teacher=None), "compare with a teacher, and none is set; set teacher"),
         (
             dict(
                 teacher=None,
@@ -116,15 +123,15 @@ def test_what_works_is_let_through(changes):
         ),
         (
             dict(objective__token=0.0, objective__span=0.0),
-            "a teacher is set, but .* never ask it; leave teacher out",
+            "teacher is set, but .* never use it; leave teacher out",
         ),
         (dict(lora__rank=-1), "lora.rank must be at least 0, got -1"),
         (dict(lora__rank=2, lora__alpha=0.0), "lora.alpha must be above 0, got 0.0"),
-        (dict(lora__dropout=1.0), r"lora.dropout must lie in \[0, 1\), got 1.0"),
-        (dict(lora__dropout=-0.1), r"lora.dropout must lie in \[0, 1\), got -0.1"),
+        (dict(lora__dropout=1.0), r"lora.dropout must be in \[0, 1\), got 1.0"),
+        (dict(lora__dropout=-0.1), r"lora.dropout must be in \[0, 1\), got -0.1"),
         (
             dict(lora__rank=2, lora__targets="(query"),
-            r"lora.targets='\(query' is no regular expression \(missing",
+            r"lora.targets='\(query' is not a regular expression \(missing",
         ),
         (dict(lora__alpha=32.0), "lora.rank=0 trains all .*alpha=32.0.*set lora.rank"),
         (dict(data__max_prompt_length=512), "max_prompt_length=512 .* max_length=512"),
@@ -142,7 +149,7 @@ def test_what_works_is_let_through(changes):
                 objective__token=0.0,
                 objective__span=0.0,
             ),
-            "teacher_cache='cache' and no teacher that it was made from; set teacher",
+            "teacher_cache='cache', but no teacher is set; set teacher to the folder",
         ),
         (
             dict(teacher_cache="cache"),
@@ -155,7 +162,7 @@ def test_what_works_is_let_through(changes):
                 objective__divergence="forward_kl",
                 objective__temperature=2.0,
             ),
-            "objective.temperature=2.0; teacher_cache holds .* temperature 1",
+            "objective.temperature=2.0, but teacher_cache holds .* temperature 1",
         ),
         (
             dict(
@@ -178,7 +185,7 @@ def test_what_works_is_let_through(changes):
             "objective.alpha=0.0; expected another number",
         ),
         (dict(objective__divergence="taid"), "'taid' needs objective.mix"),
-        (dict(chunk_size=1), "chunk_size=1 leaves the span loss no neighbour"),
+        (dict(chunk_size=1), "chunk_size=1 leaves no neighbouring token"),
         (
             dict(objective__temperature=2.0),
             "objective.temperature=2.0 is not read by DAC-KL",
@@ -193,7 +200,7 @@ def test_what_works_is_let_through(changes):
 )
 def test_what_cannot_work_is_named(changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        check(make(**changes))
+        check_config(make(**changes))
     assert "\n" not in str(error.value)
 
 
@@ -217,12 +224,12 @@ def test_what_cannot_work_is_named(changes, message):
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_sizes_and_rates_are_positive(field, value):
     with pytest.raises(ValueError, match=f"{field} must be above 0, got {value}"):
-        check(make(**{field.replace(".", "__"): value}))
+        check_config(make(**{field.replace(".", "__"): value}))
 
 
 def test_epochs_are_positive():
     with pytest.raises(ValueError, match="epochs must be above 0, got -1.0"):
-        check(make(steps=None, epochs=-1.0))
+        check_config(make(steps=None, epochs=-1.0))
 
 
 @pytest.mark.parametrize(
@@ -240,9 +247,9 @@ def test_epochs_are_positive():
 )
 def test_counts_and_weights_are_not_negative(field):
     path = field.replace(".", "__")
-    check(make(**{path: 0}))
+    check_config(make(**{path: 0}))
     with pytest.raises(ValueError, match=f"{field} must be at least 0, got -1"):
-        check(make(**{path: -1}))
+        check_config(make(**{path: -1}))
 
 
 def test_the_encoding_is_the_data_section():
@@ -258,9 +265,9 @@ def test_two_configurations_share_no_section():
 @pytest.mark.parametrize(
     ("make_output", "message"),
     [
-        (lambda path: path.write_text("mine"), "is a file; choose a folder's name"),
-        (lambda path: folder_with(path, "thesis.txt"), "run of ours"),
-        (lambda path: folder_with(path, "config.yaml"), "was cut off"),
+        (lambda path: path.write_text("mine"), "is a file; give a folder's name"),
+        (lambda path: folder_with(path, "thesis.txt"), "not a run folder"),
+        (lambda path: folder_with(path, "config.yaml"), "is truncated"),
     ],
 )
 def test_an_output_that_is_no_run_is_refused_before_anything_is_read(
@@ -282,7 +289,7 @@ def folder_with(path, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(validate_every=5), "no data to validate on"),
+        (dict(validate_every=5), "there is no validation data"),
         (dict(rollout=RolloutConfig("replay")), "never generates"),
     ],
 )
@@ -296,7 +303,7 @@ def test_settings_that_would_do_nothing_are_named(changes, message):
         **changes,
     )
     with pytest.raises(ValueError, match=message):
-        check(settings)
+        check_config(settings)
 
 
 def test_training_data_is_not_validated_on():
@@ -307,13 +314,13 @@ def test_training_data_is_not_validated_on():
         steps=1,
         data=DataConfig(train="hub/set", valid="hub/set"),
     )
-    check(settings)
+    check_config(settings)
     for same in (
         DataConfig(train="hub/set", valid="hub/set", valid_split="train"),
         DataConfig(train="one.jsonl", valid="one.jsonl"),
     ):
         with pytest.raises(ValueError, match="not trained on"):
-            check(dataclasses.replace(settings, data=same))
+            check_config(dataclasses.replace(settings, data=same))
 
 
 def test_a_chunker_of_ones_own_is_imported():
@@ -331,7 +338,7 @@ def test_a_cache_is_enough_for_the_divergences_that_read_its_classes_alone():
         mix = 0.5 if divergence == "taid" else None
         config = make(**settings, objective__divergence=divergence, objective__mix=mix)
         if divergence in ("dac_kl", "dac_kl_fixed", "forward_kl"):
-            check(config)
+            check_config(config)
             continue
         with pytest.raises(ValueError, match="needs the teacher's whole distribution"):
-            check(config)
+            check_config(config)

@@ -144,7 +144,7 @@ def test_a_launcher_that_tells_no_address_is_told_one():
     environments = two(by_open_mpi_5)
     found = ended([["-c", MEET]] * 2, environments)
     for status, _, complaint in found:
-        assert status == 1 and "Got OMPI_COMM_WORLD_SIZE=2; give all of" in complaint
+        assert status == 1 and "Got OMPI_COMM_WORLD_SIZE=2; set all of" in complaint
     address = f"127.0.0.1:{free_port()}"
     more = {"JAX_COORDINATOR_ADDRESS": address}
     found = together(["-c", MEET + GPUS], [env | more for env in environments])
@@ -289,7 +289,7 @@ def test_a_launcher_that_cannot_be_heard_is_no_reason_to_run_alone(monkeypatch):
         raise RuntimeError("Failed to recognize coordinator address t1v-0")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(ConnectionError, match="did not meet .*: Failed to recognize"):
+    with pytest.raises(ConnectionError, match="did not connect .*: Failed to rec"):
         distributed.start(DistributedConfig())
 
 
@@ -311,9 +311,9 @@ def told(script):
 
 def test_a_failure_of_one_is_told_to_all():
     found = told("""
-from mgsr_jax.training.agreement import together
-assert together(lambda: jax.process_index()) == jax.process_index()
-together(lambda: open("nowhere") if jax.process_index() else None)
+from mgsr_jax.training.distributed import on_all_processes
+assert on_all_processes(lambda: jax.process_index()) == jax.process_index()
+on_all_processes(lambda: open("nowhere") if jax.process_index() else None)
 """)
     assert "process 1 of this run failed: [Errno 2] No such file" in found[0]
     assert "FileNotFoundError: [Errno 2]" in found[1]
@@ -321,7 +321,7 @@ together(lambda: open("nowhere") if jax.process_index() else None)
 
 def test_what_differs_is_named():
     found = told("""
-from mgsr_jax.training.agreement import check_equal
+from mgsr_jax.training.distributed import check_equal
 check_equal({"seed": "1", "data": "a"})
 number = jax.process_index()
 check_equal({"seed": str(number), "steps": "9", **({"only": "1"} if number else {})})
@@ -333,7 +333,7 @@ check_equal({"seed": str(number), "steps": "9", **({"only": "1"} if number else 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     found = told(f"""
 from pathlib import Path
-from mgsr_jax.training.agreement import check_shared
+from mgsr_jax.training.distributed import check_shared
 own = Path({str(tmp_path)!r})
 check_shared(own / "shared")
 check_shared(own / str(jax.process_index()), patience=0.5)

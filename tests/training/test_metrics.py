@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mgsr_jax.losses import Sum
 from mgsr_jax.objective import LIMITS_START
-from mgsr_jax.training.metrics import Means, MetricsLog, StepProgress, peak_memory
+from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory
+from mgsr_jax.training.progress import StepProgress
 
 
 def test_means_weigh_every_position_and_not_every_step():

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import sharding
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, from_lists
 from mgsr_jax.scrg import ScrgInfo
-from mgsr_jax.training.row_source import RowSource, with_spans
+from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 
 BATCH, WIDTH, STEPS = 8, 10, 20
 MARK = 7  # the span id that stands for "the chunker was here"
@@ -83,15 +84,13 @@ def lookup(rows):
 
 def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **settings):
     keep = settings.pop("keep_ground_truth", True)
+    mesh = mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     return RowSource(
         Batches(widths[0]),
         RolloutConfig(policy, **settings),
         None if policy == "off" else rollout,
         add_spans,
-        mesh=mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4]),
-        batch_size=BATCH,
-        widths=widths,
-        micro_batches=parts,
+        layout=BatchLayout(mesh, BATCH, parts, widths),
         steps=STEPS,
         keep_ground_truth=keep,
         lookup=lookup,
@@ -151,8 +150,8 @@ def test_a_generated_step_without_labels_carries_the_samples_alone():
 
 def assert_cached(rows):
     """What the cache says is of the row beside it, in its dtype, split as it is."""
-    assert len(rows.cached) == len(rows.micro_batches)
-    for part, found in zip(rows.micro_batches, rows.cached, strict=True):
+    assert len(rows.teacher_outputs) == len(rows.micro_batches)
+    for part, found in zip(rows.micro_batches, rows.teacher_outputs, strict=True):
         if not part.ground_truth.any():
             assert_heard(rows, part, found)
             continue
@@ -178,13 +177,13 @@ def test_data_s_rows_come_with_what_the_cache_says(parts):
     source = make("off", parts=parts, lookup=lookup)
     for number in range(2):
         rows = step(source, number)
-        assert None not in rows.cached
+        assert None not in rows.teacher_outputs
         assert_cached(rows)
 
 
 def test_the_student_s_rows_are_not_in_the_cache():
     rows = step(make(lookup=lookup), 0)
-    kinds = [isinstance(found, TopKTeacher) for found in rows.cached]
+    kinds = [isinstance(found, TopKTeacher) for found in rows.teacher_outputs]
     assert kinds == [True, True, False, False]
     assert_cached(rows)
     source = make("replay", initial_ratio=1.0, capacity=16, lookup=lookup)
@@ -196,14 +195,16 @@ def test_the_student_s_rows_are_not_in_the_cache():
 
 def test_what_is_not_trained_on_is_not_looked_up():
     rows = step(make(keep_ground_truth=False, lookup=pytest.fail), 0)
-    assert not any(isinstance(found, TopKTeacher) for found in rows.cached)
+    assert not any(isinstance(found, TopKTeacher) for found in rows.teacher_outputs)
 
 
 def test_without_a_cache_the_teacher_is_run_on_the_data_s_rows():
-    assert step(make("off"), 0).cached == (None,) * 2
+    assert step(make("off"), 0).teacher_outputs == (None,) * 2
     rows = step(make("on"), 0)
-    assert rows.cached[:2] == (None,) * 2
-    for part, found in zip(rows.micro_batches[2:], rows.cached[2:], strict=True):
+    assert rows.teacher_outputs[:2] == (None,) * 2
+    for part, found in zip(
+        rows.micro_batches[2:], rows.teacher_outputs[2:], strict=True
+    ):
         assert_heard(rows, part, found)
 
 
@@ -311,10 +312,7 @@ def test_a_policy_that_generates_needs_a_rollout():
             RolloutConfig("on"),
             None,
             add_spans,
-            mesh=sharding.make_mesh(),
-            batch_size=BATCH,
-            widths=[WIDTH],
-            micro_batches=1,
+            layout=BatchLayout(sharding.make_mesh(), BATCH, 1, [WIDTH]),
             steps=STEPS,
             keep_ground_truth=True,
         )
@@ -325,8 +323,11 @@ def test_parts_that_do_not_divide_over_the_mesh_are_refused():
         step(make("off", mesh=sharding.make_mesh()), 0)
 
 
-class Letters:
-    """A tokenizer of one character a token."""
+class Letters(PreTrainedTokenizerFast):
+    """A tokenizer with one token per character."""
+
+    def __init__(self):
+        pass
 
     def decode(self, ids, **settings):
         return "".join(chr(i) for i in ids)

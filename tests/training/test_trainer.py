@@ -22,8 +22,8 @@ from mgsr_jax.commands.cache_teacher import write_teacher_cache
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
-from mgsr_jax.training.metrics import StepProgress
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import Diverged, train
 
 pytestmark = pytest.mark.filterwarnings(
@@ -396,11 +396,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(project):
         (dict(epochs=1.0), "exactly one of steps and epochs"),
         (dict(batch_size=12), "micro-batch of 12 rows .* 8 parts"),
         (dict(micro_batches=3), "batch_size=8 does not divide"),
-        (dict(teacher=None), "compare with a teacher and there is none"),
+        (dict(teacher=None), "compare with a teacher, and none is set"),
         (dict(mesh=MeshConfig(3, 1)), "does not fill the 8 devices"),
         (
             dict(objective=Objective(token=0.0, span=0.0)),
-            "a teacher is set, but .* never ask it",
+            "teacher is set, but .* never use it",
         ),
         (dict(rollout=RolloutConfig("on", probability=1.5)), "rollout.probability"),
         (
@@ -444,7 +444,7 @@ def test_nothing_is_overwritten(project, straight):
         run(other)
     (project / "foreign").mkdir()
     (project / "foreign" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileNotFoundError, match="no run of ours"):
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
         run(dataclasses.replace(settings, output=str(project / "foreign"), resume=True))
     assert (project / "straight" / "metrics.jsonl").read_text() == before
     assert (project / "foreign" / "thesis.txt").read_text() == "mine"

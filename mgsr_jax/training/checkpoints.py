@@ -1,0 +1,85 @@
+"""Checkpoints of a run: trained state, row source, and digests of the inputs."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from mgsr_jax.checkpoint import state as checkpoint_state
+from mgsr_jax.train_step import TrainState
+from mgsr_jax.training.inputs import RunInputs
+from mgsr_jax.training.row_source import RowSource
+from mgsr_jax.training.run_folder import CHECKPOINTS
+
+
+class RunCheckpoints:
+    """Saves and restores a run's state.
+
+    Args:
+      manager: the open checkpoints of the run folder.
+      inputs: the run's inputs; their digests are stored and compared.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, inputs: RunInputs):
+        self._manager, self._inputs = manager, inputs
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the latest checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, source: RowSource) -> None:
+        """Write a checkpoint of the state's step."""
+        checkpoint_state.save(
+            self._manager,
+            int(state.step),
+            state=state.checkpointed,
+            host={
+                **source.host_state(),
+                "data_fingerprint": self._inputs.train_fingerprint,
+                "student_digest": self._inputs.student_digest,
+            },
+            replay=source.replay_rows,
+        )
+
+    def restore(self, step: int, state: TrainState, source: RowSource) -> TrainState:
+        """The state of `step`, placed as `state` is; `source` is restored in place.
+
+        Raises:
+          ValueError: the checkpoint does not fit, or was made from other inputs.
+        """
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
+            ),
+            state.checkpointed,
+        )
+        restored, host, replay = checkpoint_state.restore(
+            self._manager, step, state=like, replay=source.replay_rows
+        )
+        inputs, config = self._inputs, self._inputs.config
+        if host.get("data_fingerprint") != inputs.train_fingerprint:
+            raise ValueError(
+                f"resume: the rows of {config.data.train} are not those that "
+                f"checkpoint {step} of {config.output} was made from; restore the data"
+            )
+        if host.get("student_digest") != inputs.student_digest:
+            raise ValueError(
+                f"resume: the student at {config.student} is not the one that the "
+                f"adapters of checkpoint {step} of {config.output} were trained on; "
+                "restore it"
+            )
+        source.restore(host, replay)
+        return dataclasses.replace(state, **restored)
+
+
+@contextmanager
+def open_checkpoints(inputs: RunInputs) -> Iterator[RunCheckpoints]:
+    """The checkpoints in the run folder, closed at the end."""
+    folder = Path(inputs.config.output) / CHECKPOINTS
+    keep = inputs.config.keep_checkpoints
+    with checkpoint_state.open_manager(folder, keep=keep) as manager:
+        yield RunCheckpoints(manager, inputs)
