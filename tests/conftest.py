@@ -1,6 +1,7 @@
 """The rig: eight CPU devices, and every check that production runs without."""
 
 import atexit
+import os
 import tempfile
 
 import jax
@@ -10,8 +11,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-# Many tests build the same program anew; within one session it is compiled once.
-_cache = tempfile.TemporaryDirectory(prefix="mgsr-compiled-")
-atexit.register(_cache.cleanup)
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Many tests build the same program again. Within one session it is compiled once: the
+# variables pass the cache on to the workers of pytest-xdist and to commands that tests
+# start.
+if "MGSR_TEST_SESSION" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="mgsr-compiled-")
+    atexit.register(_cache.cleanup)
+    os.environ["MGSR_TEST_SESSION"] = _cache.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["MGSR_TEST_SESSION"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

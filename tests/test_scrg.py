@@ -27,7 +27,8 @@ EOS = (1, 3)
 
 @pytest.fixture(scope="module")
 def pair():
-    return tiny.llama(0, scale=3.0), tiny.llama(1, width=24, scale=3.0)
+    settings = dict(scale=3.0, num_hidden_layers=1)
+    return tiny.llama(0, **settings), tiny.llama(1, width=24, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,11 +129,11 @@ def run(pair, rows, key, *, rounds=1, teacher_token="sample", eos_ids=EOS, **cha
 @pytest.mark.parametrize(
     ("rounds", "teacher_token", "decode_rows"),
     [
-        (0, "sample", None),
         (1, "argmax", None),
-        (3, "sample", None),
-        (3, "sample", 2),
-        (2, "argmax", 3),
+        pytest.param(0, "sample", None, marks=pytest.mark.slow),
+        pytest.param(3, "sample", None, marks=pytest.mark.slow),
+        pytest.param(3, "sample", 2, marks=pytest.mark.slow),
+        pytest.param(2, "argmax", 3, marks=pytest.mark.slow),
     ],
 )
 def test_revision_equals_regeneration_from_scratch(
@@ -160,6 +161,7 @@ def test_revision_equals_regeneration_from_scratch(
         )
 
 
+@pytest.mark.slow
 def test_later_rounds_undo_no_correction(pair):
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
     _, (_, info, _) = run(pair, rows, key, rounds=4, eos_ids=(99,))
@@ -182,6 +184,7 @@ def test_a_teacher_that_agrees_corrects_nothing(pair):
     assert as_lists(after.rows) == as_lists(before.rows)
 
 
+@pytest.mark.slow
 def test_a_teachers_end_of_sequence_ends_the_row(pair):
     """The teacher's first correction becomes the only stop token."""
     student, teacher = pair
@@ -230,6 +233,7 @@ def test_the_error_has_the_largest_kl_among_disagreements():
     assert position(kl, 6) == [-1]
 
 
+@pytest.mark.slow
 def test_mesh_changes_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
     key = jax.random.key(2)
