@@ -10,7 +10,7 @@ JAX ?=
 LATEST_VENV := .venv-latest$(JAX:%=-jax-%)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence test test-quick test-all test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -27,8 +27,14 @@ evidence: $(VENV)/installed-train  ## the same with three seeds and all ablation
 	$(BIN)/python examples/quickstart.py --output $(RUNS)/evidence --ablations --seeds 0 1 2
 	cp $(RUNS)/evidence/evidence.md examples/evidence.md
 
-test: $(VENV)/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/installed-test  ## the test suite without the longest tests: minutes
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not exhaustive"
+
+test-quick: $(VENV)/installed-test  ## the quick tests: for every change
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: test  ## the test suite, then the longest tests
+	$(BIN)/python -m pytest -n auto --dist loadfile -m exhaustive
 
 test-latest:  ## the quick tests with the newest Python and packages, or with JAX=0.11.2
 	$(MAKE) PYTHON="$(LATEST_PYTHON)" VENV=$(LATEST_VENV) PINS=$(JAX:%=jax==%) $(LATEST_VENV)/installed-test
