@@ -43,8 +43,6 @@ parameters become options."""
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     arguments = list(arguments)
-    if arguments[:1] == ["plan"]:  # it reads no data and writes nothing
-        arguments[1:1] = _UNUSED
     try:
         parser = _parser()
         settings = parser.instantiate(parser.parse_args(arguments))
@@ -62,7 +60,6 @@ def main(arguments: Sequence[str]) -> int:
         return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
 
-_UNUSED = ["--output=unused", "--data.train=unused", "--data.valid=unused too"]
 
 
 def _parser() -> jsonargparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""Fit and traffic of a run on a machine that is not attached."""
+"""Memory and communication of a run on a machine that is not attached."""

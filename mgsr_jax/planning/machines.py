@@ -1,45 +1,46 @@
-"""Machines that are not here, for their own compilers: `v5p:4x4x4`, `h200:1x1x8`.
+"""Machines that are not attached, by name: `v5p:4x4x4`, `h200:1x1x8`.
 
-JAX compiles for a description of a machine as for the machine itself. TPUs need libtpu
+JAX compiles for a machine's description as it does for the machine. TPUs need libtpu
 (the plan-tpu extra), GPUs the CUDA plugin (plan-gpu); neither needs a driver.
 """
 
 import dataclasses
 import os
 import re
-from typing import Any
 
 import jax
 from jax.experimental import topologies
+
+from mgsr_jax.planning.compiled import CompilerOptions
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Machine:
     """A machine to compile for.
 
     Attributes:
-      name: as it was asked for.
-      devices: that compile and cannot run.
-      memory: bytes of one device; what the compiler or the driver keeps is in it.
-      compiler_options: XLA's, where the machine's own would ask the machine.
+      name: the name that `describe` was given.
+      devices: devices that a program can be compiled for, but not run on.
+      memory: bytes per device, including what the compiler and the driver reserve.
+      compiler_options: XLA options that a real machine would choose by itself.
     """
 
     name: str
-    devices: tuple[Any, ...]
+    devices: tuple[object, ...]
     memory: int
-    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compiler_options: CompilerOptions = dataclasses.field(default_factory=dict)
 
 
-# Memory of one device in GiB: of a chip, but v2, v3 and tpu7x have two devices a chip.
+# GiB per device. A device is a chip, but v2, v3 and tpu7x have two devices per chip.
 _TPUS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
     memory: int  # bytes
-    bandwidth: int  # bytes a second
+    bandwidth: int  # bytes per second
 
 
 _GPUS = {
@@ -47,7 +48,7 @@ _GPUS = {
     "h200": _Gpu(151_397_597_184, 4_800_000_000_000),
 }
 
-# XLA's description of a GPU, without which it looks for one. Both have Hopper's core.
+# Without this description XLA looks for a GPU. H100 and H200 have the same cores.
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -70,46 +71,53 @@ device_description_str: "{name}"
 """
 
 
-def describe(name: str, *, slices: int = 1) -> Target:
-    """The machine of that name: KIND:AxB or KIND:AxBxC.
+def describe(name: str, *, slices: int = 1) -> Machine:
+    """The machine of a name such as KIND:AxB or KIND:AxBxC.
 
-    The numbers are a TPU slice's torus, or SLICESxHOSTSxGPUS of a GPU cluster. `slices`
-    TPU slices are joined by the data centre's network.
+    The numbers are the torus of a TPU slice, or SLICESxHOSTSxGPUS of a GPU cluster.
+    `slices` TPU slices are joined by the data centre's network.
 
     Raises:
-      ValueError: no such kind or shape.
-      ImportError: the extra that brings the compiler is not installed.
+      ValueError: there is no such kind or shape; the extra that brings the compiler is
+        not installed.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)+)", name)
     kind, shape = match.groups() if match else ("", "")
     if kind in _GPUS and shape.count("x") == 2 and slices == 1:
-        gpu = _GPUS[kind]
-        text = _DESCRIPTION.format(name=kind.upper(), **dataclasses.asdict(gpu))
-        devices = _topology(
-            "cuda", "", "plan-gpu", name, target_config=text, topology=shape
-        )
-        # Products by cuBLAS: the tiles of Triton's are found by trying them on a GPU.
-        options = {"xla_gpu_enable_triton_gemm": False}
-        return Target(name, devices, gpu.memory, options)
-    if kind in _TPUS:
-        given: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-        if set(shape.split("x")) == {"1"}:  # else a host has four chips
-            given["chips_per_host_bounds"] = (1, 1, 1)
-        if kind == "v4":  # else it has two devices a chip
-            given["chip_config_name"] = "megacore"
-        devices = _topology("tpu", name, "plan-tpu", name, **given)
-        return Target(name, devices, _TPUS[kind] * GIB)
+        return _gpus(name, kind, shape)
+    if kind in _TPUS and slices >= 1:
+        return _tpus(name, kind, shape, slices)
     raise ValueError(
         f"target={name!r}, slices={slices}; expected KIND:SHAPE such as v5p:4x4x4 or "
-        f"v6e:16x16 ({', '.join(_TPUS)}), or SLICESxHOSTSxGPUS such as h200:1x2x8 "
-        f"({', '.join(_GPUS)})"
+        f"v6e:16x16 ({', '.join(_TPUS)}) and slices of at least 1, or "
+        f"SLICESxHOSTSxGPUS such as h200:1x2x8 ({', '.join(_GPUS)}) and slices=1"
     )
 
 
-def use_no_device() -> None:
-    """Keeps this process from the devices that are here: it only compiles.
+def _gpus(name: str, kind: str, shape: str) -> Machine:
+    gpu = _GPUS[kind]
+    text = _DESCRIPTION.format(name=kind.upper(), **dataclasses.asdict(gpu))
+    devices = _topology(
+        "cuda", "", "plan-gpu", name, target_config=text, topology=shape
+    )
+    # Triton's tiles are found by trials on a GPU, so products go to cuBLAS.
+    return Machine(name, devices, gpu.memory, {"xla_gpu_enable_triton_gemm": False})
 
-    To be called before a device is used.
+
+def _tpus(name: str, kind: str, shape: str, slices: int) -> Machine:
+    options: dict[str, object] = {"num_slices": slices} if slices > 1 else {}
+    if set(shape.split("x")) == {"1"}:  # by default a host has four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if kind == "v4":  # by default each chip has two devices
+        options["chip_config_name"] = "megacore"
+    devices = _topology("tpu", name, "plan-tpu", name, **options)
+    return Machine(name, devices, _TPUS[kind] * GIB)
+
+
+def use_no_device() -> None:
+    """Keep this process from using the attached devices; it only compiles.
+
+    Call it before a device is used.
     """
     jax.config.update("jax_platforms", "cpu")
     # libtpu asks a metadata server for its slice, and locks out a second process.
@@ -119,16 +127,16 @@ def use_no_device() -> None:
 
 
 def _topology(
-    platform: str, topology_name: str, extra: str, name: str, **options: Any
-) -> tuple[Any, ...]:
+    platform: str, topology_name: str, extra: str, name: str, **options: object
+) -> tuple[object, ...]:
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform=platform, topology_name=topology_name, **options
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"target={name!r} cannot be described: {reason}. Is it a real shape, and "
-            f"is the compiler here (pip install 'mgsr_jax[{extra}]')?"
+            f"target={name!r} cannot be described: {reason}; check that this shape "
+            f"exists and the compiler is installed (pip install 'mgsr_jax[{extra}]')"
         ) from error
-    return tuple(found.devices)
+    return tuple(topology.devices)
