@@ -40,7 +40,6 @@ MAX_OTHER_FILE_LINES = 500  # tests, examples, benchmarks
 EXCEPTIONS: dict[str, str] = dict.fromkeys(
     """
 checkpoint.hf:_match
-commands.export:export_student
 data.teacher_cache
 evaluation.evaluate:evaluate
 losses._chunked
@@ -49,7 +48,6 @@ losses._chunked:chunked
 losses._dac_kl
 models._functional
 models._functional:forward
-planning.plan
 rows:from_lists
 training.programs:make_programs
     """.split(),

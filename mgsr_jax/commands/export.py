@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.loaded import Dtype, new_folder
 from mgsr_jax.models.lora import LORA, LoraConfig
-from mgsr_jax.typing import STUDENT
+from mgsr_jax.typing import STUDENT, Params
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
+
+    from mgsr_jax.models import LanguageModel
 
 
 def export(
@@ -61,17 +63,15 @@ def export_student(
       ValueError: `adapter` is set but the run has none; the checkpoint does not fit the
         model.
     """
-    import jax
     import jax.numpy as jnp
 
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf
     from mgsr_jax.checkpoint.peft import save_adapter
-    from mgsr_jax.checkpoint.state import params_shapes, restore_params
     from mgsr_jax.models import lora
-    from mgsr_jax.training.run_folder import CHECKPOINTS, read_run_config
+    from mgsr_jax.training.run_folder import read_run_config
 
-    config, checkpoints = read_run_config(run), Path(run) / CHECKPOINTS
+    config = read_run_config(run)
     source, settings = config["student"], LoraConfig(**config.get("lora", {}))
     model = dataclasses.replace(models.from_config(source), lora=settings)
     if adapter and not settings.rank:
@@ -79,15 +79,7 @@ def export_student(
             f"{run} trained all weights (lora.rank=0) and has no adapter; leave "
             "--adapter out"
         )
-    if settings.rank:
-        key = jax.random.key(0)
-        trained = {LORA: jax.eval_shape(lambda: lora.init(key, model, settings))}
-    else:  # as it was trained, with a padded vocabulary
-        rows = params_shapes(checkpoints, step)[f"{STUDENT}/embed/embedding"][0]
-        model = dataclasses.replace(model, vocab_rows=rows)
-        trained = model.abstract_params()
-    restored = restore_params(checkpoints, step, {STUDENT: trained})
-    params = jax.tree.map(jnp.asarray, restored[STUDENT])
+    model, params = _restore(run, step, model)
     if adapter:
         save_adapter(output, model, params[LORA], base_model=source, dtype=dtype)
         return
@@ -96,3 +88,26 @@ def export_student(
         base = hf.load_params(source, model, dtype=jnp.dtype(config["dtype"]))
         params = lora.merged(base | params, settings)
     hf.save_pretrained(output, model, params, tokenizer_from=source, dtype=dtype)
+
+
+def _restore(
+    run: str | os.PathLike[str], step: int | None, model: "LanguageModel"
+) -> tuple["LanguageModel", Params]:
+    """The trained parameters of a checkpoint, and the model with their vocabulary."""
+    import jax
+    import jax.numpy as jnp
+
+    from mgsr_jax.checkpoint.state import params_shapes, restore_params
+    from mgsr_jax.models import lora
+    from mgsr_jax.training.run_folder import CHECKPOINTS
+
+    checkpoints = Path(run) / CHECKPOINTS
+    if model.lora.rank:
+        key = jax.random.key(0)
+        trained = {LORA: jax.eval_shape(lambda: lora.init(key, model, model.lora))}
+    else:  # training padded the vocabulary
+        rows = params_shapes(checkpoints, step)[f"{STUDENT}/embed/embedding"][0]
+        model = dataclasses.replace(model, vocab_rows=rows)
+        trained = model.abstract_params()
+    restored = restore_params(checkpoints, step, {STUDENT: trained})
+    return model, jax.tree.map(jnp.asarray, restored[STUDENT])

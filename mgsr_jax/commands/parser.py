@@ -60,8 +60,6 @@ def main(arguments: Sequence[str]) -> int:
         return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
 
-
-
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="mgsr",

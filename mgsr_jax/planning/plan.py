@@ -224,7 +224,7 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
         program, (samples, _, sample_outputs) = compile_program(
             "rollout",
             run.programs.rollout,
-            (run.state.whole[STUDENT], run.teacher_params, rows, key),
+            (run.state.all_params[STUDENT], run.teacher_params, rows, key),
             options=options,
             resident=device_bytes(run.state.opt_state),
         )

@@ -1,0 +1,113 @@
+"""`mgsr plan`: its settings, tables and verdict."""
+
+import io
+import json
+
+import jax
+import pytest
+import tiny
+from rich.console import Console
+
+from mgsr_jax import sharding
+from mgsr_jax.commands.exit_status import DONE, MISTAKE
+from mgsr_jax.commands.parser import main
+from mgsr_jax.commands.plan import print_plan, verdict
+from mgsr_jax.planning import machines
+from mgsr_jax.planning.compiled import CompiledProgram
+from mgsr_jax.planning.machines import GIB, Machine
+from mgsr_jax.planning.plan import Plan
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Two CPU devices stand for the target."""
+    machine = Machine("v6e:1x2", tuple(jax.devices()[:2]), GIB)
+    monkeypatch.setattr(machines, "describe", lambda name, slices: machine)
+    monkeypatch.setattr(machines, "use_no_device", lambda: None)
+    return machine
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A YAML file of train without output and data.train."""
+    shape = tiny.LLAMA | {"num_hidden_layers": 1, "eos_token_id": 1}
+    (tmp_path / "student.json").write_text(json.dumps(shape))
+    settings = f"""
+      student: {tmp_path / "student.json"}
+      objective: {{token: 0.0, span: 0.0}}
+      batch_size: 4
+      data: {{max_length: 12, max_prompt_length: 4}}
+      validate_every: 10
+    """
+    (tmp_path / "recipe.yaml").write_text(settings)
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_plan_needs_no_output_data_or_steps(machine, recipe, capsys):
+    assert main(["plan", "--target=v6e:1x2", "--config", recipe]) == DONE
+    out = capsys.readouterr().out
+    assert "v6e:1x2: 2 devices as data 2 x fsdp 1 x tensor 1, 1 micro-batches" in out
+    assert "train step" in out and "\nfits: " in out
+
+
+def test_a_search_prints_the_settings_to_use(machine, recipe, capsys):
+    command = ["plan", "--target=v6e:1x2", "--config", recipe, "--search=true"]
+    assert main(command) == DONE
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "--mesh.data 2 --mesh.fsdp 1 --mesh.tensor 1 --micro_batches 1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--optimizer.rate=1", "optimizer.rate"),
+        ("--data.max_length=wide", "max_length"),
+        ("--batch_size=3", "micro-batch of 3 rows"),
+        ("--objective.token=1", "set teacher"),
+        ("--steps=0", "steps must be above 0"),
+        ("--student=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(
+    machine, recipe, capsys, argument, message
+):
+    assert main(["plan", "--target=v6e:1x2", "--config", recipe, argument]) == MISTAKE
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.startswith("mgsr: error: ")
+    assert "\n" not in error
+
+
+def test_only_the_student_and_the_target_are_required(capsys):
+    assert main(["plan", "--target=v6e:1x2"]) == MISTAKE
+    assert '"student" is required' in capsys.readouterr().err
+    assert main(["plan", "--student=s"]) == MISTAKE
+    assert '"target" is required' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    options = capsys.readouterr().out.split("\n  --")
+    required = [option.split()[0] for option in options if "(required" in option]
+    assert required == ["student", "target"]
+
+
+def plan_of(peak, failure=None):
+    collectives = {"all-gather": (2, 3 * GIB)}
+    program = CompiledProgram("train step", 1.5, peak, GIB, 0, collectives, "")
+    machine, mesh = Machine("v5e:2x4", (), 100 * GIB), sharding.make_mesh(4, 2)
+    return Plan(machine, mesh, 2, {"optimizer": 2 * GIB}, (program,), failure)
+
+
+def test_the_verdict_is_one_line():
+    assert verdict(plan_of(50 * GIB)).startswith("fits: 50.00 of 100.00 GiB per device")
+    tight = verdict(plan_of(95 * GIB))
+    assert tight.startswith("does not fit: 95.00 of 100.00 GiB") and "fsdp" in tight
+    failed = verdict(plan_of(0, failure="Used 20G of 15G hbm"))
+    assert failed.startswith("does not fit: Used 20G") and "\n" not in failed
+
+
+def test_tables_show_memory_programs_and_collectives():
+    console = Console(file=io.StringIO(), width=100)
+    print_plan(plan_of(50 * GIB), console)
+    text = " ".join(console.file.getvalue().replace("│", " ").split())
+    assert text.startswith("v5e:2x4: 8 devices as data 4 x fsdp 2 x tensor 1, 2 micro")
+    assert "optimizer 2.00" in text and "train step 50.00 1.00 1.5" in text
+    assert "train step all-gather 2 3.00" in text
