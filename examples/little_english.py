@@ -1,14 +1,15 @@
-"""Little English: instructions of a few kinds whose test set asks for composition.
+"""Little English: simple instructions whose test set needs composition.
 
-Three tasks - describe a scene, tell a short story of giving, reverse a list - over a
-few hundred words. Each instruction has several valid responses, words are drawn with
-Zipf-like frequencies, and a small share of the training responses holds a wrong word.
+There are three tasks over a few hundred words: describe a scene, tell a short story of
+giving, reverse a list. Each instruction has several valid responses. Words are drawn
+with Zipf-like frequencies. A small share of the training responses contains a wrong
+word.
 
-A share of all word pairs is held out: a pair such as "red fox" (adjective and noun) or
-"fox, kite" (neighbours in a list) stands in no training text, though both its words do.
-Every test instruction has at least one such pair, so copying from memory fails on it.
+Some word pairs are held out: a pair such as "red fox" (adjective and noun) or "fox,
+kite" (neighbours in a list) is in no training text, although both its words are. Every
+test instruction contains at least one such pair, so copying from memory fails on it.
 
-    python examples/little_english.py FOLDER      # writes the data and the tokenizer
+    python examples/little_english.py FOLDER      # write the data and the tokenizer
 """
 
 import argparse
@@ -28,7 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 LONGEST = 44  # tokens of the longest row: prompt, response, end of text
 LONGEST_PROMPT = 24
 
-# Within a list the first words are the frequent ones.
+# The first words of a list are the most frequent ones.
 ADJECTIVES = """red small big blue green white black tiny brown soft heavy round tall
  yellow golden shiny wet dusty spotted pink striped silver wooden purple""".split()
 ANIMALS = """dog cat horse bird fox rabbit bear mouse cow duck sheep frog lion wolf pig
@@ -48,7 +49,7 @@ PLACES = {
     "barn": "in", "island": "on", "school": "at", "valley": "in", "harbour": "at",
     "yard": "in",
 }  # fmt: skip
-# Verb: its forms in a sentence, and the moods that go with it, the likelier first.
+# Verb: its forms in a sentence, and its moods, the most frequent first.
 VERBS = {
     "sleep": ("sleeps", "sleeping", "tired calm cosy cold"),
     "run": ("runs", "running", "lively busy scared merry"),
@@ -70,8 +71,8 @@ FEELINGS = ["happy", "glad", "thankful"]
 KINDS = [ADJECTIVES, ANIMALS, THINGS, GIFTS, NAMES, list(PLACES)]
 KIND_OF = {word: kind for kind in KINDS for word in kind}
 
-# The Alpaca template's constant parts are one token each: what is left to learn on is
-# the instruction, and a whole row stays under a hundred tokens.
+# Each constant part of the Alpaca template is one token. Rows stay short, and what the
+# model has to learn is the instruction.
 TEMPLATE_PARTS = [
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.",
@@ -84,12 +85,12 @@ TEMPLATE_PARTS = [
 
 
 def _held_out_pairs() -> frozenset[tuple[str, str]]:
-    """The pairs of neighbouring words that no training text holds."""
+    """Pairs of neighbouring words that no training text contains."""
     draw = random.Random("held out")
     described = itertools.product(ADJECTIVES, NOUNS)
     pairs = {pair for pair in described if draw.random() < HELD_OUT_SHARE}
     for first, second in itertools.combinations(NOUNS, 2):
-        # Both orders: a reversed list shows the pair the other way round.
+        # Both orders, because a reversed list contains the pair in reverse.
         if draw.random() < HELD_OUT_SHARE / 2:
             pairs |= {(first, second), (second, first)}
     return frozenset(pairs)
@@ -103,10 +104,10 @@ class Example:
     """One instruction with every valid response.
 
     Attributes:
-      instruction: what to do.
-      input: what to do it with.
+      instruction: the task.
+      input: the text that the task is about; may be empty.
       responses: all valid responses.
-      weights: how often each is given, relative to the others.
+      weights: relative frequency of each response.
     """
 
     instruction: str
@@ -116,22 +117,22 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """Instruction and input in one."""
+        """Instruction and input in one text."""
         return f"{self.instruction} {self.input}"
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, without punctuation."""
+    """Words of a text in order, without punctuation."""
     return re.findall(r"[A-Za-z]+", text)
 
 
 def held_out_pairs(text: str) -> list[tuple[str, str]]:
-    """The held-out pairs that stand side by side in a text."""
+    """Held-out pairs that are neighbours in a text."""
     return [pair for pair in itertools.pairwise(words(text)) if pair in HELD_OUT]
 
 
 def _pick(draw: random.Random, choices: Sequence[str]) -> str:
-    """One word, the n-th with a frequency in proportion to 1 / (n + 2) (Zipf-like)."""
+    """Draw one word, the n-th with a frequency proportional to 1 / (n + 2)."""
     return draw.choices(choices, [1 / (n + 3) for n in range(len(choices))])[0]
 
 
@@ -143,7 +144,7 @@ def _pick_distinct(draw: random.Random, choices: Sequence[str], count: int) -> l
 
 
 def _example(instruction: str, given: str, *parts: dict[str, float]) -> Example:
-    """An example whose responses are all combinations of the parts' alternatives."""
+    """An example whose responses combine one alternative of every part."""
     combinations = list(itertools.product(*(part.items() for part in parts)))
     responses = [" ".join(text for text, _ in chosen) for chosen in combinations]
     weights = []
@@ -156,7 +157,7 @@ def _example(instruction: str, given: str, *parts: dict[str, float]) -> Example:
 
 
 def scene(draw: random.Random) -> Example:
-    """An animal that does something somewhere, and how it looks meanwhile."""
+    """An animal does something somewhere and looks a certain way."""
     colour, size = _pick(draw, ADJECTIVES), _pick(draw, ADJECTIVES)
     animal, thing = _pick(draw, ANIMALS), _pick(draw, THINGS)
     place, verb = _pick(draw, list(PLACES)), _pick(draw, list(VERBS))
@@ -179,7 +180,7 @@ def scene(draw: random.Random) -> Example:
 
 
 def story(draw: random.Random) -> Example:
-    """Someone gives something to somebody, who is pleased."""
+    """Someone gives a gift to somebody, who thanks them."""
     giver, taker = _pick_distinct(draw, NAMES, 2)
     gift = f"{_pick(draw, ADJECTIVES)} {_pick(draw, GIFTS)}"
     when = _pick(draw, TIMES)
@@ -204,7 +205,7 @@ def story(draw: random.Random) -> Example:
 
 
 def reversal(draw: random.Random) -> Example:
-    """A list of four to six nouns, to be given from its end."""
+    """A list of four to six nouns is reversed."""
     items = _pick_distinct(draw, NOUNS, draw.randint(4, 6))
     backwards = items[::-1]
     spoken = f"{', '.join(backwards[:-1])} and {backwards[-1]}"
@@ -223,22 +224,22 @@ TASKS: tuple[Callable[[random.Random], Example], ...] = (scene, story, reversal)
 
 
 def examples(count: int, *, seed: int, held_out: bool) -> Iterator[tuple[Example, str]]:
-    """`count` examples, each with one response drawn by its weights.
+    """Yield `count` examples, each with one response drawn by its weights.
 
-    With `held_out` every prompt has at least one held-out pair; without, no text of the
-    example has any.
+    With `held_out` every prompt contains at least one held-out pair. Without it no text
+    of an example contains any.
     """
     draw = random.Random(seed)
-    found = 0
-    while found < count:
-        example = TASKS[found % len(TASKS)](draw)
+    made = 0
+    while made < count:
+        example = TASKS[made % len(TASKS)](draw)
         if bool(held_out_pairs(example.prompt)) == held_out:
-            found += 1
+            made += 1
             yield example, draw.choices(example.responses, example.weights)[0]
 
 
 def with_wrong_word(response: str, draw: random.Random) -> str:
-    """The response with one word replaced by another of its kind."""
+    """Replace one word of the response by another of its kind."""
     places = [m for m in re.finditer(r"[A-Za-z]+", response) if m[0] in KIND_OF]
     while True:
         place = draw.choice(places)
@@ -257,12 +258,12 @@ def write(
     test: int = 300,
     seed: int = 0,
 ) -> Path:
-    """Writes teacher.jsonl, train.jsonl, valid.jsonl and test.jsonl.
+    """Write teacher.jsonl, train.jsonl, valid.jsonl and test.jsonl.
 
-    A student has less data than its teacher had: train.jsonl is the first part of
-    teacher.jsonl. In these two `output` is one response, a share of them noisy. In the
-    others, whose prompts all hold a held-out pair, it is the list of all valid
-    responses, one drawn at random first.
+    The student gets less data than the teacher: train.jsonl is the first part of
+    teacher.jsonl. In both, `output` is one response, and a share NOISE of them has a
+    wrong word. In valid.jsonl and test.jsonl every prompt contains a held-out pair, and
+    `output` is the list of all valid responses, one drawn at random first.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,29 +291,29 @@ def _line(example: Example, output: str | list[str]) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a text of Little English may hold, sorted."""
+    """Every word that a text of Little English can contain, sorted."""
     draw = random.Random("vocabulary")
-    found = set(KIND_OF) | set(VERBS) | set(RELATIONS)
-    # The wording around those is small: a few hundred examples show all of it.
+    vocabulary = set(KIND_OF) | set(VERBS) | set(RELATIONS)
+    # A few hundred examples contain all other words of the templates.
     for task in TASKS:
         for _ in range(400):
             example = task(draw)
             texts = (example.instruction, example.input, *example.responses)
-            found.update(word for text in texts for word in words(text))
-    return sorted(found)
+            vocabulary.update(word for text in texts for word in words(text))
+    return sorted(vocabulary)
 
 
 def tokenizer(folder: str | Path) -> Path:
-    """Writes a tokenizer that transformers loads: a word a token, bytes for the rest.
+    """Write a tokenizer that transformers loads: one token per word, else bytes.
 
-    Byte-level BPE without merges: a word of the vocabulary is taken whole (with the
-    space before it), any other text falls back to its bytes, so that decoding restores
-    every text exactly.
+    Byte-level BPE without merges: a word of the vocabulary, with the space before it,
+    is one token. Any other text falls back to its bytes, so decoding restores every
+    text exactly.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = vocabulary()
-    # A capital stands at a text's start and needs a form without the space as well.
+    # A capitalised word can begin a text, so it needs a form without the space too.
     pieces = [*(f"Ġ{word}" for word in known), *(w for w in known if w[0].isupper())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {piece: i for i, piece in enumerate(dict.fromkeys(alphabet + pieces))}

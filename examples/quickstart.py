@@ -1,11 +1,11 @@
-"""Distil a tiny model from nothing, and see what each method makes of it.
+"""Distil a tiny model from scratch and compare the methods.
 
-A teacher learns Little English (little_english.py), a student a quarter of its size is
-warmed up by SFT, and from there each method makes the same number of updates. All
-training is `mgsr_jax.training.trainer.train`, the trainer of the real runs.
+A teacher learns Little English (little_english.py). A student a quarter of its size is
+warmed up by SFT, and then every method trains it for the same number of updates. All
+training is `mgsr_jax.training.trainer.train`, which `mgsr train` calls too.
 
     python examples/quickstart.py                                # about five minutes
-    python examples/quickstart.py --ablations --seeds 0 1 2      # the README's table
+    python examples/quickstart.py --ablations --seeds 0 1 2      # examples/evidence.md
 """
 
 import argparse
@@ -52,11 +52,11 @@ EVALUATION_BATCH = 152  # two batches; divides over 2, 4 and 8 devices
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a student is trained with after its warm-up.
+    """What trains a student after its warm-up.
 
     Attributes:
-      objective: the losses.
-      rollout: where the rows come from.
+      objective: the losses and their weights.
+      rollout: where the rows of a step come from.
     """
 
     objective: Objective
@@ -86,15 +86,15 @@ ABLATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How a model does on instructions with word pairs that no training text holds.
+    """Scores of a model on instructions with word pairs that no training text contains.
 
     Attributes:
-      greedy: ROUGE-L of greedy answers. F1 x 100
-      sampled: ROUGE-L of samples at temperature 1. F1 x 100
-      valid: samples that are word for word one of the valid responses. percent
-      distinct_2: different pairs of tokens in the samples. share
-      loss: of a reference, teacher forced. nats a token
-      total_variation: distance to the teacher on the references. [0, 1]
+      greedy: ROUGE-L of greedy responses, F1 x 100.
+      sampled: ROUGE-L of samples at temperature 1, F1 x 100.
+      valid: percent of samples that are word for word a valid response.
+      distinct_2: different pairs of tokens per pair in the samples.
+      loss: cross-entropy of a reference, teacher forced, nats per token.
+      total_variation: distance to the teacher on the references, in [0, 1].
     """
 
     greedy: float
@@ -117,13 +117,13 @@ COLUMNS = {
 
 NOTES = (
     "Held-out instructions. ROUGE-L: F1 x 100, best reference. Valid samples: percent "
-    "that are word for word a valid response. Loss: nats a token. TV: total variation "
-    "to the teacher, over the references' tokens."
+    "that are word for word a valid response. Loss: nats per token. TV: total "
+    "variation distance to the teacher, over the references' tokens."
 )
 
 
-class Quickstart:
-    """The folders of one quickstart and the runs in them."""
+class Workspace:
+    """The folder of one quickstart: data, tokenizer, and the runs that train there."""
 
     def __init__(self, output: Path, console: Console):
         self.output, self.console = output, console
@@ -138,38 +138,57 @@ class Quickstart:
             max_length=little_english.LONGEST,
             cache_dir=str(output / "cache"),
         )
-        self.test, _ = load_prompts(
-            self.data / "test.jsonl", self.tokenizer, self.data_config.encoding
-        )
-        self.teacher = self._teacher()
-        self.teacher_model, self.teacher_params = self._load(self.teacher)
 
-    def _teacher(self) -> Path:
-        """The trained teacher's folder; made once for a data set and a recipe."""
+    def train_teacher(self) -> Path:
+        """The trained teacher's folder; trained once for a data set and a recipe."""
         files = (little_english.__file__, __file__)
         recipe = b"".join(Path(file).read_bytes() for file in files)
         recipe += mgsr_jax.__version__.encode()
         folder = self.output / f"teacher-{hashlib.sha256(recipe).hexdigest()[:8]}"
         trained = folder / "run" / "student"
         if trained.exists():
-            self.console.print(f"teacher: {trained}, made before")
+            self.console.print(f"teacher: {trained}, from an earlier quickstart")
             return trained
         self.console.rule("teacher")
         shutil.rmtree(folder, ignore_errors=True)
         start = self.new_model(folder / "init", TEACHER_WIDTH, seed=0)
-        more = dataclasses.replace(
-            self.data_config, train=str(self.data / "teacher.jsonl")
-        )
         config = dataclasses.replace(
-            self._config(start, folder / "run", Method(SFT_ONLY), seed=0),
-            data=more,
+            self.config(start, None, folder / "run", Method(SFT_ONLY), seed=0),
+            data=dataclasses.replace(
+                self.data_config, train=str(self.data / "teacher.jsonl")
+            ),
             steps=TEACHER_STEPS,
             batch_size=64,
         )
         return train(config, console=self.console).student
 
+    def train_students(
+        self, teacher: Path, methods: dict[str, Method], seed: int
+    ) -> dict[str, Path]:
+        """Run folders of the warm-up, named "start", and of each method after it."""
+        folder = self.output / f"seed-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        runs = {}
+        self.console.rule(f"seed {seed}: warm-up")
+        init = self.new_model(folder / "init", STUDENT_WIDTH, seed=seed + 1)
+        config = self.config(init, None, folder / "start", Method(SFT_ONLY), seed=seed)
+        config = dataclasses.replace(
+            config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
+        )
+        start = train(config, console=self.console)
+        runs["start"] = start.output
+        for name, method in methods.items():
+            self.console.rule(f"seed {seed}: {name}")
+            output = folder / run_name(name)
+            # Not the warm-up's order of the data, but the same for every method.
+            config = self.config(
+                start.student, teacher, output, method, seed=seed + 1000
+            )
+            runs[name] = train(config, console=self.console).output
+        return runs
+
     def new_model(self, folder: Path, width: int, *, seed: int) -> Path:
-        """A random LLaMA of four layers as a Hugging Face folder."""
+        """Write a random LLaMA of four layers as a Hugging Face folder."""
         model = models.from_config(
             {
                 "model_type": "llama",
@@ -191,34 +210,20 @@ class Quickstart:
         hf.save_pretrained(folder, model, params, tokenizer_from=self.tokenizer_folder)
         return folder
 
-    def students(self, methods: dict[str, Method], seed: int) -> dict[str, Path]:
-        """The run folder of the warm-up, "start", and of each method after it."""
-        folder = self.output / f"seed-{seed}"
-        shutil.rmtree(folder, ignore_errors=True)
-        runs = {}
-        self.console.rule(f"seed {seed}: student at the start")
-        init = self.new_model(folder / "init", STUDENT_WIDTH, seed=seed + 1)
-        config = self._config(init, folder / "start", Method(SFT_ONLY), seed=seed)
-        config = dataclasses.replace(
-            config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
-        )
-        start = train(config, console=self.console)
-        runs["start"] = start.output
-        for name, method in methods.items():
-            self.console.rule(f"seed {seed}: {name}")
-            output = folder / run_name(name)
-            # Another order of the data than the warm-up's, the same for every method.
-            config = self._config(start.student, output, method, seed=seed + 1000)
-            runs[name] = train(config, console=self.console).output
-        return runs
-
-    def _config(
-        self, student: Path, output: Path, method: Method, *, seed: int
+    def config(
+        self,
+        student: Path,
+        teacher: Path | None,
+        output: Path,
+        method: Method,
+        *,
+        seed: int,
     ) -> TrainConfig:
+        """Settings of a run after the warm-up, with a teacher if `method` needs one."""
         needs_teacher = method.objective.needs_teacher
         return TrainConfig(
             student=str(student),
-            teacher=str(self.teacher) if needs_teacher else None,
+            teacher=str(teacher) if needs_teacher else None,
             output=str(output),
             data=self.data_config,
             objective=method.objective,
@@ -231,25 +236,41 @@ class Quickstart:
             tensorboard=False,
         )
 
-    def _load(self, folder: Path) -> tuple[Model, Params]:
+    def load(self, folder: Path) -> tuple[Model, Params]:
+        """Model and weights of a Hugging Face folder, sharded over the mesh."""
         model = models.from_config(folder)
         return model, hf.load_params(folder, model, mesh=self.mesh)
 
+
+class Judge:
+    """Scores models on the held-out instructions, with the teacher as the measure."""
+
+    def __init__(self, workspace: Workspace, teacher: Path):
+        self.workspace = workspace
+        self.prompts, _ = load_prompts(
+            workspace.data / "test.jsonl",
+            workspace.tokenizer,
+            workspace.data_config.encoding,
+        )
+        self.teacher, self.teacher_params = workspace.load(teacher)
+
     def score(self, folder: Path) -> tuple[Scores, EvaluationResult]:
-        """The model in `folder` on the held-out instructions."""
-        self.console.print(f"scoring {folder}")
-        model, params = self._load(folder)
+        """Scores of the model in `folder`, and every response that it wrote."""
+        workspace = self.workspace
+        workspace.console.print(f"scoring {folder}")
+        model, params = workspace.load(folder)
         result = evaluate(
             model,
             params,
-            self.tokenizer,
-            self.test,
+            workspace.tokenizer,
+            self.prompts,
             seeds=EVALUATION_SEEDS,
-            max_prompt_length=self.data_config.max_prompt_length,
-            max_length=self.data_config.max_length,
+            max_prompt_length=workspace.data_config.max_prompt_length,
+            max_length=workspace.data_config.max_length,
             batch_size=EVALUATION_BATCH,
-            mesh=self.mesh,
+            mesh=workspace.mesh,
         )
+        assert result.sampled is not None  # EVALUATION_SEEDS is not empty
         samples = [answer for answer in result.answers if answer.seed is not None]
         valid = statistics.fmean(a.response in a.references for a in samples)
         scores = Scores(
@@ -263,21 +284,21 @@ class Quickstart:
         return scores, result
 
     def distance(self, model: Model, params: Params) -> float:
-        """Mean total variation to the teacher over the references' tokens."""
-        total = count = 0.0
-        with jax.set_mesh(self.mesh):
+        """Mean total variation distance to the teacher over the references' tokens."""
+        mesh, total, count = self.workspace.mesh, 0.0, 0.0
+        with jax.set_mesh(mesh):
             for rows in prompt_batches(
-                self.test,
+                self.prompts,
                 EVALUATION_BATCH,
-                width=self.data_config.max_length,
+                width=self.workspace.data_config.max_length,
                 with_response=True,
             ):
                 values, where = total_variation(
                     model,
                     params,
-                    self.teacher_model,
+                    self.teacher,
                     self.teacher_params,
-                    sharding.put_batch(self.mesh, rows),
+                    sharding.put_batch(mesh, rows),
                 )
                 total += float(jnp.sum(jnp.where(where, values, 0.0)))
                 count += float(jnp.sum(where))
@@ -285,7 +306,7 @@ class Quickstart:
 
 
 def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConfig:
-    """Short runs: a short warm-up and a short memory of the squared gradient."""
+    """AdamW for a short run: 20 warm-up steps, a short mean of squared gradients."""
     return OptimizerConfig(
         learning_rate=learning_rate,
         final_learning_rate=final_learning_rate,
@@ -295,10 +316,10 @@ def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConf
 
 
 def scaled_for_width(params: Params) -> Params:
-    """Kernels with deviation fan_in ** -0.5, embeddings with 0.3.
+    """Rescale kernels to a deviation of fan_in ** -0.5 and embeddings to 0.3.
 
-    `init` draws with the deviation 0.02 of large models. At these widths that is so
-    little that copying words from the prompt takes three times the steps to appear.
+    `init` draws with deviation 0.02, as large models do. At these small widths that is
+    too small: learning to copy words from the prompt then takes three times the steps.
     """
 
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -317,7 +338,7 @@ def total_variation(
     teacher_params: Params,
     rows: Rows,
 ) -> tuple[jax.Array, jax.Array]:
-    """1/2 sum |p - q| at every position, and which positions are the response's."""
+    """1/2 sum |p - q| at every position, and which positions belong to the response."""
     view = next_token_view(rows)
 
     def probabilities(model: Model, params: Params) -> jax.Array:
@@ -330,63 +351,73 @@ def total_variation(
 
 
 def run_name(method: str) -> str:
-    """A method's name as that of a folder."""
+    """A folder name for a method."""
     return method.lower().replace(", ", "-").replace(" ", "-")
 
 
 def cell(values: Sequence[float], form: str) -> str:
-    """The mean, and with several values their standard deviation."""
+    """The mean, and for several values their standard deviation."""
     text = f"{statistics.fmean(values):{form}}"
     return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
 
 
 def table_rows(scores: dict[str, list[Scores]]) -> list[list[str]]:
-    """A row a model: its name and a cell for each of COLUMNS."""
+    """One row per model: its name and a cell for each of COLUMNS."""
     return [
         [name]
         + [
-            cell([getattr(one, field) for one in of_seeds], form)
+            cell([getattr(scores, field) for scores in by_seed], form)
             for field, (_, form) in COLUMNS.items()
         ]
-        for name, of_seeds in scores.items()
+        for name, by_seed in scores.items()
     ]
 
 
-def show_answers(console: Console, results: dict[str, EvaluationResult]) -> None:
-    """The greedy answers to one instruction of each kind."""
+def show_responses(console: Console, results: dict[str, EvaluationResult]) -> None:
+    """Print every model's greedy response to one instruction of each task."""
     for index in range(len(little_english.TASKS)):
         for i, (name, result) in enumerate(results.items()):
             answer = [a for a in result.answers if a.seed is None][index]
             if i == 0:
-                console.print(f"\n[bold]one valid answer[/]  {answer.references[0]}")
-            console.print(f"{name:>16}  {answer.response}", markup=False)
+                console.print(f"\n[bold]one valid response[/]  {answer.references[0]}")
+            console.print(f"{name:>18}  {answer.response}", markup=False)
 
 
-def main() -> None:
-    """Trains, scores, prints and writes the table."""
+def parse_arguments() -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--ablations", action="store_true", help="more methods, and evidence.md"
+        "--ablations", action="store_true", help="train more methods, write evidence.md"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train the teacher and the students, score them, write the table."""
+    arguments = parse_arguments()
     began, console = time.monotonic(), Console()
     datasets.disable_progress_bars()
-    quickstart = Quickstart(arguments.output, console)
+    workspace = Workspace(arguments.output, console)
+    teacher = workspace.train_teacher()
+    judge = Judge(workspace, teacher)
     methods = METHODS | (ABLATIONS if arguments.ablations else {})
     scores: dict[str, list[Scores]] = {}
     results: dict[str, EvaluationResult] = {}
-    one, results["teacher"] = quickstart.score(quickstart.teacher)
-    scores["teacher"] = [one]
+
+    def score(name: str, folder: Path) -> None:
+        own, results[name] = judge.score(folder)
+        scores.setdefault(name, []).append(own)
+
+    score("teacher", teacher)
     for seed in arguments.seeds:
-        runs = quickstart.students(methods, seed)
+        runs = workspace.train_students(teacher, methods, seed)
         for name, run in runs.items():
-            one, results[name] = quickstart.score(run / "student")
-            scores.setdefault(name, []).append(one)
-        # After every seed: a long comparison that is stopped leaves what it has.
+            score(name, run / "student")
+        # After every seed, so that a comparison that is stopped keeps its results.
         write_results(arguments, console, scores, runs)
-    show_answers(console, {k: results[k] for k in ("teacher", "start", "MGSR")})
+    show_responses(console, {k: results[k] for k in ("teacher", "start", "MGSR")})
     console.print(f"\ncurves    {arguments.output / 'curves.png'}")
     console.print(f"student   {runs['MGSR'] / 'student'}")
     console.print(f"time      {time.monotonic() - began:.0f} s")
@@ -398,14 +429,14 @@ def write_results(
     scores: dict[str, list[Scores]],
     runs: dict[str, Path],
 ) -> None:
-    """The table on the terminal and as Markdown, the numbers as JSON, the curves."""
+    """Print the table; write it as Markdown, the scores as JSON, and the curves."""
     heads = ["model", *(head for head, _ in COLUMNS.values())]
     rows = table_rows(scores)
-    shown = Table(*(head.replace(" ", "\n") for head in heads), box=box.SIMPLE)
-    shown.columns[0].no_wrap = True
+    printed = Table(*(head.replace(" ", "\n") for head in heads), box=box.SIMPLE)
+    printed.columns[0].no_wrap = True
     for row in rows:
-        shown.add_row(*row)
-    console.print(shown, NOTES)
+        printed.add_row(*row)
+    console.print(printed, NOTES)
     markdown = f"{markdown_table(heads, rows)}\n\n{NOTES}\n"
     output = arguments.output
     (output / "table.md").write_text(markdown, encoding="utf-8")
@@ -415,31 +446,31 @@ def write_results(
             encoding="utf-8",
         )
     numbers = {
-        name: [dataclasses.asdict(one) for one in of_seeds]
-        for name, of_seeds in scores.items()
+        name: [dataclasses.asdict(own) for own in by_seed]
+        for name, by_seed in scores.items()
     }
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    drawn = {name: runs[name] / "metrics.jsonl" for name in METHODS}
-    report.curves(drawn, output / "curves.png")
+    logs = {name: runs[name] / "metrics.jsonl" for name in METHODS}
+    report.curves(logs, output / "curves.png")
 
 
 def evidence_page(table: str, seeds: Sequence[int]) -> str:
-    """evidence.md: how the table was made, and the table."""
+    """Content of evidence.md: the table and how it was made."""
     rest = STUDENT_STEPS - WARM_STEPS
     return f"""# Evidence
 
-Made by `make evidence` (jax {jax.__version__}). One teacher; seeds
-{list(seeds)}: each has its own student, warmed up by {WARM_STEPS} steps of SFT
-("start"), and from there {rest} steps of every method, on the same batches in the same
-order. Mean ± standard deviation over the seeds. SCRG is on half of the steps; MGSR is
-DAC-KL, span and SCRG; every method keeps the SFT term unless it says so.
+Written by `make evidence` (jax {jax.__version__}). There is one teacher. Each of the
+seeds {list(seeds)} has its own student, warmed up by {WARM_STEPS} SFT steps ("start").
+From there every method trains for {rest} steps, on the same batches in the same order.
+Mean ± standard deviation over the seeds. SCRG runs on half of the steps. MGSR is
+DAC-KL, span and SCRG. Every method keeps the SFT term unless its name says otherwise.
 
 {table}"""
 
 
 if __name__ == "__main__":
-    # Without an accelerator: a device a core, each with its share of the rows. That is
-    # faster than one device that splits every small product over the cores.
+    # On a CPU, one device per core, each with its share of the rows, is faster than one
+    # device that splits every small product over the cores.
     cores = os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", 1 << min(cores.bit_length() - 1, 3))
     main()

@@ -1,10 +1,11 @@
-"""What DAC-KL keeps of a real teacher's distributions: the figure of docs/losses.md.
+"""Draw what DAC-KL keeps of a teacher's distributions: the figure of docs/losses.md.
 
     python examples/what_dac_kl_keeps.py --teacher models/teacher \
         --data dolly/valid.jsonl --output docs/what_dac_kl_keeps.png
 
-Every scored position of the first answers is looked at with the limits that the clip
-network starts from, (0.1, 0.98). About a minute on two CPU cores for a 135M teacher.
+The figure covers every scored position of the first responses, with the limits that
+the clip network starts from, (0.1, 0.98). About a minute on two CPU cores for a 135M
+teacher.
 """
 
 import argparse
@@ -26,12 +27,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LOWER, UPPER, WIDTH, CANDIDATES = 0.1, 0.98, 0.01, 512
-SHOWN = (0.3, 0.6, 0.9)  # quantiles of the entropy: a sure, a usual, an open position
+SHOWN = (0.3, 0.6, 0.9)  # quantiles of the entropy, from certain to open positions
 KEPT, CLIPPED = "#1f6f8b", "#c8cdd0"
 
 
 def distributions(args, tokenizer):
-    """Log-probabilities [N, V] of N scored positions, and the text before each."""
+    """Log-probabilities of N scored positions, [N, V], and the text before each."""
     model = models.from_config(args.teacher)
     params = hf.load_params(args.teacher, model)
     width = args.max_length
@@ -42,13 +43,13 @@ def distributions(args, tokenizer):
     @jax.jit
     def log_probs(params, tokens, first):
         hidden, _ = model.forward(params, tokens)
-        # From the last token of the prompt on: a fixed number of positions a row.
+        # A fixed number of positions per row, from the prompt's last token on.
         at = jnp.minimum(first[:, None] + jnp.arange(args.positions)[None], width - 2)
         chosen = jnp.take_along_axis(hidden, at[..., None], axis=1)
         logits = model.unembed(model.head_params(params), chosen)
         return jax.nn.log_softmax(logits[..., :size]), at
 
-    found, before = [], []
+    scored, before = [], []
     chosen = rows.select(range(min(args.examples, len(rows))))
     for batch in eval_batches(chosen, 4, widths=[width]):
         view = next_token_view(batch)
@@ -58,13 +59,13 @@ def distributions(args, tokenizer):
         for b, t in zip(
             *np.nonzero(np.take_along_axis(view.where, at, 1)), strict=True
         ):
-            found.append(log_p[b, t])
+            scored.append(log_p[b, t])
             before.append(tokenizer.decode(batch.tokens[b, : at[b, t] + 1][-7:]))
-    return np.stack(found), before
+    return np.stack(scored), before
 
 
 def kept_weights(p):
-    """DAC-KL's mask over candidates `p` [K], descending, as docs/method.md has it."""
+    """DAC-KL's mask over candidates `p` in descending order, [K], in numpy."""
     rest = 1 - p[0]
     level = 1 - (np.cumsum(p[1:]) - p[1:] / 2) / rest
 
@@ -76,7 +77,7 @@ def kept_weights(p):
 
 
 def draw_position(axis, log_p, before, tokenizer):
-    """Probability by rank; what is kept is dark."""
+    """Draw probability by rank; kept classes are dark."""
     order = np.argsort(-log_p)[:CANDIDATES]
     p = np.exp(log_p[order].astype(np.float64))
     weight, rank = kept_weights(p), np.arange(1, len(p) + 1)
@@ -98,7 +99,7 @@ def draw_position(axis, log_p, before, tokenizer):
 
 
 def draw_all(axes, log_p, kept):
-    """Over all positions: how many classes, and how much mass, by entropy."""
+    """Draw the number of kept classes, and the kept mass by entropy."""
     entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
     axes[0].hist(
         np.asarray(kept.kept_classes), bins=np.geomspace(1, CANDIDATES, 30), color=KEPT
@@ -114,7 +115,7 @@ def draw_all(axes, log_p, kept):
 
 
 def main():
-    """Writes the figure and prints its medians."""
+    """Write the figure and print its medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,7 +123,7 @@ def main():
     parser.add_argument("--data", required=True, help="JSON Lines of instructions")
     parser.add_argument("--output", type=Path, default=Path("what_dac_kl_keeps.png"))
     parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--positions", type=int, default=32, help="at most, an answer")
+    parser.add_argument("--positions", type=int, default=32, help="most per response")
     parser.add_argument("--max_length", type=int, default=256)
     args = parser.parse_args()
     tokenizer = hf.load_tokenizer(args.teacher)
