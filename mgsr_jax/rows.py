@@ -1,13 +1,14 @@
 """The one layout of token sequences: left-aligned rows.
 
-A row is prompt, response, padding, from index 0. Rows of the data set, generated,
+A row is prompt, response, padding, from index 0. Rows of the data set and generated,
 replayed and corrected rows are the same record. Masks come from lengths, never from
-token ids (padding may equal end-of-sequence). Labels are shifted here and nowhere else.
+token ids: the id of padding may equal that of end-of-sequence. Only this file shifts
+labels.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,15 @@ NO_SPAN = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch of token sequences; leading axes may be added to every field alike.
+    """A batch of token sequences; all fields may have the same additional leading axes.
 
     Attributes:
       tokens: prompt, response, padding. [B, S]
-      prompt_lengths: tokens of the prompt. [B]
-      lengths: tokens of prompt and response, the closing end-of-sequence included. [B]
-      span_ids: the phrase that token i belongs to, -1 for none. [B, S]
+      prompt_lengths: number of tokens in the prompt. [B]
+      lengths: number of tokens in prompt and response, with end-of-sequence. [B]
+      span_ids: the phrase that a token belongs to, -1 for none. [B, S]
       example: global index of the example; random keys are folded by it. [B]
-      ground_truth: False for text that a model wrote. [B]
+      ground_truth: whether the text is from the data set, not from a model. [B]
     """
 
     tokens: Leaf
@@ -42,7 +43,7 @@ class Rows:
 
 
 class NextTokenView(NamedTuple):
-    """What a loss reads: index t of each field is about predicting labels[t]."""
+    """Arguments of a loss; in each field, index t belongs to the label at t."""
 
     inputs: Int[Array, "*B T"]
     labels: Int[Array, "*B T"]
@@ -51,9 +52,9 @@ class NextTokenView(NamedTuple):
 
 
 def next_token_view(rows: Rows) -> NextTokenView:
-    """Shifts labels and span ids by one: T = S - 1.
+    """Shift labels and span ids by one: T = S - 1.
 
-    `where[b, t]` is True where the label is a token of the response, that is for
+    `where[b, t]` is True if the label is a token of the response, which means
     `prompt_lengths[b] - 1 <= t < lengths[b] - 1`.
 
     >>> rows = from_lists([[5, 6]], [[7, 2]], width=6)
@@ -79,9 +80,16 @@ def from_lists(
     pad_id: int = 0,
     ground_truth: bool = True,
 ) -> Rows:
-    """Host rows (numpy) of the given width from lists of token ids.
+    """Host rows (numpy) from lists of token ids.
 
-    `span_ids`, where given, are those of the responses' tokens.
+    Args:
+      prompts: token ids of each prompt.
+      responses: token ids of each response.
+      width: width of the rows, S.
+      span_ids: span ids of each response, one per token; None: no spans.
+      examples: global index of each example; None: 0, 1, ...
+      pad_id: id of padding.
+      ground_truth: whether the responses are from the data set.
 
     Raises:
       ValueError: a row is longer than `width` or has an empty prompt; lists of
@@ -100,67 +108,80 @@ def from_lists(
         ground_truth=np.full(size, ground_truth),
     )
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = len(prompt), len(prompt) + len(response)
-        if start == 0:
-            raise ValueError(
-                f"row {b}: empty prompt; a response needs a token to follow"
-            )
-        if end > width:
-            raise ValueError(
-                f"row {b}: {start} + {end - start} tokens do not fit a row of {width}"
-            )
-        rows.tokens[b, :end] = [*prompt, *response]
-        rows.lengths[b] = end
-        if span_ids is not None:
-            if len(span_ids[b]) != len(response):
-                raise ValueError(
-                    f"row {b}: {len(span_ids[b])} span ids for {len(response)} tokens "
-                    "of response; give one a token, -1 for none"
-                )
-            rows.span_ids[b, start:end] = span_ids[b]
+        spans = None if span_ids is None else span_ids[b]
+        _fill(rows, b, prompt, response, spans)
     return rows
 
 
+def _fill(
+    rows: Rows,
+    b: int,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    span_ids: Sequence[int] | None,
+) -> None:
+    """Write one row in place."""
+    width, start, end = rows.tokens.shape[1], len(prompt), len(prompt) + len(response)
+    if start == 0:
+        raise ValueError(f"row {b}: empty prompt; a response needs a token to follow")
+    if end > width:
+        raise ValueError(
+            f"row {b}: {start} + {end - start} tokens do not fit a row of {width}"
+        )
+    rows.tokens[b, :end] = [*prompt, *response]
+    rows.lengths[b] = end
+    if span_ids is None:
+        return
+    if len(span_ids) != len(response):
+        raise ValueError(
+            f"row {b}: {len(span_ids)} span ids for {len(response)} tokens of "
+            "response; give one span id per token, -1 for none"
+        )
+    rows.span_ids[b, start:end] = span_ids
+
+
 def _check_sizes(
-    prompts: Sequence[Any],
-    responses: Sequence[Any],
-    span_ids: Sequence[Any] | None,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    span_ids: Sequence[Sequence[int]] | None,
     examples: Sequence[int] | None,
 ) -> None:
-    given = {"responses": responses, "span_ids": span_ids, "examples": examples}
-    sizes = {name: len(part) for name, part in given.items() if part is not None}
+    lists = {"responses": responses, "span_ids": span_ids, "examples": examples}
+    sizes = {name: len(part) for name, part in lists.items() if part is not None}
     if any(size != len(prompts) for size in sizes.values()):
         listed = ", ".join(f"{size} {name}" for name, size in sizes.items())
-        raise ValueError(f"{len(prompts)} prompts, {listed}; give one of each a row")
+        raise ValueError(f"{len(prompts)} prompts, {listed}; give one of each per row")
 
 
 def narrowest(widths: Sequence[int], lengths: np.ndarray) -> int:
-    """The first of `widths`, which ascend, that rows of these lengths fit into.
+    """The first of the ascending `widths` that rows of these lengths fit into.
 
     >>> narrowest((128, 256, 512), np.array([90, 130]))
     256
 
     Raises:
-      ValueError: they fit into none.
+      ValueError: a row is longer than all widths.
     """
     longest = int(lengths.max())
     for width in widths:
         if longest <= width:
             return width
-    raise ValueError(f"a row of {longest} tokens fits into no width of {widths}")
+    raise ValueError(
+        f"a row of {longest} tokens fits into no width of {widths}; add a larger one"
+    )
 
 
 def with_width(rows: Rows, width: int) -> Rows:
-    """Host rows, padded to another width, or cut to it where that is padding alone.
+    """Host rows with more or less padding, so that they have the given width.
 
     Raises:
-      ValueError: a row is longer.
+      ValueError: a row is longer than `width`.
     """
     narrowest([width], rows.lengths)
 
     def fit(leaf: np.ndarray, padding: int) -> np.ndarray:
-        more = max(0, width - leaf.shape[1])
-        return np.pad(leaf[:, :width], ((0, 0), (0, more)), constant_values=padding)
+        added = max(0, width - leaf.shape[1])
+        return np.pad(leaf[:, :width], ((0, 0), (0, added)), constant_values=padding)
 
     return dataclasses.replace(
         rows, tokens=fit(rows.tokens, 0), span_ids=fit(rows.span_ids, NO_SPAN)
@@ -168,7 +189,7 @@ def with_width(rows: Rows, width: int) -> Rows:
 
 
 def prompts_only(rows: Rows) -> Rows:
-    """The rows cut back to their prompts, as a start for generation."""
+    """The rows without their responses, to start generation from."""
     cut = dataclasses.replace(
         rows,
         lengths=rows.prompt_lengths,
@@ -179,12 +200,12 @@ def prompts_only(rows: Rows) -> Rows:
 
 
 def blank_padding(rows: Rows) -> Rows:
-    """Zeros in place of whatever stale tokens lie beyond each row's length."""
+    """The rows with zeros in place of stale tokens at and beyond each row's length."""
     end = rows.lengths[..., None]
     inside = _positions(rows.tokens.shape[-1], end.ndim) < end
     return dataclasses.replace(rows, tokens=jnp.where(inside, rows.tokens, 0))
 
 
 def _positions(length: int, ndim: int) -> Int[Array, "..."]:
-    """0, 1, ... along the last of `ndim` axes."""
+    """0, 1, ... along the last axis of `ndim` axes."""
     return jnp.arange(length).reshape((1,) * (ndim - 1) + (length,))

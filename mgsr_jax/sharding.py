@@ -1,21 +1,25 @@
-"""The device mesh, strict tables from parameter paths to shardings, batches onto it.
+"""The device mesh, strict rules from parameter paths to shardings, batches on the mesh.
 
-Along "data" lie copies of the models, along "fsdp" parts of their parameters; both
-split rows. "tensor" splits heads, MLPs and the vocabulary of every copy.
+The axis "data" replicates the models, "fsdp" splits their parameters, and both split
+the rows of a batch. "tensor" splits heads, MLPs and the vocabulary.
+
+Functions without an argument `mesh` read the ambient mesh, which `jax.set_mesh` sets.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
-from mgsr_jax.typing import BATCH_AXES
+from mgsr_jax.typing import BATCH_AXES, Leaf
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(BATCH_AXES)
@@ -23,21 +27,39 @@ BATCH = P(BATCH_AXES)
 Rules = Sequence[tuple[str, P]]
 """Ordered rows (regex searched in the '/'-joined path, spec); the first match wins."""
 
+Axes = str | tuple[str, ...] | None
+"""Mesh axes that split one dimension of an array."""
+
+Tree = TypeVar("Tree")
+
 
 class DoesNotDivide(ValueError):
-    """A size that another mesh might divide."""
+    """The mesh does not divide a size; another mesh might."""
+
+
+def path_name(key_path: KeyPath) -> str:
+    """The '/'-joined path of a leaf.
+
+    >>> path_name((jax.tree_util.DictKey("mlp"), jax.tree_util.DictKey("up")))
+    'mlp/up'
+    """
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with the axes data, fsdp and tensor; one size may be -1 (the rest).
 
-    Neighbours along fsdp and tensor are neighbours in a TPU's network; several TPU
-    slices are put behind one another along data.
+    Neighbours along fsdp and tensor are neighbours in a TPU's network. Several TPU
+    slices follow one another along data.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -47,16 +69,16 @@ def make_mesh(
     if min(shape) < 1 or int(np.prod(shape)) != len(devices):
         raise ValueError(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fill the "
-            f"{len(devices)} devices at hand; let the sizes multiply to "
-            f"{len(devices)}, or give one of them as -1"
+            f"{len(devices)} devices; let the sizes multiply to {len(devices)}, or "
+            "set one of them to -1"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":
         slices = 1
     if shape[0] % slices:
         raise DoesNotDivide(
-            f"mesh.data={shape[0]} does not divide over {slices} TPU slices, between "
-            "which only copies of the models can be placed; use a multiple"
+            f"mesh.data={shape[0]} does not divide over {slices} TPU slices; only the "
+            f"data axis can span slices, so use a multiple of {slices}"
         )
     within = (shape[0] // slices, *shape[1:])
     if slices == 1:
@@ -70,61 +92,67 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def partition_specs(rules: Rules, tree: Any, *, strict: bool = True) -> Any:
-    """The spec of every leaf by the first rule that matches its path.
+def partition_specs(rules: Rules, tree: PyTree, *, strict: bool = True) -> PyTree:
+    """The spec of each leaf, from the first rule that matches its path.
 
-    Scalars are replicated. `strict` is for a whole model; a part of it has not all.
+    Scalars are replicated.
+
+    Args:
+      rules: the rules of a model.
+      tree: the parameters, or their shapes.
+      strict: raise for a rule that matches no leaf; False for a part of a model.
 
     Raises:
       ValueError: a leaf that no rule matches; if strict, a rule that matches no leaf.
     """
     used: set[str] = set()
 
-    def spec(path: Any, leaf: Any) -> P:
+    def first_match(path: KeyPath, leaf: Leaf) -> P:
         if leaf.ndim == 0:
             return P()
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, found in rules:
+        name = path_name(path)
+        for pattern, spec in rules:
             if re.search(pattern, name):
                 used.add(pattern)
-                return found
+                return spec
         raise ValueError(
             f"no partition rule matches {name!r} of shape {leaf.shape}; add one"
         )
 
-    specs = jax.tree_util.tree_map_with_path(spec, tree)
+    specs = jax.tree_util.tree_map_with_path(first_match, tree)
     unused = [pattern for pattern, _ in rules if pattern not in used]
     if strict and unused:
         raise ValueError(f"partition rules match no parameter: {unused}; remove them")
     return specs
 
 
-def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """`partition_specs` on a mesh, checked: every sharded dimension must divide.
+def shardings(mesh: Mesh, rules: Rules, tree: PyTree) -> PyTree:
+    """The sharding of each leaf on a mesh, by the rules of a model.
 
     Raises:
-      ValueError: as `partition_specs`; or a dimension that does not divide, by name.
+      ValueError: a leaf without a rule, a rule without a leaf, or a dimension that the
+        mesh does not divide, by name.
     """
     return placed(mesh, tree, partition_specs(rules, tree))
 
 
-def placed(mesh: Mesh, tree: Any, specs: Any) -> Any:
-    """`specs` of the leaves of `tree` on a mesh, checked.
+def placed(mesh: Mesh, tree: PyTree, specs: PyTree) -> PyTree:
+    """The sharding of each leaf on a mesh, by its spec.
 
     Raises:
-      ValueError: a dimension that does not divide, by name.
+      ValueError: a dimension that the mesh does not divide, by name.
     """
 
-    def place(path: Any, leaf: Any, spec: P) -> NamedSharding:
+    def place(path: KeyPath, leaf: Leaf, spec: P) -> NamedSharding:
         sharding = NamedSharding(mesh, spec)
         try:
             sharding.shard_shape(leaf.shape)
-        # IndexError where the spec has more axes than the array.
+        # IndexError: the spec has more axes than the array.
         except (ValueError, IndexError) as error:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise DoesNotDivide(
-                f"parameter {name!r} of shape {leaf.shape} cannot be split as {spec} "
-                f"over the mesh {dict(mesh.shape)}; choose axis sizes that divide it"
+                f"parameter {path_name(path)!r} of shape {leaf.shape} cannot be split "
+                f"as {spec} over the mesh {dict(mesh.shape)}; choose axis sizes that "
+                "divide it"
             ) from error
         return sharding
 
@@ -132,20 +160,21 @@ def placed(mesh: Mesh, tree: Any, specs: Any) -> Any:
 
 
 def gathered(rules: Rules) -> Rules:
-    """The same rules without fsdp: for parameters that are used again and again."""
+    """The same rules without fsdp: for parameters that are all-gathered over it."""
 
-    def whole(part: Any) -> Any:
-        names = (part,) if isinstance(part, str) else tuple(part or ())
+    def without_fsdp(axes: Axes) -> Axes:
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         kept = tuple(name for name in names if name != "fsdp")
         return kept[0] if len(kept) == 1 else kept or None
 
-    return tuple((pattern, P(*map(whole, spec))) for pattern, spec in rules)
+    return tuple((pattern, P(*map(without_fsdp, spec))) for pattern, spec in rules)
 
 
-def constrain(tree: Any, specs: Any) -> Any:
-    """`tree` placed on the context's mesh; as it is where there is none.
+def constrain(tree: Tree, specs: PyTree) -> Tree:
+    """Constrain the sharding of `tree` on the ambient mesh.
 
-    So too inside a shard_map: there everything is a device's own already.
+    Returns `tree` unchanged without a mesh, and inside a shard_map, where each device
+    already has its own part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -155,51 +184,51 @@ def constrain(tree: Any, specs: Any) -> Any:
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the context's mesh; 1 where there is none."""
+    """Devices along an axis of the ambient mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def vocab_axis() -> str | None:
-    """The axis that vocabularies are split over on the context's mesh, if any."""
+    """The axis of the ambient mesh that splits vocabularies; None: they are whole."""
     return "tensor" if axis_size("tensor") > 1 else None
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The axes that rows are split over on the context's mesh.
+    """The axes of the ambient mesh that rows are split over.
 
-    Those of one device are left out, but where the vocabulary is split: then a loss is
-    written for all axes.
+    An axis of size 1 is left out, unless the vocabulary is split: losses over a split
+    vocabulary expect both axes.
     """
     return tuple(axis for axis in BATCH_AXES if vocab_axis() or axis_size(axis) > 1)
 
 
 def batch_shards() -> int:
-    """Parts that rows are split into on the context's mesh; 1 where there is none."""
+    """Number of parts that the ambient mesh splits rows into; 1 without a mesh."""
     return math.prod(axis_size(axis) for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over data and fsdp; every other axis whole."""
+    """Split the first axis over data and fsdp; replicate over tensor."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Replicate the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into."""
+    """Number of parts that a mesh splits the rows of a batch into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def host_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Which rows of a batch of `size` this process's devices hold, ascending.
+    """Indices of the rows of a batch that this process's devices hold, ascending.
 
-    Where the tensor axis spans several hosts, each of them holds the same ones.
+    If the tensor axis spans several hosts, these hosts hold the same rows.
 
     Raises:
-      ValueError: the number of rows does not divide over the mesh.
+      ValueError: the mesh does not divide the number of rows, `size`.
     """
     parts = row_parts(mesh)
     if size % parts:
@@ -211,11 +240,11 @@ def host_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host rows, this process's `host_rows`, as global arrays over data and fsdp.
+def put_batch(mesh: Mesh, batch: Tree) -> Tree:
+    """Global arrays, split over data and fsdp, from this process's `host_rows`.
 
     Raises:
-      ValueError: the number of rows does not divide over the mesh.
+      ValueError: the mesh does not divide the number of rows.
     """
     place = batch_sharding(mesh)
     held = len(host_rows(mesh, row_parts(mesh)))
@@ -224,7 +253,8 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
         size = leaf.shape[0] * row_parts(mesh) // held
         own = host_rows(mesh, size)
 
-        def rows(index: Any) -> np.ndarray:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(size)
             first = int(np.searchsorted(own, start))
             return leaf[first : first + stop - start]
@@ -234,23 +264,23 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
-def fetch_rows(batch: Any) -> Any:
-    """The rows that this process's devices hold, as `put_batch` took them."""
+def fetch_rows(batch: Tree) -> Tree:
+    """The rows that this process's devices hold; the inverse of `put_batch`."""
 
     def fetch(leaf: jax.Array) -> np.ndarray:
-        # Replicas of a row say the same.
+        # Replicas of a row are equal: keep one of them.
         shards = {_first_row(shard): shard for shard in leaf.addressable_shards}
         return np.concatenate([np.asarray(shards[i].data) for i in sorted(shards)])
 
     return jax.tree.map(fetch, batch)
 
 
-def _first_row(shard: Any) -> int:
+def _first_row(shard: jax.Shard) -> int:
     return shard.index[0].start or 0
 
 
-def fetch_whole(tree: Any) -> Any:
-    """Arrays of all hosts on every host; all of them call this together."""
+def fetch_whole(tree: Tree) -> Tree:
+    """All-gather arrays from all hosts to every host; every process must call this."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
