@@ -1,19 +1,21 @@
-"""Causal language models: `from_config` reads config.json; the rest is functions."""
+"""Causal language models as pure functions; `from_config` makes one."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mgsr_jax.models import gpt2, llama, opt, qwen
-from mgsr_jax.models._functional import LAYERS, KeyRow, LanguageModel
+from mgsr_jax.models._architecture import Architecture, KeyRow
+from mgsr_jax.models._language_model import LanguageModel
+from mgsr_jax.models._model_config import HfConfig, ModelConfig
+from mgsr_jax.typing import LAYERS
 
 __all__ = ["LAYERS", "KeyRow", "LanguageModel", "from_config"]
 
 _LLAMA = (llama.LlamaConfig, llama.ARCHITECTURE)
 _QWEN = (qwen.QwenConfig, qwen.ARCHITECTURE)
-_FAMILIES = {
+_FAMILIES: dict[str, tuple[type[ModelConfig], Architecture]] = {
     "gpt2": (gpt2.Gpt2Config, gpt2.ARCHITECTURE),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -23,16 +25,15 @@ _FAMILIES = {
 }
 
 
-def from_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> LanguageModel:
-    """The model that a Hugging Face folder, config.json or its contents describe.
+def from_config(source: str | os.PathLike[str] | HfConfig) -> LanguageModel:
+    """The model that a Hugging Face folder, a config.json or its contents describe.
 
-    config.json is read as plain JSON; its model_type must be on our list. No code of
-    a checkpoint is ever run.
+    config.json is read as plain JSON. No code of a checkpoint is ever run.
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: no JSON, an unknown model_type, a missing key, or a setting that is
-        not implemented, by name.
+      ValueError: config.json is not valid JSON, lacks a key, or has a model_type or a
+        setting that is not implemented, by name.
     """
     hf = source if isinstance(source, Mapping) else _read_config(Path(source))
     model_type = hf.get("model_type")
@@ -45,7 +46,7 @@ def from_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> LanguageM
     return LanguageModel(config.from_hf(hf), architecture)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> HfConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
@@ -58,5 +59,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file} is not valid JSON ({error}); download it again"
         ) from error
     if not isinstance(hf, dict):
-        raise ValueError(f"{file} holds {type(hf).__name__}, expected an object")
+        raise ValueError(
+            f"{file} holds {type(hf).__name__}, expected an object; download it again"
+        )
     return hf

@@ -1,8 +1,8 @@
-"""Causal attention that never has all its weights at once, by three implementations.
+"""Causal attention over whole rows, by one of three implementations.
 
-"xla" is XLA's own and runs everywhere; "cudnn" is NVIDIA's kernel, for 16-bit numbers;
-"flash" is JAX's Pallas kernel for TPUs. A kernel is named, never guessed: jax would
-fall back to "xla" without a word.
+"xla" runs everywhere; "cudnn" is NVIDIA's kernel for 16-bit floats; "flash" is JAX's
+Pallas kernel for TPUs. The two kernels never store all attention weights. The user
+names the implementation: JAX, when it chooses, silently falls back to "xla".
 """
 
 import functools
@@ -19,8 +19,8 @@ from mgsr_jax.typing import BATCH_AXES
 
 Kind = Literal["xla", "cudnn", "flash"]
 
-_TILE = 128  # positions; the kernel's blocks are a multiple
-_LARGEST = 512
+_TILE = 128  # positions; a block of the kernel is a multiple of this
+_LARGEST_BLOCK = 512
 
 
 def causal_attention(
@@ -29,7 +29,7 @@ def causal_attention(
     v_BTKH: Float[Array, "B T K H"],
     kind: Kind,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v, where a position sees itself and those before it."""
+    """softmax(q k / sqrt(H)) v; a position sees itself and earlier positions."""
     if kind != "flash":
         return jax.nn.dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kind
@@ -38,8 +38,9 @@ def causal_attention(
     k_BTNH, v_BTNH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}:
-        # XLA cannot split a kernel: here each device runs it on its rows and heads.
-        # Every axis splits every argument, so no sum over devices goes unnoticed.
+        # XLA cannot split a kernel, so each device runs it on its own rows and heads.
+        # Without check_vma, gradients need a sum over each axis that replicates an
+        # argument. None does: every axis splits every argument.
         spec = P(BATCH_AXES, None, "tensor")
         run = jax.shard_map(
             _flash,
@@ -54,7 +55,10 @@ def causal_attention(
 
 
 def _flash(q: Array, k: Array, v: Array) -> Array:
-    """On one device. Padding stands behind every position, and is seen by none."""
+    """Attention on one device, with rows padded to whole tiles.
+
+    Padding comes after all positions, so that causal attention never sees it.
+    """
     from jax.experimental.pallas.ops.tpu.flash_attention import (
         BlockSizes,
         flash_attention,
@@ -62,8 +66,8 @@ def _flash(q: Array, k: Array, v: Array) -> Array:
 
     length, scale = q.shape[1], q.shape[-1] ** -0.5
     padded = -(-length // _TILE) * _TILE
-    block = next(n for n in range(_LARGEST, 0, -_TILE) if padded % n == 0)
-    # The forward pass has four sizes of blocks, each backward pass four more.
+    block = next(n for n in range(_LARGEST_BLOCK, 0, -_TILE) if padded % n == 0)
+    # Blocks of the forward pass (of one row each), of dk and dv, and of dq.
     sizes = BlockSizes(block, block, block, 1, *(block,) * 4, *(block,) * 3)
 
     def by_head(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A table of vectors, in whatever dtype its parameter has."""
+"""An embedding whose output has the dtype of its parameter."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 class Embed(nnx.Module):
     """Rows of a table [size, width].
 
-    Unlike `nnx.Embed`, which keeps computing in the dtype it was made with and so
-    turns a bfloat16 model into a float32 one.
+    `nnx.Embed` returns the dtype that it was constructed with, which would make a
+    bfloat16 model compute in float32.
     """
 
     def __init__(self, size: int, width: int, *, stddev: float, rngs: nnx.Rngs):
@@ -20,5 +20,5 @@ class Embed(nnx.Module):
         return jnp.take(self.embedding[...], ids, axis=0)
 
     def clipped(self, ids: Int[Array, "#B T"]) -> Float[Array, "#B T D"]:
-        """As a call; an id beyond the table reads the last row."""
+        """The rows of `ids`; an id beyond the table reads the last row."""
         return jnp.take(self.embedding[...], ids, axis=0, mode="clip")

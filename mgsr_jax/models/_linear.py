@@ -1,4 +1,4 @@
-"""Dense layers; the order of their product where a step has one token a row."""
+"""Linear layers whose product is fast when each row has one token."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mgsr_jax.losses import project
 def linear(
     size_in: int, size_out: int, *, bias: bool, stddev: float, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """x @ kernel + bias, the kernel drawn with the standard deviation `stddev`."""
+    """A layer x @ kernel + bias, with a kernel drawn from N(0, stddev^2)."""
     return nnx.Linear(
         size_in,
         size_out,
@@ -29,10 +29,10 @@ def kernel_first(
     *dimensions: Any,
     **kwargs: Any,
 ) -> Float[Array, "*B T O"]:
-    """`lax.dot_general(x, kernel)`; in decoding with the kernel as the left operand.
+    """`lax.dot_general(x, kernel)`, with the kernel on the left for one token per row.
 
-    A step of decoding multiplies a few rows, and takes as long as reading the kernel.
-    XLA on a CPU reads it faster in this order, stored [out, in].
+    A decoding step multiplies a few rows, so its time is the time to read the kernel.
+    XLA on CPU reads a kernel faster as the left operand, stored [out, in].
     """
     if x.shape[-2] > 1:
         return lax.dot_general(x, kernel, *dimensions, **kwargs)

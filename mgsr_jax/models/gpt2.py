@@ -1,30 +1,34 @@
-"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm before each part."""
+"""GPT-2 (Radford et al., 2019): learned position embeddings, LayerNorm first."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.models._attention import Attention, LayerCache, NewKeys
+from mgsr_jax.models._architecture import Architecture, KeyRow
+from mgsr_jax.models._attention import Attention
+from mgsr_jax.models._cache import LayerCache, NewKeysAndValues
 from mgsr_jax.models._embed import Embed
-from mgsr_jax.models._functional import Architecture, KeyRow
-from mgsr_jax.models._hf_config import (
+from mgsr_jax.models._linear import linear
+from mgsr_jax.models._model_config import (
     HfConfig,
-    TokenIds,
+    ModelConfig,
     require_divides,
     require_supported,
     required,
     special_ids,
     token_ids,
 )
-from mgsr_jax.models._linear import linear
 
 
 def activation(name: str, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """The activation that transformers calls `name`."""
+    """Apply the activation that transformers calls `name`.
+
+    Raises:
+      ValueError: the activation is not implemented.
+    """
     match name:
         case "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast":
             return jax.nn.gelu(x, approximate=True)
@@ -38,38 +42,21 @@ def activation(name: str, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu")
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpt2Config:
-    """Sizes and settings."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpt2Config(ModelConfig):
+    """GPT-2's config.
 
-    vocab_size: int
-    max_length: int
-    width: int
-    mlp_width: int
-    num_layers: int
-    num_heads: int
-    activation: str = "gelu_new"
-    norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    bos_token_id: TokenIds = None
-    eos_token_id: TokenIds = None
-    pad_token_id: TokenIds = None
+    Attributes:
+      activation: activation of the MLP, as transformers names it.
+      norm_epsilon: added to the variance in LayerNorm.
+    """
 
-    windows = None
-    bias = True
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
+    activation: str
+    norm_epsilon: float
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> "Gpt2Config":
-        """From config.json of model_type gpt2.
+        """Read a config.json of model_type gpt2.
 
         Raises:
           ValueError: a missing key, or a setting that is not implemented, by name.
@@ -91,6 +78,8 @@ class Gpt2Config:
             mlp_width=hf.get("n_inner") or 4 * width,
             num_layers=required(hf, "n_layer"),
             num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width // heads,
             activation=hf.get("activation_function", "gelu_new"),
             norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)),
@@ -100,8 +89,7 @@ class Gpt2Config:
             pad_token_id=token_ids(hf, "pad_token_id"),
         )
 
-    def to_hf(self) -> dict[str, Any]:
-        """config.json, for transformers."""
+    def to_hf(self) -> dict[str, object]:
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -121,21 +109,23 @@ class Gpt2Config:
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Two passes: E[x^2] - E[x]^2 cancels where the mean is far from zero."""
+    """LayerNorm whose variance is computed in a second pass.
+
+    The faster E[x^2] - E[x]^2 loses all digits where the mean is far from zero.
+    """
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
 class Mlp(nnx.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        sizes = (config.width, config.mlp_width)
-        settings: dict[str, Any] = dict(
-            bias=config.bias, stddev=config.initializer_range, rngs=rngs
-        )
-        self.activation = config.activation
-        self.up = linear(*sizes, **settings)
-        self.down = linear(*reversed(sizes), **settings)
+    def __init__(
+        self, config: ModelConfig, *, activation: str, bias: bool, rngs: nnx.Rngs
+    ):
+        width, inner, stddev = config.width, config.mlp_width, config.initializer_range
+        self.activation = activation
+        self.up = linear(width, inner, bias=bias, stddev=stddev, rngs=rngs)
+        self.down = linear(inner, width, bias=bias, stddev=stddev, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(activation(self.activation, self.up(x_BTD)))
@@ -144,12 +134,12 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         width, epsilon = config.width, config.norm_epsilon
         self.attention_norm = layer_norm(width, epsilon, rngs)
         self.attention = Attention(config, qkv_bias=True, output_bias=True, rngs=rngs)
         self.mlp_norm = layer_norm(width, epsilon, rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, activation=config.activation, bias=True, rngs=rngs)
 
     def __call__(
         self,
@@ -157,16 +147,16 @@ class Block(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], NewKeys]:
-        attended, cache = self.attention(
+    ) -> tuple[Float[Array, "B T D"], NewKeysAndValues]:
+        attended, new = self.attention(
             self.attention_norm(x_BTD), positions, mask, cache
         )
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 
 
-class Ends(nnx.Module):
-    """Token and position embeddings before the layers, final norm after them."""
+class EmbedAndNorm(nnx.Module):
+    """Token and position embeddings, final norm, and an untied head's matrix."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         stddev = config.initializer_range
@@ -179,18 +169,18 @@ class Ends(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
-    def begin(
+    def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        # A finished row may stand beyond the table; what it computes is not kept.
+        # A finished row's position may exceed the table; its output is discarded.
         return self.embed(tokens) + self.positions.clipped(positions)
 
-    def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def apply_final_norm(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(x_BTD)
 
 
 def key_rows(config: Gpt2Config) -> tuple[KeyRow, ...]:
-    """Our params and the tensors of Hugging Face files; Conv1D holds [in, out]."""
+    """Rows between our params and a file's tensors; Conv1D stores [in, out]."""
     rows = [
         KeyRow("embed/embedding", "wte.weight"),
         KeyRow("positions/embedding", "wpe.weight"),
@@ -225,7 +215,7 @@ def key_rows(config: Gpt2Config) -> tuple[KeyRow, ...]:
 
 
 def partition_rules(config: Gpt2Config) -> tuple[tuple[str, P], ...]:
-    """Matrices over fsdp along D and over tensor as Megatron-LM does."""
+    """Matrices are split over fsdp along D, over tensor as in Megatron-LM."""
     del config
     return (
         (r"(embed|head)/embedding$", P("tensor", "fsdp")),
@@ -237,7 +227,7 @@ def partition_rules(config: Gpt2Config) -> tuple[tuple[str, P], ...]:
 
 
 ARCHITECTURE = Architecture(
-    ends=Ends,
+    embed_and_norm=EmbedAndNorm,
     block=Block,
     key_rows=key_rows,
     partition_rules=partition_rules,

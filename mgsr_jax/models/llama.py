@@ -8,52 +8,49 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.models._attention import Attention, LayerCache, NewKeys, Rope
+from mgsr_jax.models._architecture import Architecture, KeyRow
+from mgsr_jax.models._attention import Attention
+from mgsr_jax.models._cache import LayerCache, NewKeysAndValues
 from mgsr_jax.models._embed import Embed
-from mgsr_jax.models._functional import Architecture, KeyRow
-from mgsr_jax.models._hf_config import (
+from mgsr_jax.models._linear import linear
+from mgsr_jax.models._model_config import (
     HfConfig,
-    TokenIds,
+    ModelConfig,
     require_divides,
     require_supported,
     required,
     special_ids,
     token_ids,
 )
-from mgsr_jax.models._linear import linear
+from mgsr_jax.models._rope import Rope
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and settings; `windows` is the sliding window of every layer, if any."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Config of LLaMA and Mistral; Qwen's extends it.
 
-    vocab_size: int
-    max_length: int
-    width: int
-    mlp_width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    model_type: str = "llama"
-    norm_epsilon: float = 1e-6
-    rope: Rope = Rope()
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    windows: tuple[int | None, ...] | None = None
-    initializer_range: float = 0.02
-    bos_token_id: TokenIds = None
-    eos_token_id: TokenIds = None
-    pad_token_id: TokenIds = None
+    Attributes:
+      model_type: family, as config.json names it.
+      norm_epsilon: added to the mean square in RMSNorm.
+      rope: rotary position embedding.
+      qkv_bias, output_bias, mlp_bias: which linear layers have biases.
+    """
 
-    # Qwen3's normalised queries and keys; the block is shared.
-    head_norm_epsilon = None
+    model_type: str
+    norm_epsilon: float
+    rope: Rope
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+
+    @property
+    def head_norm_epsilon(self) -> float | None:
+        """Epsilon of the norm of each query and key head; None: there is no norm."""
+        return None
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> "LlamaConfig":
-        """From config.json of model_type llama or mistral.
+        """Read a config.json of model_type llama or mistral.
 
         Raises:
           ValueError: a missing key, or a setting that is not implemented, by name.
@@ -63,7 +60,7 @@ class LlamaConfig:
         window = hf.get("sliding_window", 4096) if mistral else None
         bias = bool(hf.get("attention_bias", False))
         return cls(
-            **decoder_sizes(hf, kv_heads=8 if mistral else None),
+            **decoder_settings(hf, kv_heads=8 if mistral else None),
             max_length=hf.get("max_position_embeddings", 131072 if mistral else 2048),
             qkv_bias=bias,
             output_bias=bias,
@@ -74,8 +71,7 @@ class LlamaConfig:
             pad_token_id=token_ids(hf, "pad_token_id"),
         )
 
-    def to_hf(self) -> dict[str, Any]:
-        """config.json, for transformers."""
+    def to_hf(self) -> dict[str, object]:
         if self.model_type == "mistral":
             name = "MistralForCausalLM"
             own = {"sliding_window": self.windows and self.windows[0]}
@@ -85,8 +81,8 @@ class LlamaConfig:
         return {"architectures": [name], **decoder_hf(self), **own}
 
 
-def decoder_sizes(hf: HfConfig, *, kv_heads: int | None) -> dict[str, Any]:
-    """The settings that LLaMA-like families share, under our names."""
+def decoder_settings(hf: HfConfig, *, kv_heads: int | None) -> dict[str, Any]:
+    """Settings that LLaMA-like families share, as arguments of `LlamaConfig`."""
     heads = required(hf, "num_attention_heads")
     width = required(hf, "hidden_size")
     num_kv_heads = hf.get("num_key_value_heads", kv_heads) or heads
@@ -109,8 +105,8 @@ def decoder_sizes(hf: HfConfig, *, kv_heads: int | None) -> dict[str, Any]:
     }
 
 
-def decoder_hf(config: Any) -> dict[str, Any]:
-    """The settings that LLaMA-like families share, as config.json has them."""
+def decoder_hf(config: LlamaConfig) -> dict[str, object]:
+    """Settings that LLaMA-like families share, as config.json has them."""
     return {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -133,14 +129,12 @@ def decoder_hf(config: Any) -> dict[str, Any]:
 class GatedMlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        sizes = (config.width, config.mlp_width)
-        settings: dict[str, Any] = dict(
-            bias=config.mlp_bias, stddev=config.initializer_range, rngs=rngs
-        )
-        self.gate = linear(*sizes, **settings)
-        self.up = linear(*sizes, **settings)
-        self.down = linear(*reversed(sizes), **settings)
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        width, inner = config.width, config.mlp_width
+        bias, stddev = config.mlp_bias, config.initializer_range
+        self.gate = linear(width, inner, bias=bias, stddev=stddev, rngs=rngs)
+        self.up = linear(width, inner, bias=bias, stddev=stddev, rngs=rngs)
+        self.down = linear(inner, width, bias=bias, stddev=stddev, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -149,7 +143,7 @@ class GatedMlp(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         width, epsilon = config.width, config.norm_epsilon
         self.attention_norm = nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
         self.attention = Attention(
@@ -169,18 +163,18 @@ class Block(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], NewKeys]:
-        attended, cache = self.attention(
+    ) -> tuple[Float[Array, "B T D"], NewKeysAndValues]:
+        attended, new = self.attention(
             self.attention_norm(x_BTD), positions, mask, cache
         )
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 
 
-class Ends(nnx.Module):
-    """Embedding before the layers, final norm after them; an own head if untied."""
+class EmbedAndNorm(nnx.Module):
+    """Token embedding, final norm, and an untied head's matrix."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         stddev = config.initializer_range
         sizes = (config.vocab_size, config.width)
         self.embed = Embed(*sizes, stddev=stddev, rngs=rngs)
@@ -188,21 +182,21 @@ class Ends(nnx.Module):
             config.width, epsilon=config.norm_epsilon, rngs=rngs
         )
         if not config.tie_word_embeddings:
-            # [V, D] like the embedding, so that both forms unembed alike.
+            # [V, D] like the embedding, so that `unembed` treats both the same.
             self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
-    def begin(
+    def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        del positions  # rotary: the layers take care of them
+        del positions  # the attention of each layer rotates by them
         return self.embed(tokens)
 
-    def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def apply_final_norm(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(x_BTD)
 
 
-def key_rows(config: Any) -> tuple[KeyRow, ...]:
-    """Our params and the tensors of Hugging Face files."""
+def key_rows(config: LlamaConfig) -> tuple[KeyRow, ...]:
+    """Rows between our params and the tensors of a Hugging Face file."""
     rows = [
         KeyRow("embed/embedding", "embed_tokens.weight"),
         KeyRow("final_norm/scale", "norm.weight"),
@@ -231,8 +225,8 @@ def key_rows(config: Any) -> tuple[KeyRow, ...]:
     return tuple(rows)
 
 
-def partition_rules(config: Any) -> tuple[tuple[str, P], ...]:
-    """Matrices over fsdp along D and over tensor as Megatron-LM does."""
+def partition_rules(config: LlamaConfig) -> tuple[tuple[str, P], ...]:
+    """Matrices are split over fsdp along D, over tensor as in Megatron-LM."""
     rules = [
         (r"(embed|head)/embedding$", P("tensor", "fsdp")),
         (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
@@ -246,7 +240,7 @@ def partition_rules(config: Any) -> tuple[tuple[str, P], ...]:
 
 
 ARCHITECTURE = Architecture(
-    ends=Ends,
+    embed_and_norm=EmbedAndNorm,
     block=Block,
     key_rows=key_rows,
     partition_rules=partition_rules,

@@ -1,17 +1,18 @@
-"""LoRA (Hu et al., arXiv 2106.09685): two thin matrices beside a kernel that stays.
+"""LoRA (Hu et al., arXiv 2106.09685): two low-rank matrices next to a frozen kernel.
 
   y = x W + alpha / rank * (dropout(x) a) b
 
-Adapters are plain nested dicts like the parameters of the layers, stacked over them
-too: {"attention": {"query": {"a": [L, in, rank], "b": [L, rank, out]}}, ...}. Beside
-the model's own parameters they stand under "lora". The modules know nothing of them:
-they are put beside the kernels of one layer at a time, while it is computed.
+Adapters are nested dicts like the parameters of the layers, and stacked over layers
+too: {"attention": {"query": {"a": [L, in, rank], "b": [L, rank, out]}}, ...}. A model's
+parameters hold them under "lora". The Flax modules have no code for adapters: `attach`
+adds them to the modules of one layer while that layer is traced.
 """
 
 import dataclasses
+import operator
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +20,23 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mgsr_jax.sharding import Rules, path_name
 from mgsr_jax.typing import LAYERS, Params, PRNGKey, RowKeys
 
 LORA = "lora"
-"""Where a model's parameters hold its adapters."""
+"""Key of the adapters in a model's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on a student whose own weights stay as they are.
+    """Low-rank adapters on a student whose own weights are frozen.
 
     Attributes:
-      rank: of the adapters; 0: there are none, and all weights are trained.
-      alpha: what an adapter adds is multiplied by alpha / rank.
-      dropout: share of an adapter's inputs that are left out while training.
-      targets: regex that is searched in the paths of a layer's kernels, such as
-        "attention/query" or "mlp/up"; kernels that it is found in get an adapter.
+      rank: rank of the adapters; 0: no adapters, all weights are trained.
+      alpha: an adapter's output is multiplied by alpha / rank.
+      dropout: share of an adapter's inputs that are dropped in training.
+      targets: regex that is searched in the path of each kernel of a layer, such as
+        "attention/query" or "mlp/up"; kernels whose path matches get an adapter.
     """
 
     rank: int = 0
@@ -44,42 +46,51 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of a and b is multiplied by."""
+        """Factor of the product of a and b."""
         return self.alpha / self.rank
 
 
-def targeted(model: Any, config: LoraConfig) -> dict[str, tuple[int, int, int]]:
-    """Shapes [L, in, out] of the kernels that get an adapter, by their paths.
+@runtime_checkable
+class HasParams(Protocol):
+    """A model, as far as adapters need it."""
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters."""
+        ...
+
+
+def targeted(model: HasParams, config: LoraConfig) -> dict[str, tuple[int, int, int]]:
+    """Shapes [L, in, out] of the kernels that get an adapter, by path.
 
     Raises:
-      ValueError: there is none; lists all kernels.
+      ValueError: no kernel matches; lists all kernels.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params()[LAYERS])
     kernels = {}
     for key_path, leaf in leaves:
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        path = path_name(key_path)
         if path.endswith("/kernel"):
             kernels[path.removesuffix("/kernel")] = leaf.shape
-    found = {
+    targets = {
         path: shape
         for path, shape in sorted(kernels.items())
         if re.search(config.targets, path)
     }
-    if not found:
+    if not targets:
         raise ValueError(
-            f"lora.targets={config.targets!r} is found in no kernel of a layer; there "
-            f"are {', '.join(sorted(kernels))}"
+            f"lora.targets={config.targets!r} matches no kernel of a layer; "
+            f"the kernels are {', '.join(sorted(kernels))}"
         )
-    return found
+    return targets
 
 
-def init(key: PRNGKey, model: Any, config: LoraConfig) -> Params:
-    """Adapters that change nothing yet, float32: b is 0 and a is drawn as peft does.
+def init(key: PRNGKey, model: HasParams, config: LoraConfig) -> Params:
+    """New float32 adapters: b is 0, so that they add nothing yet.
 
-    a ~ U(-1 / sqrt(in), 1 / sqrt(in)): Kaiming's uniform with a slope of sqrt(5).
+    a ~ U(-1 / sqrt(in), 1 / sqrt(in)) as in peft: Kaiming's uniform with slope sqrt(5).
 
     Raises:
-      ValueError: `config.targets` is found in no kernel of the model; lists them all.
+      ValueError: `config.targets` matches no kernel of the model; lists all kernels.
     """
     adapters: Params = {}
     for i, (path, shape) in enumerate(targeted(model, config).items()):
@@ -102,34 +113,37 @@ def init(key: PRNGKey, model: Any, config: LoraConfig) -> Params:
 
 
 def by_path(adapters: Params) -> dict[str, Params]:
-    """Every adapter {"a", "b"} by its kernel's path, in the order of the paths."""
-    found = {}
+    """Each adapter {"a", "b"} by the path of its kernel, sorted by path."""
+    flat = {}
     for name, node in adapters.items():
         if node.keys() == {"a", "b"}:
-            found[name] = node
+            flat[name] = node
         else:
-            found |= {f"{name}/{path}": own for path, own in by_path(node).items()}
-    return dict(sorted(found.items()))
+            flat |= {f"{name}/{path}": leaf for path, leaf in by_path(node).items()}
+    return dict(sorted(flat.items()))
 
 
 def merge(params: Params, adapters: Params, config: LoraConfig) -> Params:
     """A model's parameters with the adapters added to its kernels.
 
-    W + alpha / rank * a b, in float32 whatever the kernel was.
+    The new kernel is W + alpha / rank * a b, float32 whatever W's dtype is.
     """
     return {**params, LAYERS: merge_layers(params[LAYERS], adapters, config)}
 
 
 def merged(params: Params, config: LoraConfig) -> Params:
-    """`merge` with the adapters that `params` hold, if any; they are not in it then."""
+    """`params` with the adapters that they hold merged into the kernels and removed.
+
+    Returns the parameters unchanged if they hold no adapters.
+    """
     own = {name: tree for name, tree in params.items() if name != LORA}
     return merge(own, params[LORA], config) if LORA in params else own
 
 
 def merge_layers(layers: Params, adapters: Params, config: LoraConfig) -> Params:
-    """What `merge` does to the stack of layers; to one layer with its own adapters."""
+    """`merge` for the parameters of stacked layers, or of one layer."""
     if adapters.keys() == {"a", "b"}:
-        # The highest precision: what is merged once is read for good.
+        # The highest precision: an error made here would stay in the model.
         product = jnp.matmul(
             adapters["a"].astype(jnp.float32),
             adapters["b"].astype(jnp.float32),
@@ -138,16 +152,15 @@ def merge_layers(layers: Params, adapters: Params, config: LoraConfig) -> Params
         kernel = layers["kernel"].astype(jnp.float32) + config.scale * product
         return {**layers, "kernel": kernel}
     return layers | {
-        name: merge_layers(layers[name], own, config) for name, own in adapters.items()
+        name: merge_layers(layers[name], node, config)
+        for name, node in adapters.items()
     }
 
 
-def partition_rules(
-    rules: Sequence[tuple[str, P]], adapters: Params
-) -> tuple[tuple[str, P], ...]:
-    """Rows for adapters by those of the model: a and b lie as their kernel's sides do.
+def partition_rules(rules: Rules, adapters: Params) -> tuple[tuple[str, P], ...]:
+    """Rules for adapters, derived from the rules of the model.
 
-    The rank is never split.
+    a is split like the kernel's inputs, b like its outputs. The rank is never split.
 
     Raises:
       ValueError: a kernel that no row of `rules` matches.
@@ -155,33 +168,34 @@ def partition_rules(
     rows = []
     for path in by_path(adapters):
         kernel = f"{LAYERS}/{path}/kernel"
-        found = [spec for pattern, spec in rules if re.search(pattern, kernel)]
-        if not found:
+        specs = [spec for pattern, spec in rules if re.search(pattern, kernel)]
+        if not specs:
             raise ValueError(f"no partition rule matches {kernel!r}; add one")
-        _, side_in, side_out = (*found[0], None, None, None)[:3]
-        rows.append((f"{re.escape(path)}/a$", P(None, side_in, None)))
-        rows.append((f"{re.escape(path)}/b$", P(None, None, side_out)))
+        _, axis_in, axis_out = (*specs[0], None, None, None)[:3]
+        rows.append((f"{re.escape(path)}/a$", P(None, axis_in, None)))
+        rows.append((f"{re.escape(path)}/b$", P(None, None, axis_out)))
     return tuple(rows)
 
 
 def attach(
-    block: Any, adapters: Params, config: LoraConfig, keys: RowKeys | None
+    block: object, adapters: Params, config: LoraConfig, keys: RowKeys | None
 ) -> None:
-    """Puts the adapters of one layer beside the kernels of its module.
+    """Add the adapters of one layer to the linear modules of its block, in place.
 
     Args:
-      block: the layer's module; its targeted `nnx.Linear` are changed in place.
-      adapters: the layer's own, without the leading L.
-      keys: of dropout in this layer, one a row; None leaves nothing out. [B]
+      block: the layer's module.
+      adapters: adapters of this layer, without the leading L.
+      config: their settings.
+      keys: dropout keys of this layer, one per row; None: no dropout. [B]
     """
     for i, (path, adapter) in enumerate(by_path(adapters).items()):
-        linear = block
-        for name in path.split("/"):
-            linear = getattr(linear, name)
-        own = None
+        linear = operator.attrgetter(path.replace("/", "."))(block)
+        kernel_keys = None
         if keys is not None and config.dropout:
-            own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-        linear.dot_general = _with_adapter(linear.dot_general, adapter, config, own)
+            kernel_keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+        linear.dot_general = _with_adapter(
+            linear.dot_general, adapter, config, kernel_keys
+        )
 
 
 def _with_adapter(
@@ -190,22 +204,25 @@ def _with_adapter(
     config: LoraConfig,
     keys: RowKeys | None,
 ) -> Callable[..., Array]:
+    """A `dot_general` that adds the adapter's output."""
+
     def product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
         kept = x if keys is None else _dropout(x, keys, config.dropout)
         a, b = adapter["a"], config.scale * adapter["b"]
-        added = _product_again(jnp.matmul(kept, a.astype(x.dtype)), b.astype(x.dtype))
+        low_rank = jnp.matmul(kept, a.astype(x.dtype))
+        added = _recomputed_product(low_rank, b.astype(x.dtype))
         return dot_general(x, kernel, *args, **kwargs) + added
 
     return product
 
 
-def _product_again(
+def _recomputed_product(
     x: Float[Array, "B T R"], kernel: Float[Array, "R O"]
 ) -> Float[Array, "B T O"]:
-    """x @ kernel, with a batch axis of one.
+    """x @ kernel with a batch axis of size 1, so that the backward pass recomputes it.
 
-    For the backward pass products without such an axis are kept: this one costs little
-    to compute again, and would be a second array of the size of the layer's own.
+    The checkpoint policy keeps products without a batch axis. This product is cheap,
+    and keeping it would take as much memory as the output of the kernel itself.
     """
     dimensions = (((3,), (1,)), ((0,), (0,)))
     return lax.dot_general(x[None], kernel[None], dimensions)[0]
@@ -214,7 +231,7 @@ def _product_again(
 def _dropout(
     x: Float[Array, "B T I"], keys: RowKeys, rate: float
 ) -> Float[Array, "B T I"]:
-    """Zeros at the rate given, the rest scaled up; what a row loses is its key's."""
+    """Set values to zero with probability `rate`, by row, and scale up the others."""
     shape = x.shape[1:]
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

@@ -1,74 +1,64 @@
-"""OPT (arXiv 2205.01068), also the 350M form: norms after, projected embeddings."""
+"""OPT (arXiv 2205.01068).
+
+The 350M model differs: LayerNorm follows each part, and embeddings are projected.
+"""
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.models._attention import Attention, LayerCache, NewKeys
+from mgsr_jax.models._architecture import Architecture, KeyRow
+from mgsr_jax.models._attention import Attention
+from mgsr_jax.models._cache import LayerCache, NewKeysAndValues
 from mgsr_jax.models._embed import Embed
-from mgsr_jax.models._functional import Architecture, KeyRow
-from mgsr_jax.models._hf_config import (
+from mgsr_jax.models._linear import linear
+from mgsr_jax.models._model_config import (
     HfConfig,
-    TokenIds,
+    ModelConfig,
     require_divides,
     require_supported,
     required,
     special_ids,
     token_ids,
 )
-from mgsr_jax.models._linear import linear
 from mgsr_jax.models.gpt2 import ACTIVATIONS, Mlp, layer_norm
 
 POSITION_OFFSET = 2
-"""Position p reads row p + 2 of the table: fairseq counted on from its padding id."""
+"""Position p reads row p + 2 of the table, as in fairseq, where padding has id 1."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OptConfig:
-    """Sizes and settings; `embed_width` is that of the embedding and the head."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptConfig(ModelConfig):
+    """OPT's config.
 
-    vocab_size: int
-    max_length: int
-    width: int
+    Attributes:
+      embed_width: size of a vector in the embedding and the head, E.
+      activation: activation of the MLP, as transformers names it.
+      norm_before: LayerNorm comes before attention and MLP, not after.
+      has_final_norm: whether a LayerNorm follows the last layer.
+      bias: whether the linear layers have biases.
+    """
+
     embed_width: int
-    mlp_width: int
-    num_layers: int
-    num_heads: int
-    activation: str = "relu"
-    norm_before: bool = True
-    has_final_norm: bool = True
-    bias: bool = True
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    bos_token_id: TokenIds = None
-    eos_token_id: TokenIds = None
-    pad_token_id: TokenIds = None
-
-    windows = None
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
+    activation: str
+    norm_before: bool
+    has_final_norm: bool
+    bias: bool
 
     @property
     def is_projected(self) -> bool:
+        """Whether projections connect the embedding and the layers."""
         return self.embed_width != self.width
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> "OptConfig":
-        """From config.json of model_type opt.
+        """Read a config.json of model_type opt.
 
         Raises:
           ValueError: a missing key, or a setting that is not implemented, by name.
         """
-        # The first value is what a missing key means.
         require_supported(
             hf,
             activation_function=("relu", *ACTIVATIONS),
@@ -85,6 +75,8 @@ class OptConfig:
             mlp_width=required(hf, "ffn_dim"),
             num_layers=required(hf, "num_hidden_layers"),
             num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width // heads,
             activation=hf.get("activation_function", "relu"),
             norm_before=norm_before,
             has_final_norm=norm_before
@@ -97,8 +89,7 @@ class OptConfig:
             pad_token_id=token_ids(hf, "pad_token_id", 1),
         )
 
-    def to_hf(self) -> dict[str, Any]:
-        """config.json, for transformers."""
+    def to_hf(self) -> dict[str, object]:
         return {
             "architectures": ["OPTForCausalLM"],
             "model_type": "opt",
@@ -120,7 +111,7 @@ class OptConfig:
 
 
 class Block(nnx.Module):
-    """As GPT-2's; with `norm_before` False, norm(x + part(x)) for both parts."""
+    """GPT-2's block; with `norm_before` False, norm(x + part(x)) for both parts."""
 
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         bias = config.bias
@@ -128,7 +119,7 @@ class Block(nnx.Module):
         self.attention_norm = layer_norm(config.width, 1e-5, rngs)
         self.attention = Attention(config, qkv_bias=bias, output_bias=bias, rngs=rngs)
         self.mlp_norm = layer_norm(config.width, 1e-5, rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, activation=config.activation, bias=bias, rngs=rngs)
 
     def __call__(
         self,
@@ -136,20 +127,20 @@ class Block(nnx.Module):
         positions: Int[Array, "#B T"],
         mask: Bool[Array, "#B 1 T S"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], NewKeys]:
+    ) -> tuple[Float[Array, "B T D"], NewKeysAndValues]:
         if not self.norm_before:
-            attended, cache = self.attention(x_BTD, positions, mask, cache)
+            attended, new = self.attention(x_BTD, positions, mask, cache)
             x_BTD = self.attention_norm(x_BTD + attended)
-            return self.mlp_norm(x_BTD + self.mlp(x_BTD)), cache
-        attended, cache = self.attention(
+            return self.mlp_norm(x_BTD + self.mlp(x_BTD)), new
+        attended, new = self.attention(
             self.attention_norm(x_BTD), positions, mask, cache
         )
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 
 
-class Ends(nnx.Module):
-    """Embeddings and their projections; the final norm, where there is one."""
+class EmbedAndNorm(nnx.Module):
+    """Embeddings, their projections, and the final norm if the model has one."""
 
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         stddev = config.initializer_range
@@ -162,31 +153,32 @@ class Ends(nnx.Module):
         )
         if config.is_projected:
             outer, inner = config.embed_width, config.width
-            settings: dict[str, Any] = dict(bias=False, stddev=stddev, rngs=rngs)
-            self.project_in = linear(outer, inner, **settings)
-            self.project_out = linear(inner, outer, **settings)
+            self.project_in = linear(outer, inner, bias=False, stddev=stddev, rngs=rngs)
+            self.project_out = linear(
+                inner, outer, bias=False, stddev=stddev, rngs=rngs
+            )
         if config.has_final_norm:
             self.final_norm = layer_norm(config.width, 1e-5, rngs)
         if not config.tie_word_embeddings:
             self.head = Embed(*sizes, stddev=stddev, rngs=rngs)
 
-    def begin(
+    def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
         x = self.embed(tokens)
         if self.is_projected:
             x = self.project_in(x)
-        # A finished row may stand beyond the table; what it computes is not kept.
+        # A finished row's position may exceed the table; its output is discarded.
         return x + self.positions.clipped(positions + POSITION_OFFSET)
 
-    def finish(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+    def apply_final_norm(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         if self.has_final_norm:
             x_BTD = self.final_norm(x_BTD)
         return self.project_out(x_BTD) if self.is_projected else x_BTD
 
 
 def key_rows(config: OptConfig) -> tuple[KeyRow, ...]:
-    """Our params and the tensors of Hugging Face files."""
+    """Rows between our params and the tensors of a Hugging Face file."""
     rows = [
         KeyRow("embed/embedding", "embed_tokens.weight"),
         KeyRow("positions/embedding", "embed_positions.weight"),
@@ -221,7 +213,7 @@ def key_rows(config: OptConfig) -> tuple[KeyRow, ...]:
 
 
 def partition_rules(config: OptConfig) -> tuple[tuple[str, P], ...]:
-    """Matrices over fsdp along D and over tensor as Megatron-LM does."""
+    """Matrices are split over fsdp along D, over tensor as in Megatron-LM."""
     rules = [
         (r"(embed|head)/embedding$", P("tensor", "fsdp")),
         (r"positions/embedding$", P(None, "fsdp")),
@@ -236,7 +228,7 @@ def partition_rules(config: OptConfig) -> tuple[tuple[str, P], ...]:
 
 
 ARCHITECTURE = Architecture(
-    ends=Ends,
+    embed_and_norm=EmbedAndNorm,
     block=Block,
     key_rows=key_rows,
     partition_rules=partition_rules,

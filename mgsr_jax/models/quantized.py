@@ -1,27 +1,27 @@
-"""A frozen model's kernels in int8: half of bfloat16's memory.
+"""A frozen model's kernels in int8, which take half of bfloat16's memory.
 
   W[i, o] ~ scale[o] q[i, o],   scale[o] = max_i |W[i, o]| / 127.5,   q in -128 ... 127
 
-A scale for each output channel of every layer, from the weights alone: no data is read
-to choose it. Products are computed in the precision of the hidden states, with the
-kernels of one layer at a time put back into it. Embeddings, heads, norms and biases
-stay as they are. The arrays are qwix's.
+Each output channel of each layer has a scale. Only the weights decide it: no
+calibration data is needed. When a layer is computed, its kernels are converted back to
+the dtype of the hidden states. Embeddings, heads, norms and biases are not quantised.
+The quantised arrays are those of the package qwix.
 """
 
 import importlib.util
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from mgsr_jax.typing import LAYERS, Leaf, Params
 
 
 def check_installed() -> None:
-    """Quantisation is an extra.
+    """Check that the extra for quantisation is installed.
 
     Raises:
       ImportError: it is not installed.
@@ -33,55 +33,57 @@ def check_installed() -> None:
 
 
 def quantize(path: str, weights: Leaf) -> Leaf:
-    """A stack of kernels [L, I, O] in int8 with scales [L, 1, O]; all else as it is.
+    """A stack of kernels [L, I, O] in int8 with scales [L, 1, O].
+
+    Returns any other parameter unchanged.
 
     Args:
-      path: '/'-joined, of the parameter in its model.
-      weights: floats on one device or a mesh, or their shape there.
+      path: '/'-joined path of the parameter in its model.
+      weights: floats on one device or a mesh, or a `jax.ShapeDtypeStruct` of them.
     """
     if not _is_kernel(path):
         return weights
-    place = getattr(weights, "sharding", None)
-    if not isinstance(place, NamedSharding):
+    sharding = getattr(weights, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         return jax.jit(_quantized)(weights)
-    specs = (*place.spec, None, None, None)[:3]
+    specs = (*sharding.spec, None, None, None)[:3]
     shapes = jax.eval_shape(_quantized, weights)
-    # Along the axis that a scale is taken over there is one of them.
-    places = jax.tree.map(
+    # A scale has size 1 along the reduced axis, so that axis is not sharded.
+    shardings = jax.tree.map(
         lambda x: NamedSharding(
-            place.mesh,
+            sharding.mesh,
             P(*(s if n > 1 else None for s, n in zip(specs, x.shape, strict=True))),
         ),
         shapes,
     )
     if isinstance(weights, jax.ShapeDtypeStruct):
-        return jax.tree.map(lambda x, to: x.update(sharding=to), shapes, places)
-    return jax.jit(_quantized, out_shardings=places)(weights)
+        return jax.tree.map(lambda x, to: x.update(sharding=to), shapes, shardings)
+    return jax.jit(_quantized, out_shardings=shardings)(weights)
 
 
-def dequantized(layer: Params, dtype: Any) -> Params:
-    """One layer's parameters, those in int8 put back into `dtype`."""
+def dequantized(layer: Params, dtype: DTypeLike) -> Params:
+    """One layer's parameters, with the int8 kernels converted back to `dtype`."""
 
-    def whole(leaf: Any) -> Any:
+    def floats(leaf: Leaf) -> Leaf:
         if not _is_quantized(leaf):
             return leaf
         import qwix
 
         return qwix.dequantize(leaf).astype(dtype)
 
-    return jax.tree.map(whole, layer, is_leaf=_is_quantized)
+    return jax.tree.map(floats, layer, is_leaf=_is_quantized)
 
 
 def _is_kernel(path: str) -> bool:
     return path.startswith(f"{LAYERS}/") and path.endswith("/kernel")
 
 
-def _is_quantized(leaf: Any) -> bool:
+def _is_quantized(leaf: Leaf) -> bool:
     return hasattr(leaf, "qvalue")
 
 
 def _quantized(weights: Array) -> Leaf:
     import qwix
 
-    # In float32: a bfloat16 quotient is rounded once more.
+    # In float32: a bfloat16 quotient would be rounded twice.
     return qwix.quantize(weights.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 2))

@@ -127,7 +127,7 @@ def test_a_target_that_is_not_there_is_refused_with_what_is():
     config = dataclasses.replace(ALL, targets="q_proj")
     with pytest.raises(
         ValueError,
-        match="lora.targets='q_proj' .*there are attention/key, .*, mlp/down, mlp/up$",
+        match="lora.targets='q_proj' .*the kernels are attention/key, .*, mlp/down, mlp/up$",
     ):
         lora.init(jax.random.key(0), built("gpt2")[0], config)
 

@@ -333,7 +333,7 @@ def test_mistakes_are_named_and_write_nothing(project, straight, tmp_path):
     settings, _ = straight
     wrong = changed(settings, lora={"targets": "q_proj"})
     wrong = dataclasses.replace(wrong, output=str(tmp_path / "wrong"))
-    with pytest.raises(ValueError, match="lora.targets='q_proj' is found in no kernel"):
+    with pytest.raises(ValueError, match="lora.targets='q_proj' matches no kernel"):
         run(wrong)
     assert not (tmp_path / "wrong").exists()
     other = changed(settings, lora={"rank": 3})
