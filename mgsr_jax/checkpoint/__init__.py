@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out, and the state that a resume needs."""
+"""Reads and writes Hugging Face folders, and the state from which a run resumes."""

@@ -1,15 +1,15 @@
-"""Params to a Hugging Face folder that transformers loads."""
+"""Writes params to a Hugging Face folder that transformers loads."""
 
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -17,21 +17,20 @@ from mgsr_jax.checkpoint._layout import (
     HEAD,
     INDEX,
     WEIGHTS,
-    PathLike,
     file_shape,
     flat_shapes,
     is_stacked,
-    path_name,
     stored_shapes,
     tensor_names,
 )
-from mgsr_jax.checkpoint.folder import check_folder
+from mgsr_jax.checkpoint.folder import PathLike, check_folder
 from mgsr_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from mgsr_jax.checkpoint.tokenizer import copy_tokenizer
 from mgsr_jax.models import KeyRow, LanguageModel
+from mgsr_jax.sharding import path_name
 from mgsr_jax.typing import Params
 
-METADATA = {"format": "pt", "producer": "mgsr_jax"}  # transformers asks for a format
+METADATA = {"format": "pt", "producer": "mgsr_jax"}  # transformers needs a format
 
 
 def save_pretrained(
@@ -40,28 +39,28 @@ def save_pretrained(
     params: Params,
     *,
     tokenizer_from: PathLike | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a folder that transformers loads with equal logits.
+    """Write a folder that transformers loads with equal logits.
 
-    The folder appears whole or not at all. With several processes all of them call
-    this, and the first one writes.
+    If the call fails, no folder is left behind. With several processes all of them must
+    call this, and process 0 writes.
 
     Args:
-      path: the folder to make.
-      model: whose config is written.
-      params: as `load_params` or `model.init` give them; sharded or not.
-      tokenizer_from: folder whose tokenizer files are copied.
-      dtype: of the weights written.
-      overwrite: replace what an earlier call wrote at `path`; never anything else.
-      max_shard_bytes: beyond it the weights are split into files with an index.
+      path: the folder to create.
+      model: the model; its config is written.
+      params: parameters as `load_params` or `model.init` return them, sharded or not.
+      tokenizer_from: folder whose tokenizer files are copied; None: no tokenizer.
+      dtype: dtype of the written weights.
+      overwrite: replace what an earlier call wrote at `path`; nothing else is replaced.
+      max_shard_bytes: larger weights are split into several files with an index.
 
     Raises:
-      FileExistsError: something at `path` that may not be replaced.
-      FileNotFoundError: no tokenizer files in `tokenizer_from`.
-      ValueError: params that are not the model's.
+      FileExistsError: `path` holds files that may not be replaced.
+      FileNotFoundError: `tokenizer_from` has no tokenizer files.
+      ValueError: `params` are not the parameters of the model.
     """
     check_folder("path", path)
     target = Path(path).absolute()
@@ -70,7 +69,7 @@ def save_pretrained(
     sizes = _file_sizes(model, np.dtype(dtype))
     tensors = _file_tensors(model, params, np.dtype(dtype))
     if jax.process_index() != 0:
-        for _ in tensors:  # takes part in gathering what is sharded over hosts
+        for _ in tensors:  # joins the all-gathers of arrays sharded over hosts
             pass
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +93,14 @@ def _check_params(model: LanguageModel, params: Params) -> None:
         for name in sorted(expected.keys() | got.keys())
         if got.get(name) != expected.get(name)
     ]:
-        raise ValueError(f"params are not those of the model: {'; '.join(wrong)}")
+        raise ValueError(
+            f"params do not fit the model: {'; '.join(wrong)}; pass the parameters "
+            "of this model"
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Nothing of the user's is ever replaced, with `overwrite` neither."""
+    """Refuse to replace what `save_pretrained` did not write, even with `overwrite`."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -117,13 +119,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         if file.name not in known and file.suffix != ".safetensors"
     ):
         raise FileExistsError(
-            f"{target} holds {', '.join(others)} besides an export and is not "
-            "replaced; move them, or choose another folder"
+            f"{target} is not replaced: besides an export it holds "
+            f"{', '.join(others)}; move these files, or choose another folder"
         )
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether every weight file says that this module wrote it."""
+    """Whether the metadata of every weight file names this package as producer."""
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         try:
@@ -137,7 +139,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _write_configs(folder: Path, model: LanguageModel, dtype: str) -> None:
-    # Both spellings: `dtype` is transformers 5's, `torch_dtype` everyone else's.
+    # Both spellings: only transformers 5 reads `dtype`, others read `torch_dtype`.
     config = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ids = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
@@ -153,7 +155,7 @@ def _write_weights(
     sizes: dict[str, int],
     max_shard_bytes: int,
 ) -> None:
-    """One shard of tensors in memory at a time."""
+    """Write the tensors, with those of one file at a time in memory."""
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, size in sizes.items():
@@ -179,7 +181,10 @@ def _write_weights(
 
 
 def _file_rows(model: LanguageModel) -> dict[str, list[KeyRow]]:
-    """Rows by the file's tensor name (a template for stacked ones), parts together."""
+    """Rows by tensor name; the parts of one tensor share an entry.
+
+    The name of a stacked tensor has {} for the layer's number.
+    """
     rows: dict[str, list[KeyRow]] = {}
     for row in model.architecture.key_rows(model.config):
         rows.setdefault(row.name, []).append(row)
@@ -187,12 +192,13 @@ def _file_rows(model: LanguageModel) -> dict[str, list[KeyRow]]:
 
 
 def _full_names(row: KeyRow, model: LanguageModel) -> list[str]:
+    """Tensor names as they are written."""
     prefix = "" if row.name == HEAD else model.architecture.prefixes[0]
     return [prefix + name for name in tensor_names(row, model)]
 
 
 def _file_sizes(model: LanguageModel, dtype: np.dtype) -> dict[str, int]:
-    """Bytes of every tensor, in the order of `_file_tensors`."""
+    """Bytes of each tensor, in the order of `_file_tensors`."""
     shapes = stored_shapes(model)
     sizes = {}
     for rows in _file_rows(model).values():
@@ -205,23 +211,24 @@ def _file_sizes(model: LanguageModel, dtype: np.dtype) -> dict[str, int]:
 def _file_tensors(
     model: LanguageModel, params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as the file has it; one of our parameters on the host at a time.
+    """Each tensor by name, without the rows that pad the vocabulary.
 
-    Rows that pad the vocabulary are left out.
+    Only one of our parameters is in host memory at a time.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     values = {path_name(key_path): leaf for key_path, leaf in leaves}
     shapes = stored_shapes(model)
     for rows in _file_rows(model).values():
-        hosts = [to_host(values[row.path])[: shapes[row.path][0]] for row in rows]
+        arrays = [to_host(values[row.path])[: shapes[row.path][0]] for row in rows]
         for i, name in enumerate(_full_names(rows[0], model)):
-            parts = [host[i] if is_stacked(rows[0]) else host for host in hosts]
+            parts = [array[i] if is_stacked(rows[0]) else array for array in arrays]
             value = np.concatenate(parts, axis=-1)
             value = value.T if rows[0].transposed else value
             yield name, np.ascontiguousarray(value.astype(dtype))
 
 
 def to_host(value: jax.Array) -> np.ndarray:
+    """The whole array in host memory; every process must call this."""
     if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

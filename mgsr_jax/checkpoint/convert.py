@@ -1,15 +1,19 @@
-"""Pickled weights (pytorch_model.bin) to safetensors; needs the `convert` extra."""
+"""Converts pickled weights (pytorch_model.bin) to safetensors.
+
+Needs the extra `convert`, which installs torch.
+"""
 
 import json
 import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from mgsr_jax.checkpoint._layout import INDEX, WEIGHTS, PathLike
-from mgsr_jax.checkpoint.folder import check_folder
+from mgsr_jax.checkpoint._layout import INDEX, WEIGHTS
+from mgsr_jax.checkpoint.folder import PathLike, check_folder
 from mgsr_jax.checkpoint.tokenizer import FILES
 
 PICKLE = "pytorch_model.bin"
@@ -17,17 +21,17 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 
 def convert(source: PathLike, target: PathLike) -> None:
-    """Writes the checkpoint at `source` to `target` with safetensors weights.
+    """Write the checkpoint at `source` to `target` with safetensors weights.
 
-    Reads pytorch_model.bin, or pytorch_model.bin.index.json with its shards, without
-    running anything that a pickle holds; names and dtypes stay. The configuration and
+    Reads pytorch_model.bin, or pytorch_model.bin.index.json with its shards. Code in a
+    pickle is never run. Names and dtypes of the tensors stay the same. The config and
     the tokenizer are copied.
 
     Raises:
       FileExistsError: `target` exists and is not empty.
-      FileNotFoundError: no config.json or no pickled weights in `source`.
+      FileNotFoundError: `source` has no config.json or no pickled weights.
       ImportError: torch is not installed.
-      ValueError: a file that is not a plain dictionary of tensors.
+      ValueError: a file is not a plain dictionary of tensors.
     """
     check_folder("target", target)
     source, target = Path(source), Path(target).absolute()
@@ -36,7 +40,9 @@ def convert(source: PathLike, target: PathLike) -> None:
             f"{target} exists and is not empty; choose another folder"
         )
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {source}")
+        raise FileNotFoundError(
+            f"no config.json in {source}; give the folder of a Hugging Face checkpoint"
+        )
     pickles, weight_map = _pickles(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as t:
@@ -57,12 +63,14 @@ def convert(source: PathLike, target: PathLike) -> None:
 
 
 def _pickles(source: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Weight files, and the map from tensor to file where there is an index."""
+    """Weight files, and the map from tensor to file if there is an index."""
     if (source / PICKLE).is_file():
         return [PICKLE], None
     index = source / PICKLE_INDEX
     if not index.is_file():
-        raise FileNotFoundError(f"no {PICKLE} and no {PICKLE_INDEX} in {source}")
+        raise FileNotFoundError(
+            f"no {PICKLE} and no {PICKLE_INDEX} in {source}; only these are converted"
+        )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -80,6 +88,7 @@ def _pickles(source: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _new_name(name: str) -> str:
+    """Name of the safetensors file for a pickled file."""
     if name == PICKLE:
         return WEIGHTS
     return name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
@@ -88,7 +97,7 @@ def _new_name(name: str) -> str:
 def _convert_file(file: Path, target: Path) -> None:
     torch, save_file = _torch()
     try:
-        tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
@@ -97,13 +106,16 @@ def _convert_file(file: Path, target: Path) -> None:
     if not isinstance(tensors, dict) or not all(
         isinstance(value, torch.Tensor) for value in tensors.values()
     ):
-        raise ValueError(f"{file} is not a dictionary from names to tensors")
-    # Tied tensors share memory there, which safetensors refuses: each gets its own.
-    own = {name: value.contiguous().clone() for name, value in tensors.items()}
-    save_file(own, target, metadata={"format": "pt"})
+        raise ValueError(
+            f"{file} is not a dictionary from names to tensors; only plain weights are "
+            "converted"
+        )
+    # Tied tensors share memory, which safetensors refuses: copy each tensor.
+    copies = {name: value.contiguous().clone() for name, value in tensors.items()}
+    save_file(copies, target, metadata={"format": "pt"})
 
 
-def _torch() -> tuple[Any, Any]:
+def _torch() -> tuple[ModuleType, Callable[..., None]]:
     try:
         import torch
         from safetensors.torch import save_file

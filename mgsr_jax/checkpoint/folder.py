@@ -1,23 +1,31 @@
-"""Folders are files on disk: what is none is refused before it is made."""
+"""Refuses addresses of buckets where a local folder is needed."""
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+PathLike = str | os.PathLike[str]
 
-def check_folder(name: str, path: str | os.PathLike[str] | None) -> None:
-    """A bucket's address would become a local folder of that name.
+
+def check_folder(name: str, path: PathLike | None) -> None:
+    """Check that `path` is a path, not an address such as gs://bucket/run.
+
+    Without the check, an address would become a local folder of that name.
 
     >>> check_folder("output", "runs/mgsr")
 
+    Args:
+      name: the setting, for the error.
+      path: its value; None is accepted.
+
     Raises:
-      ValueError: `path` is an address such as gs://bucket/run.
+      ValueError: `path` is an address.
     """
     if path is not None and "://" in os.fspath(path):
         raise ValueError(
-            f"{name}={os.fspath(path)!r} is an address, and folders are read and "
-            "written as files; mount the bucket (gcsfuse for gs://) and give its folder"
+            f"{name}={os.fspath(path)!r} is an address, expected a local folder; mount "
+            "the bucket (gcsfuse for gs://) and give the folder of the mount"
         )
 
 

@@ -1,37 +1,33 @@
-"""Hugging Face folders: safetensors to params on the mesh, and back."""
+"""Loads Hugging Face folders onto a mesh, and writes them."""
 
 import contextlib
 import dataclasses
-import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
-from safetensors import SafetensorError, safe_open
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint._layout import (
     HEAD,
-    INDEX,
-    WEIGHTS,
-    PathLike,
     file_shape,
     flat_shapes,
     is_stacked,
-    path_name,
     stored_shapes,
     tensor_names,
 )
 from mgsr_jax.checkpoint._save import save_pretrained
+from mgsr_jax.checkpoint._tensors import Tensor, open_tensors
+from mgsr_jax.checkpoint.folder import PathLike
 from mgsr_jax.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
 from mgsr_jax.models import KeyRow, LanguageModel
-from mgsr_jax.typing import Params
+from mgsr_jax.typing import Leaf, Params
 
 __all__ = [
     "load_params",
@@ -43,50 +39,31 @@ __all__ = [
 _DTYPES = ("F32", "BF16", "F16")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor in an open file; nothing of it is read yet."""
-
-    name: str
-    file: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
-
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self.file.get_slice(self.name)[index]
-
-
 @dataclasses.dataclass
 class _Source:
-    """One of our parameters as a window on the tensors of a checkpoint.
+    """One of our parameters as a view of tensors in a checkpoint.
 
     Attributes:
-      row: how it is kept there.
-      shape: ours; with the leading layer axis if stacked.
-      rows: of these the checkpoint has the first so many; the others are zero.
-      tensors: one, or one a layer.
-      non_finite: names of tensors whose values, as read, were not all finite.
+      row: where the checkpoint keeps the parameter.
+      shape: shape of our parameter, with the leading layer axis if it is stacked.
+      rows: number of leading rows that the checkpoint has; further rows are zero.
+      tensors: one tensor, or one per layer.
+      non_finite: receives the names of tensors that were read with non-finite values.
     """
 
     row: KeyRow
     shape: tuple[int, ...]
     rows: int
-    tensors: tuple[_Tensor, ...]
+    tensors: tuple[Tensor, ...]
     non_finite: set[str]
 
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """`parameter[index]`, reading no more of the file than that."""
+        """`parameter[index]`; no other values are read from the file."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
         if not is_stacked(self.row):
             (start, stop), *others = bounds
-            held = min(start, self.rows), min(stop, self.rows)
-            values = self._read(self.tensors[0], [held, *others], dtype)
+            stored = min(start, self.rows), min(stop, self.rows)
+            values = self._read(self.tensors[0], [stored, *others], dtype)
             padding = [(0, stop - start - len(values))] + [(0, 0)] * len(others)
             return np.pad(values, padding) if any(padding[0]) else values
         out = np.empty([stop - start for start, stop in bounds], dtype)
@@ -95,7 +72,7 @@ class _Source:
         return out
 
     def _read(
-        self, tensor: _Tensor, bounds: list[tuple[int, int]], dtype: np.dtype
+        self, tensor: Tensor, bounds: list[tuple[int, int]], dtype: np.dtype
     ) -> np.ndarray:
         index = [slice(*b) for b in bounds]
         if self.row.transposed:
@@ -103,7 +80,7 @@ class _Source:
         offset = self.row.part * self.shape[-1]
         index[-1] = slice(index[-1].start + offset, index[-1].stop + offset)
         values = tensor.read(tuple(index))
-        # A value beyond a narrower dtype becomes inf, which is reported below.
+        # A value that overflows a narrower dtype becomes inf, which is reported below.
         with np.errstate(over="ignore", invalid="ignore"):
             values = values.astype(dtype)
         if not np.isfinite(values).all():
@@ -116,20 +93,21 @@ def load_params(
     model: LanguageModel,
     *,
     mesh: Mesh | None = None,
-    dtype: Any = jnp.float32,
-    transform: Callable[[str, jax.Array], Any] = lambda path, parameter: parameter,
+    dtype: DTypeLike = jnp.float32,
+    transform: Callable[[str, jax.Array], Leaf] = lambda path, parameter: parameter,
 ) -> Params:
-    """Parameters of a Hugging Face folder, each shard read from the file by itself.
+    """Parameters of a Hugging Face folder; each shard is read from the file separately.
 
     Args:
-      path: folder with model.safetensors, or model.safetensors.index.json and shards;
-        float32, bfloat16 or float16.
+      path: folder with model.safetensors, or model.safetensors.index.json and its
+        files, in float32, bfloat16 or float16.
       model: from `models.from_config(path)`; rows that pad its vocabulary are zero.
-      mesh: the mesh to load onto by the model's partition rules; None: plain arrays
-        on the default device.
-      dtype: of every parameter.
-      transform: from a parameter and its '/'-joined path to what takes its place, one
-        after the other: the whole model is never there in `dtype`.
+      mesh: mesh that the model's partition rules place parameters on; None: plain
+        arrays on the default device.
+      dtype: dtype of all parameters.
+      transform: (the parameter's '/'-joined path, parameter) -> its replacement. It is
+        applied to one parameter at a time, so that the whole model is never in memory
+        in `dtype`.
 
     Raises:
       FileNotFoundError: no weights at `path`.
@@ -141,134 +119,71 @@ def load_params(
     places = mesh and sharding.shardings(mesh, model.partition_rules, abstract)
     non_finite: set[str] = set()
     with contextlib.ExitStack() as stack:
-        tensors = _open(Path(path), stack)
+        tensors = open_tensors(Path(path), stack)
         sources = _match(Path(path), model, tensors, flat_shapes(abstract), non_finite)
 
-        def place(key_path: Any, target: Any) -> Any:
-            name = path_name(key_path)
-            return transform(name, _place(sources[name], target, dtype))
+        def load(key_path: KeyPath, place: Sharding | None) -> Leaf:
+            name = sharding.path_name(key_path)
+            return transform(name, _load(sources[name], place, dtype))
 
         if places is None:
             places = jax.tree.map(lambda _: None, abstract)
         params = jax.tree_util.tree_map_with_path(
-            place, places, is_leaf=lambda target: target is None
+            load, places, is_leaf=lambda place: place is None
         )
     if non_finite:
         raise ValueError(
             f"{path}: values that are not finite as {dtype.name} in "
-            f"{', '.join(sorted(non_finite))}; the file is damaged, or too wide for it"
+            f"{', '.join(sorted(non_finite))}; download the file again, or load it as "
+            "float32"
         )
     return params
 
 
-def _place(source: _Source, target: Sharding | None, dtype: np.dtype) -> jax.Array:
-    """Onto the default device, or each shard onto its own."""
-    if target is None:
+def _load(source: _Source, place: Sharding | None, dtype: np.dtype) -> jax.Array:
+    """Read a parameter onto the default device, or each shard onto its own device."""
+    if place is None:
         return jnp.asarray(source.read((slice(None),) * len(source.shape), dtype))
-    seen: dict[Any, np.ndarray] = {}  # replicas ask for the same index again
+    shards: dict[tuple[object, ...], np.ndarray] = {}  # replicas have equal indices
 
-    def shard(index: Any) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         key = tuple((s.start, s.stop) for s in index)
-        if key not in seen:
-            seen[key] = source.read(index, dtype)
-        return seen[key]
+        if key not in shards:
+            shards[key] = source.read(index, dtype)
+        return shards[key]
 
-    return jax.make_array_from_callback(source.shape, target, shard)
-
-
-def _open(folder: Path, stack: contextlib.ExitStack) -> list[_Tensor]:
-    """Every tensor of the folder's safetensors files."""
-    tensors = []
-    for file in _weight_files(folder):
-        try:
-            handle = stack.enter_context(safe_open(file, framework="numpy"))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is not a whole safetensors file ({error}); download it again"
-            ) from error
-        tensors += [_Tensor(name, handle) for name in handle.keys()]
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = _shard_names(folder / INDEX)
-        files = [folder / name for name in sorted(names)]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{folder} lacks {', '.join(absent)} of its index; download them"
-            )
-        return files
-    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
-        raise FileNotFoundError(
-            f"{folder} holds {pickles[0].name} but no {WEIGHTS}; pickled weights are "
-            f"not read: run `mgsr convert {folder} TARGET` and use TARGET"
-        )
-    raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}")
-
-
-def _shard_names(index: Path) -> set[str]:
-    """Files that an index names; each must lie in the folder itself."""
-    try:
-        names = set(
-            json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} has no readable weight_map ({error!r}); download it again"
-        ) from error
-    for name in names:
-        if not (
-            isinstance(name, str)
-            and name == os.path.basename(name)
-            and name.endswith(".safetensors")
-        ):
-            raise ValueError(
-                f"{index} names the shard {name!r}; expected the name of a "
-                ".safetensors file in the same folder"
-            )
-    return names
+    return jax.make_array_from_callback(source.shape, place, read)
 
 
 def _match(
     folder: Path,
     model: LanguageModel,
-    tensors: list[_Tensor],
+    tensors: list[Tensor],
     shapes: dict[str, tuple[int, ...]],
     non_finite: set[str],
 ) -> dict[str, _Source]:
-    """Every parameter with its tensors; raises once, with all that does not fit."""
-    found: dict[str, _Tensor] = {}
-    duplicate, unmapped, missing, misshapen = [], [], [], []
-    for tensor in tensors:
-        bare = _bare(tensor.name, model)
-        if any(re.search(regex, bare) for regex in model.architecture.ignored):
-            continue
-        if bare in found:
-            duplicate.append(f"{tensor.name} (also {found[bare].name})")
-        found[bare] = tensor
-    head = found.pop(HEAD, None) if model.config.tie_word_embeddings else None
+    """Find the tensors of each parameter.
+
+    Raises:
+      ValueError: some tensors do not fit; the message names all of them.
+    """
+    by_name, duplicate = _by_name(model, tensors)
+    head = by_name.pop(HEAD, None) if model.config.tie_word_embeddings else None
+    missing, misshapen = [], []
     sources, used, stored = {}, set(), stored_shapes(model)
     for row in model.architecture.key_rows(model.config):
-        shape, names = shapes[row.path], tensor_names(row, model)
+        names = tensor_names(row, model)
         used.update(names)
-        missing += [name for name in names if name not in found]
-        present = tuple(found[name] for name in names if name in found)
-        expected = file_shape(row, stored[row.path])
-        for tensor in present:
-            if tensor.shape != expected:
-                misshapen.append(f"{tensor.name} {tensor.shape}, expected {expected}")
-            elif tensor.dtype not in _DTYPES:
-                misshapen.append(f"{tensor.name} of dtype {tensor.dtype}")
+        missing += [name for name in names if name not in by_name]
+        present = tuple(by_name[name] for name in names if name in by_name)
+        misshapen += _misshapen(present, file_shape(row, stored[row.path]))
         rows = stored[row.path][0]
-        sources[row.path] = _Source(row, shape, rows, present, non_finite)
-    unmapped = [tensor.name for bare, tensor in found.items() if bare not in used]
+        sources[row.path] = _Source(row, shapes[row.path], rows, present, non_finite)
     _raise_misfits(
         folder,
         missing=missing,
-        unmapped=unmapped,
+        unmapped=[by_name[name].name for name in by_name if name not in used],
         duplicate=duplicate,
         misshapen=misshapen,
     )
@@ -277,8 +192,42 @@ def _match(
     return sources
 
 
+def _by_name(
+    model: LanguageModel, tensors: list[Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by name without prefix, and descriptions of those that occur twice."""
+    by_name: dict[str, Tensor] = {}
+    duplicate = []
+    for tensor in tensors:
+        name = _without_prefix(tensor.name, model)
+        if any(re.search(regex, name) for regex in model.architecture.ignored):
+            continue
+        if name in by_name:
+            duplicate.append(f"{tensor.name} (also {by_name[name].name})")
+        by_name[name] = tensor
+    return by_name, duplicate
+
+
+def _without_prefix(name: str, model: LanguageModel) -> str:
+    for prefix in model.architecture.prefixes:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _misshapen(tensors: tuple[Tensor, ...], expected: tuple[int, ...]) -> list[str]:
+    """Descriptions of tensors with another shape, or a dtype that is not read."""
+    texts = []
+    for tensor in tensors:
+        if tensor.shape != expected:
+            texts.append(f"{tensor.name} {tensor.shape}, expected {expected}")
+        elif tensor.dtype not in _DTYPES:
+            texts.append(f"{tensor.name} of dtype {tensor.dtype}")
+    return texts
+
+
 def _raise_misfits(folder: Path, **problems: list[str]) -> None:
-    """All that does not fit, in one error."""
+    """Raise one error for all tensors that do not fit."""
     if text := "; ".join(
         f"{kind}: {', '.join(sorted(set(names)))}"
         for kind, names in problems.items()
@@ -287,8 +236,8 @@ def _raise_misfits(folder: Path, **problems: list[str]) -> None:
         raise ValueError(f"the weights of {folder} do not fit its config.json: {text}")
 
 
-def _check_tied(folder: Path, head: _Tensor, embedding: _Source) -> None:
-    """A file may hold the tied head too; it must say the same."""
+def _check_tied(folder: Path, head: Tensor, embedding: _Source) -> None:
+    """Check that a tied head, if the file has one, equals the embedding."""
     (tensor,) = embedding.tensors
     size = tensor.shape[0]
     same = head.shape == tensor.shape
@@ -297,13 +246,6 @@ def _check_tied(folder: Path, head: _Tensor, embedding: _Source) -> None:
         same = same and bool(np.array_equal(head.read(rows), tensor.read(rows)))
     if not same:
         raise ValueError(
-            f"{folder}: {head.name} differs from {tensor.name} although config.json "
-            "ties them; set tie_word_embeddings to false, or remove one of them"
+            f"{folder}: {head.name} differs from {tensor.name}, but config.json ties "
+            "them; set tie_word_embeddings to false, or remove one of the tensors"
         )
-
-
-def _bare(name: str, model: LanguageModel) -> str:
-    for prefix in model.architecture.prefixes:
-        if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name

@@ -1,18 +1,18 @@
-"""Adapters to a folder that peft loads onto the model that they were trained on."""
+"""Writes adapters to a folder that peft loads onto their base model."""
 
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from mgsr_jax.checkpoint._layout import PathLike, tensor_names
+from mgsr_jax.checkpoint._layout import tensor_names
 from mgsr_jax.checkpoint._save import to_host
-from mgsr_jax.checkpoint.folder import check_folder
+from mgsr_jax.checkpoint.folder import PathLike, check_folder
 from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
 from mgsr_jax.models.lora import by_path
 from mgsr_jax.typing import Params
@@ -27,23 +27,23 @@ def save_adapter(
     adapters: Params,
     *,
     base_model: PathLike,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` loads with equal logits.
+    """Write a folder that `peft.PeftModel.from_pretrained` loads with equal logits.
 
-    peft: y = x W + lora_alpha / r * (x A^T) B^T. Kernels that a Hugging Face file keeps
-    as one tensor (GPT-2's query, key and value) get one adapter there: of n adapters
-    of rank r one of rank n r, with their b in the blocks of B and zeros beside them.
+    peft computes y = x W + lora_alpha / r * (x A^T) B^T. Some kernels share a tensor in
+    a Hugging Face file, such as GPT-2's query, key and value. Their n adapters of rank
+    r become one adapter of rank n r, whose B is block-diagonal.
 
-    The folder appears whole or not at all. With several processes all of them call
-    this, and the first one writes.
+    If the call fails, no folder is left behind. With several processes all of them must
+    call this, and process 0 writes.
 
     Args:
-      path: the folder to make.
-      model: with the adapters' settings in its field `lora`.
-      adapters: as `lora.init` gives them; sharded or not.
-      base_model: the folder that `model` was read from, which peft is told.
-      dtype: of the weights written.
+      path: the folder to create.
+      model: the model; its field `lora` has the settings of the adapters.
+      adapters: adapters as `lora.init` returns them, sharded or not.
+      base_model: the folder that `model` was read from; written to the config.
+      dtype: dtype of the written weights.
 
     Raises:
       FileExistsError: `path` exists and is not an empty folder.
@@ -69,7 +69,7 @@ def save_adapter(
 
 
 def _by_tensor(model: LanguageModel, adapters: Params) -> dict[str, list[KeyRow]]:
-    """Rows of the kernels with an adapter, by the file's tensor; parts together."""
+    """Rows of the kernels with an adapter, grouped by their tensor in the file."""
     paths = {f"{LAYERS}/{path}/kernel" for path in by_path(adapters)}
     groups: dict[str, list[KeyRow]] = {}
     for row in model.architecture.key_rows(model.config):
@@ -84,19 +84,19 @@ def _tensors(
     groups: dict[str, list[KeyRow]],
     dtype: np.dtype,
 ) -> dict[str, np.ndarray]:
-    """A [r, in] and B [out, r] of every layer, by peft's names."""
-    hosts = jax.tree.map(to_host, by_path(adapters))
+    """A [r, in] and B [out, r] of each layer, by peft's names."""
+    arrays = jax.tree.map(to_host, by_path(adapters))
     rank, prefix = model.lora.rank, model.architecture.prefixes[0]
     tensors = {}
     for rows in groups.values():
-        own = [hosts[_kernel(row)] for row in rows]
-        width = own[0]["b"].shape[-1]
+        group = [arrays[_kernel(row)] for row in rows]
+        width = group[0]["b"].shape[-1]
         for layer, name in enumerate(tensor_names(rows[0], model)):
             b = np.zeros((rows[0].parts * width, len(rows) * rank), dtype)
-            for i, (row, adapter) in enumerate(zip(rows, own, strict=True)):
+            for i, (row, adapter) in enumerate(zip(rows, group, strict=True)):
                 outputs = slice(row.part * width, (row.part + 1) * width)
                 b[outputs, i * rank : (i + 1) * rank] = adapter["b"][layer].T
-            a = np.concatenate([adapter["a"][layer].T for adapter in own])
+            a = np.concatenate([adapter["a"][layer].T for adapter in group])
             module = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.astype(dtype))
             tensors[f"{module}.lora_B.weight"] = b
@@ -104,13 +104,14 @@ def _tensors(
 
 
 def _kernel(row: KeyRow) -> str:
+    """Path of a kernel as `lora.by_path` has it."""
     return row.path.removeprefix(f"{LAYERS}/").removesuffix("/kernel")
 
 
 def _config(
     model: LanguageModel, groups: dict[str, list[KeyRow]], base_model: PathLike
-) -> dict[str, Any]:
-    """What peft reads: where the adapters are, and what they are scaled by."""
+) -> dict[str, object]:
+    """peft's config: which modules have adapters, and how their output is scaled."""
     rank, alpha = model.lora.rank, model.lora.alpha
     modules = {
         name.partition("{}.")[2].removesuffix(".weight"): rows
@@ -126,7 +127,7 @@ def _config(
         "lora_alpha": alpha,
         "lora_dropout": model.lora.dropout,
         "target_modules": sorted(modules),
-        # As large as the ranks that were joined, so that alpha / r stays.
+        # A joined adapter has a larger rank and alpha, so that alpha / r is the same.
         "rank_pattern": {name: count * rank for name, count in joined.items()},
         "alpha_pattern": {name: count * alpha for name, count in joined.items()},
         "fan_in_fan_out": not transposed,

@@ -1,25 +1,33 @@
-"""Everything that a resumed run needs, in one orbax step.
+"""Checkpoints from which a run resumes, written by orbax.
 
-A step holds three items: `state` (parameters, optimizer, step, key), `host` (JSON: the
-data's position, the replay ratio, ...) and `replay` (the buffer). It is committed as a
-whole, or not there.
+A checkpoint has three items: `state` (parameters, optimizer, step, key), `host` (JSON:
+position in the data, replay ratio, ...) and `replay` (the buffer). Orbax commits all
+three or none.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from mgsr_jax.checkpoint.folder import PathLike
+from mgsr_jax.sharding import path_name
+from mgsr_jax.typing import Leaf
+
+Host = dict[str, Any]
+"""JSON: what the processes of a run remember besides arrays."""
+
+Tree = TypeVar("Tree")
+Replay = TypeVar("Replay")
 
 
-def open_manager(
-    folder: str | os.PathLike[str], *, keep: int = 2
-) -> ocp.CheckpointManager:
-    """The run's checkpoints; the latest `keep` stay."""
+def open_manager(folder: PathLike, *, keep: int = 2) -> ocp.CheckpointManager:
+    """Open the checkpoints of a run for writing; only the latest `keep` are kept."""
     return ocp.CheckpointManager(
         Path(folder).absolute(),
         item_names=("state", "host", "replay"),
@@ -32,13 +40,18 @@ def open_manager(
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, *, state: Any, host: Any, replay: Any
+    manager: ocp.CheckpointManager,
+    step: int,
+    *,
+    state: PyTree,
+    host: Host,
+    replay: PyTree,
 ) -> None:
-    """Writes one step and waits until it is whole.
+    """Write the checkpoint of one step and wait until it is committed.
 
     Raises:
-      ValueError: the step exists (it is left as it is).
-      OSError, ValueError: the disk's or orbax's own; earlier steps stay good.
+      ValueError: a checkpoint of this step exists; it is not changed.
+      OSError, ValueError: the disk or orbax failed; earlier checkpoints stay valid.
     """
     written = manager.save(
         step,
@@ -51,22 +64,29 @@ def save(
     manager.wait_until_finished()
     if not written:
         raise ValueError(
-            f"checkpoint {step} in {manager.directory} exists; it was left as it is"
+            f"checkpoint {step} in {manager.directory} exists and was not changed; "
+            "choose another folder"
         )
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, *, state: Any, replay: Any
-) -> tuple[Any, Any, Any]:
-    """(state, host, replay) of a step, placed as the given trees of shapes say.
+    manager: ocp.CheckpointManager, step: int, *, state: Tree, replay: Replay
+) -> tuple[Tree, Host, Replay]:
+    """The state, host and replay of a checkpoint.
+
+    Args:
+      manager: the run's checkpoints.
+      step: the step to read.
+      state: shapes and shardings of the state.
+      replay: arrays, or shapes and shardings, of the replay buffer.
 
     Raises:
-      ValueError: the step holds other arrays than asked for, or cannot be read.
+      ValueError: the checkpoint holds other arrays, or cannot be read.
     """
     try:
-        for item, like in (("state", state), ("replay", replay)):
-            _check_stored(manager.directory / str(step) / item, like)
-        found = manager.restore(
+        for item, expected in (("state", state), ("replay", replay)):
+            _check_stored(manager.directory / str(step) / item, expected)
+        items = manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(state),
@@ -80,28 +100,31 @@ def restore(
             f"checkpoint {step} in {manager.directory} does not fit this run or is "
             f"damaged: {reason}"
         ) from error
-    return found["state"], found["host"], found["replay"]
+    return items["state"], items["host"], items["replay"]
 
 
-def restore_params(
-    folder: str | os.PathLike[str], step: int | None, params: Any
-) -> Any:
-    """The parameters alone, of `step` or the latest, placed as the tree of shapes says.
+def restore_params(folder: PathLike, step: int | None, params: Tree) -> Tree:
+    """Only the parameters of a checkpoint.
 
-    Nothing in the folder is touched: the run may be at work in it.
+    Nothing in the folder is changed: a run may be writing to it.
+
+    Args:
+      folder: the run's folder of checkpoints.
+      step: the step to read; None: the latest.
+      params: shapes and shardings of the parameters.
 
     Raises:
-      FileNotFoundError: no such step.
-      ValueError: the step holds other parameters than asked for.
+      FileNotFoundError: no such checkpoint.
+      ValueError: the checkpoint holds other parameters.
     """
-    with _opened(folder, step) as (manager, wanted):
+    with _opened(folder, step) as (manager, chosen):
         tree = {"params": params}
         try:
-            _check_stored(manager.directory / str(wanted) / "state", tree)
+            _check_stored(manager.directory / str(chosen) / "state", tree)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"checkpoint {wanted} in {folder}: {error}") from error
-        found = manager.restore(
-            wanted,
+            raise ValueError(f"checkpoint {chosen} in {folder}: {error}") from error
+        items = manager.restore(
+            chosen,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     tree,
@@ -110,19 +133,21 @@ def restore_params(
                 )
             ),
         )
-    return found["state"]["params"]
+    return items["state"]["params"]
 
 
-def params_shapes(
-    folder: str | os.PathLike[str], step: int | None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of `step` or the latest, by '/'-joined name.
+def params_shapes(folder: PathLike, step: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters in a checkpoint, by '/'-joined name.
+
+    Args:
+      folder: the run's folder of checkpoints.
+      step: the step to read; None: the latest.
 
     Raises:
-      FileNotFoundError: no such step, or it has lost its metadata.
+      FileNotFoundError: no such checkpoint, or its metadata is missing.
     """
-    with _opened(folder, step) as (manager, wanted):
-        stored = _stored(manager.directory / str(wanted) / "state")
+    with _opened(folder, step) as (manager, chosen):
+        stored = _stored(manager.directory / str(chosen) / "state")
     return {
         name.removeprefix("params/"): tuple(leaf.shape)
         for name, leaf in stored.items()
@@ -132,31 +157,31 @@ def params_shapes(
 
 @contextmanager
 def _opened(
-    folder: str | os.PathLike[str], step: int | None
+    folder: PathLike, step: int | None
 ) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """A run's checkpoints, to be read alone, and the step that is asked for."""
+    """Open a run's checkpoints read-only, and choose `step` or the latest."""
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     with ocp.CheckpointManager(
         Path(folder).absolute(), item_names=("state",), options=options
     ) as manager:
         steps = sorted(manager.all_steps())
-        wanted = steps[-1] if steps and step is None else step
-        if wanted is None or wanted not in steps:
+        chosen = steps[-1] if steps and step is None else step
+        if chosen is None or chosen not in steps:
             name = "" if step is None else f" {step}"
             raise FileNotFoundError(
                 f"no checkpoint{name} in {folder}; it holds {steps or 'none'}"
             )
-        yield manager, wanted
+        yield manager, chosen
 
 
-def _check_stored(item: Any, want: Any) -> None:
-    """What is asked for is there, by name, shape and dtype.
+def _check_stored(item: PathLike, expected: PyTree) -> None:
+    """Check that an item has the expected arrays, by name, shape and dtype.
 
-    orbax casts a wrong dtype, returns numpy arrays of any shape, and where a part is
-    read leaves what it does not find as it was; all of it silently.
+    Without the check, orbax silently casts another dtype, returns numpy arrays of
+    another shape, and leaves the parts that it does not find unchanged.
     """
     stored = _stored(item)
-    for name, leaf in _by_name(want).items():
+    for name, leaf in _by_name(expected).items():
         if name not in stored:
             raise ValueError(f"{name} is not in it")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -169,17 +194,17 @@ def _check_stored(item: Any, want: Any) -> None:
             )
 
 
-def _stored(item: Any) -> dict[str, Any]:
+def _stored(item: PathLike) -> dict[str, Leaf]:
+    """Metadata of the arrays in an item, by '/'-joined name."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         metadata = reader.metadata(item).item_metadata
     if metadata is None:
-        raise FileNotFoundError(f"{item} is missing or has lost its metadata")
+        raise FileNotFoundError(
+            f"{item} or its metadata is missing; choose another checkpoint"
+        )
     return _by_name(metadata.tree)
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
+def _by_name(tree: PyTree) -> dict[str, Leaf]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
+    return {path_name(path): leaf for path, leaf in leaves}

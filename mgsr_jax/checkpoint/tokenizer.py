@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, by transformers' named classes only."""
+"""Loads tokenizers from Hugging Face folders, only by classes that are named here."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ import transformers
 
 from mgsr_jax.models import LanguageModel
 
+Json = dict[str, Any]
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,7 +24,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What belongs to a tokenizer; one of the first rows of `load_tokenizer` must exist."""
+"""Files of a tokenizer, all of which are copied with a model."""
 
 _SETTINGS = (
     "add_bos_token",
@@ -45,12 +47,13 @@ def load_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
     """The folder's tokenizer, with its special tokens and chat template.
 
-    Reads tokenizer.json, or vocab.json with merges.txt, or tokenizer.model. Classes
-    are ours to name: no `Auto*`, no code of the checkpoint.
+    Reads tokenizer.json, or vocab.json with merges.txt, or tokenizer.model. Never runs
+    code of the checkpoint: transformers' `Auto*` classes are not used.
 
     Raises:
-      FileNotFoundError: none of these files.
-      ValueError: files that cannot be read, or that ask for a class not on our list.
+      FileNotFoundError: the folder has none of these files.
+      ValueError: a file cannot be read, or names a tokenizer class that is not
+        supported.
     """
     folder = Path(path)
     config = _read_json(folder / "tokenizer_config.json")
@@ -68,16 +71,16 @@ def load_tokenizer(
     name = config.get("tokenizer_class", default).removesuffix("Fast")
     if name not in _CLASSES:
         raise ValueError(
-            f"{folder} asks for tokenizer_class {name!r}; expected one of "
-            f"{', '.join(_CLASSES)}, or a tokenizer.json beside it"
+            f"{folder} has tokenizer_class {name!r}; expected one of "
+            f"{', '.join(_CLASSES)}, or a folder with tokenizer.json"
         )
     return _CLASSES[name].from_pretrained(folder, local_files_only=True)
 
 
 def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-    """SHA-256 over the map from id to token, added tokens included.
+    """SHA-256 of the map from ids to tokens, with added tokens.
 
-    Two vocabularies of equal size may still disagree; equal fingerprints do not.
+    It differs for different vocabularies, even for those of the same size.
     """
     pairs = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -94,20 +97,22 @@ def eos_ids(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files that are there.
+    """Copy the tokenizer files of `source`.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: `source` has none.
     """
     present = [name for name in FILES if (source / name).is_file()]
     if not present:
-        raise FileNotFoundError(f"no tokenizer files in {source}")
+        raise FileNotFoundError(
+            f"no tokenizer files in {source}; expected one of {', '.join(FILES)}"
+        )
     for name in present:
         shutil.copyfile(source / name, target / name)
 
 
 def _from_tokenizer_json(
-    folder: Path, config: dict[str, Any]
+    folder: Path, config: Json
 ) -> transformers.PreTrainedTokenizerFast:
     config = {**_read_json(folder / "special_tokens_map.json"), **config}
     settings = {key: config[key] for key in _SETTINGS if config.get(key) is not None}
@@ -123,33 +128,40 @@ def _from_tokenizer_json(
         settings["chat_template"] = template
     file = folder / "tokenizer.json"
     if "model" not in _read_json(file):
-        raise ValueError(f"{file} is not a tokenizer: it has no 'model'")
+        raise ValueError(
+            f"{file} is not a tokenizer: it has no key 'model'; download it again"
+        )
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+def _chat_template(folder: Path, config: Json) -> str | dict[str, str] | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates by name
         return {entry["name"]: entry["template"] for entry in template}
     return template
 
 
-def _text(token: Any) -> str | None:
-    """A token is written as text, or as a record with its content."""
+def _text(token: str | Json | None) -> str | None:
+    """Text of a token, which is stored as text or as a record with its content."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no such file."""
+def _read_json(file: Path) -> Json:
+    """The JSON object in a file; {} if there is no such file."""
     if not file.is_file():
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
+        raise ValueError(
+            f"{file} is not valid JSON ({error}); download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}, expected an object")
+        raise ValueError(
+            f"{file} holds {type(value).__name__}, expected an object; download it "
+            "again"
+        )
     return value
