@@ -1,4 +1,4 @@
-"""The one layout: what is scored, what is shifted, what is refused."""
+"""Rows of tokens: scored positions, shifted labels, padding, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def ragged():
     )
 
 
-def test_a_position_is_scored_where_its_label_is_a_token_of_the_response(ragged):
+def test_a_position_is_scored_if_its_label_is_a_token_of_the_response(ragged):
     view = next_token_view(ragged)
     for b, (prompt, length) in enumerate(
         zip(ragged.prompt_lengths.tolist(), ragged.lengths.tolist(), strict=True)
@@ -49,19 +49,19 @@ def test_a_position_is_scored_where_its_label_is_a_token_of_the_response(ragged)
         assert inputs == tokens[prompt - 1 : length - 1]
 
 
-def test_as_many_positions_are_scored_as_the_response_has_tokens(ragged):
+def test_the_number_of_scored_positions_is_the_length_of_the_response(ragged):
     count = next_token_view(ragged).where.sum(-1)
     np.testing.assert_array_equal(count, ragged.lengths - ragged.prompt_lengths)
 
 
 def test_a_response_of_one_token_has_one_scored_position():
-    """The first generated token gets its loss (trl#2058)."""
+    """The first generated token is scored (compare trl#2058)."""
     view = next_token_view(device(from_lists([[5, 6, 7]], [[8]], width=6)))
     assert view.where.astype(int).tolist() == [[0, 0, 1, 0, 0]]
     assert view.inputs[0, 2] == 7 and view.labels[0, 2] == 8
 
 
-def test_end_of_sequence_is_scored_where_padding_is_the_same_token():
+def test_end_of_sequence_is_scored_even_if_padding_has_the_same_id():
     eos = 2
     rows = device(from_lists([[5]], [[7, eos]], width=6, pad_id=eos))
     assert rows.tokens.tolist() == [[5, 7, 2, 2, 2, 2]]
@@ -79,7 +79,7 @@ def test_span_ids_are_shifted_with_the_labels(ragged):
     assert at == {6: NO_SPAN, 7: NO_SPAN, 8: 4, 9: 4, 0: NO_SPAN}
 
 
-def test_leading_axes_change_nothing(ragged):
+def test_functions_accept_additional_leading_axes(ragged):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), ragged)
     for function in (next_token_view, prompts_only, blank_padding):
         flat, more = function(ragged), function(stacked)
@@ -91,7 +91,7 @@ def test_leading_axes_change_nothing(ragged):
         )
 
 
-def test_width_is_padding_alone():
+def test_with_width_changes_only_the_padding():
     rows = from_lists([[5, 6], [7]], [[8], [9, 2]], width=4, span_ids=[[3], [4, 4]])
     wide = from_lists([[5, 6], [7]], [[8], [9, 2]], width=7, span_ids=[[3], [4, 4]])
     jax.tree.map(np.testing.assert_array_equal, with_width(rows, 7), wide)
@@ -101,7 +101,7 @@ def test_width_is_padding_alone():
         with_width(rows, 2)
 
 
-def test_from_lists_lays_rows_out_from_the_left():
+def test_from_lists_makes_left_aligned_rows():
     rows = from_lists(
         [[5, 6], [7]],
         [[8], []],
@@ -121,7 +121,7 @@ def test_from_lists_lays_rows_out_from_the_left():
     assert [leaf.dtype for leaf in leaves] == [np.int32] * 5 + [np.bool_]
 
 
-def test_rows_without_a_name_are_numbered_and_true():
+def test_by_default_rows_are_numbered_and_ground_truth():
     rows = from_lists([[5], [6]], [[7], [8]], width=2)
     assert rows.example.tolist() == [0, 1] and rows.ground_truth.all()
 
@@ -138,12 +138,12 @@ def test_rows_without_a_name_are_numbered_and_true():
         ([[1]], [[3]], {"examples": [4, 5]}, "1 prompts, .*2 examples"),
     ],
 )
-def test_lists_that_make_no_rows_are_refused(prompts, responses, more, message):
+def test_lists_that_do_not_fit_raise(prompts, responses, more, message):
     with pytest.raises(ValueError, match=message):
         from_lists(prompts, responses, width=3, **more)
 
 
-def test_prompts_only_keeps_nothing_of_the_response(ragged):
+def test_prompts_only_removes_all_of_the_response(ragged):
     cut = prompts_only(ragged)
     np.testing.assert_array_equal(cut.lengths, ragged.prompt_lengths)
     np.testing.assert_array_equal(cut.prompt_lengths, ragged.prompt_lengths)
@@ -154,7 +154,7 @@ def test_prompts_only_keeps_nothing_of_the_response(ragged):
         assert not cut.tokens[b, prompt:].any()
 
 
-def test_blank_padding_touches_only_what_lies_beyond_the_length():
+def test_blank_padding_changes_only_tokens_beyond_the_length():
     rows = device(from_lists([[5, 6], [7]], [[8], [9, 2]], width=5, pad_id=33))
     blank = blank_padding(rows)
     assert blank.tokens.tolist() == [[5, 6, 8, 0, 0], [7, 9, 2, 0, 0]]

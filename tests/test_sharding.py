@@ -1,4 +1,4 @@
-"""The mesh, the strict tables, batches onto the mesh."""
+"""The mesh, the strict partition rules, and batches on the mesh."""
 
 import re
 
@@ -52,7 +52,7 @@ def shapes(**sizes):
         ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 4)),
     ],
 )
-def test_one_size_may_be_the_rest(sizes, shape):
+def test_one_size_of_the_mesh_may_be_minus_one(sizes, shape):
     mesh = sharding.make_mesh(**sizes)
     assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, shape, strict=True))
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -70,19 +70,19 @@ def test_one_size_may_be_the_rest(sizes, shape):
         {"data": 16},
     ],
 )
-def test_a_mesh_that_does_not_fill_the_devices_is_refused(sizes):
+def test_a_mesh_that_does_not_fill_the_devices_raises(sizes):
     with pytest.raises(ValueError, match=r"mesh data=.* does not fill the 8 devices"):
         sharding.make_mesh(**sizes)
 
 
-def test_the_devices_may_be_given():
+def test_a_mesh_can_use_some_of_the_devices():
     devices = jax.devices()[2:6]
     mesh = sharding.make_mesh(fsdp=2, devices=devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
     assert set(mesh.devices.flat) == set(devices)
 
 
-def test_the_first_rule_that_matches_wins():
+def test_the_first_matching_rule_gives_the_spec():
     tree = {"a": shapes(kernel=(4, 4), bias=(4,)), "b": shapes(kernel=(4, 4), n=())}
     rules = [("^a/kernel$", P("fsdp")), ("kernel$", P(None, "tensor")), ("bias$", P())]
     assert sharding.partition_specs(rules, tree) == {
@@ -91,15 +91,15 @@ def test_the_first_rule_that_matches_wins():
     }
 
 
-def test_a_parameter_without_a_rule_is_named():
+def test_the_error_for_a_parameter_without_a_rule_names_it():
     with pytest.raises(
         ValueError, match=r"no partition rule matches 'a/scale'.*\(3,\)"
     ):
         sharding.partition_specs([("kernel", P())], {"a": shapes(scale=(3,))})
 
 
-def test_a_rule_without_a_parameter_is_named():
-    """Also one that stands behind another and is never reached."""
+def test_the_error_for_a_rule_without_a_parameter_names_it():
+    """Also for a rule that an earlier rule always precedes."""
     tree = shapes(kernel=(4, 4))
     for unused in ("bias$", "ker"):
         with pytest.raises(ValueError, match=re.escape(f"parameter: ['{unused}']")):
@@ -109,7 +109,7 @@ def test_a_rule_without_a_parameter_is_named():
 @pytest.mark.parametrize(
     "spec", [P("fsdp"), P(None, ("data", "fsdp")), P(None, None, "fsdp")]
 )
-def test_a_dimension_that_does_not_divide_is_named(spec):
+def test_the_error_for_a_dimension_that_does_not_divide_names_it(spec):
     mesh = sharding.make_mesh(2, 4)
     tree = {"embed": shapes(embedding=(6, 4))}
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_a_dimension_that_does_not_divide_is_named(spec):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rules_of_every_family_match_its_parameters_and_their_moments(family):
-    """Strictly: a leaf without a rule or a rule without a leaf would raise."""
+    """A leaf without a rule, or a rule without a leaf, would raise."""
     model = models.from_config(FAMILIES[family])
     mesh = sharding.make_mesh(2, 2, 2)
     params = model.abstract_params()
@@ -135,12 +135,12 @@ def test_the_rules_of_every_family_match_its_parameters_and_their_moments(family
         },
     )
     rules = (("clip_network/", P()), *model.partition_rules)
-    found = sharding.shardings(mesh, rules, state)
-    assert found.params["student"] == places
-    # mu and nu of every parameter lie where the parameter lies.
+    got = sharding.shardings(mesh, rules, state)
+    assert got.params["student"] == places
+    # mu and nu of each parameter have the sharding of the parameter.
     moments = [
         jax.tree.leaves(tree["student"])
-        for tree in _moments(found.opt_state.inner_states["student"])
+        for tree in _moments(got.opt_state.inner_states["student"])
     ]
     assert moments == [jax.tree.leaves(places)] * 2
 
@@ -153,7 +153,7 @@ def _moments(opt_state):
     return adam.mu, adam.nu
 
 
-def test_a_batch_lies_over_data_and_fsdp():
+def test_a_batch_is_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(2, 4)
     rows = jax.tree.map(np.asarray, tiny.complete([(2, 3)] * 16))
     put = sharding.put_batch(mesh, rows)
@@ -164,7 +164,7 @@ def test_a_batch_lies_over_data_and_fsdp():
         assert len({str(s.index) for s in leaf.addressable_shards}) == 8
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_does_not_divide_raises():
     mesh = sharding.make_mesh(2, 4)
     rows = jax.tree.map(np.asarray, tiny.complete([(2, 3)] * 12))
     with pytest.raises(
@@ -173,7 +173,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         sharding.put_batch(mesh, rows)
 
 
-def test_replicated_is_whole_on_every_device():
+def test_a_replicated_array_is_whole_on_every_device():
     mesh = sharding.make_mesh(2, 4)
     array = jax.device_put(jnp.arange(3), sharding.replicated(mesh))
     assert [s.data.shape for s in array.addressable_shards] == [(3,)] * 8

@@ -1,4 +1,4 @@
-"""Pickled weights to safetensors, without running what a pickle holds."""
+"""Pickled weights to safetensors, without running code in a pickle."""
 
 import json
 import os
@@ -27,7 +27,7 @@ CONFIG = {
 
 @pytest.fixture
 def source(tmp_path):
-    """As OPT was published: half precision, tied head included, decoder.version."""
+    """OPT as it was published: float16, with the tied head and decoder.version."""
     folder = tmp_path / "source"
     folder.mkdir()
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def assert_converted(folder, reference):
     assert (folder / "vocab.json").read_text() == "{}"
 
 
-def test_one_file(source, tmp_path):
+def test_a_single_file_is_converted(source, tmp_path):
     folder, state, reference = source
     torch.save(state, folder / "pytorch_model.bin")
     convert(folder, tmp_path / "out" / "deep")
@@ -67,7 +67,7 @@ def test_one_file(source, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["deep"]
 
 
-def test_shards(source, tmp_path):
+def test_shards_with_an_index_are_converted(source, tmp_path):
     folder, state, reference = source
     names = sorted(state)
     weight_map = {}
@@ -91,7 +91,9 @@ class Exploit:
 
 
 @pytest.mark.parametrize("content", ["exploit", "empty", "garbage", "truncated"])
-def test_what_is_no_plain_weights_is_refused(source, tmp_path, monkeypatch, content):
+def test_a_file_that_is_not_plain_weights_is_refused(
+    source, tmp_path, monkeypatch, content
+):
     folder, state, _ = source
     monkeypatch.chdir(tmp_path)
     file = folder / "pytorch_model.bin"
@@ -108,7 +110,7 @@ def test_what_is_no_plain_weights_is_refused(source, tmp_path, monkeypatch, cont
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_other_contents_and_missing_files(source, tmp_path):
+def test_other_contents_and_missing_files_raise(source, tmp_path):
     folder, state, _ = source
     with pytest.raises(FileNotFoundError, match=r"no pytorch_model\.bin"):
         convert(folder, tmp_path / "out")
@@ -122,7 +124,7 @@ def test_other_contents_and_missing_files(source, tmp_path):
         convert(folder, tmp_path / "out")
 
 
-def test_without_torch_the_extra_is_named(source, tmp_path, monkeypatch):
+def test_without_torch_the_error_names_the_extra(source, tmp_path, monkeypatch):
     folder, state, _ = source
     torch.save(state, folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -1,8 +1,10 @@
-"""Hugging Face folders: what is read, how little of it at a time, what is refused."""
+"""Hugging Face folders: reading, writing, memory, and what is refused."""
 
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mgsr_jax import models, sharding
-from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint import _tensors, hf
 
 LLAMA = {
     "model_type": "llama",
@@ -51,7 +53,7 @@ def saved(folder, config, **kwargs):
 
 
 def rewrite(folder, change):
-    """Puts `change(tensors)` in place of the folder's tensors."""
+    """Replace the folder's tensors by `change(tensors)`."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     save_file(change(tensors), file, metadata={"format": "pt"})
@@ -62,7 +64,7 @@ def assert_equal(got, expected):
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
-def test_round_trip(tmp_path, config):
+def test_saved_params_load_back_equal(tmp_path, config):
     model, params = saved(tmp_path / "m", config)
     loaded = hf.load_params(tmp_path / "m", models.from_config(tmp_path / "m"))
     assert_equal(loaded, params)
@@ -70,7 +72,8 @@ def test_round_trip(tmp_path, config):
     assert not [p for p in tmp_path.iterdir() if p.name != "m"]
 
 
-def test_gpt2_names_without_prefix_with_old_buffers_and_tied_head(tmp_path):
+def test_old_gpt2_files_load(tmp_path):
+    """They have no prefix, have buffers of masks, and store the tied head."""
     model, params = saved(tmp_path, GPT2)
 
     def old(tensors):
@@ -84,7 +87,8 @@ def test_gpt2_names_without_prefix_with_old_buffers_and_tied_head(tmp_path):
     assert_equal(hf.load_params(tmp_path, model), params)
 
 
-def test_llama_rotary_buffers_and_bare_names(tmp_path):
+def test_old_llama_files_load(tmp_path):
+    """They have no prefix, and have buffers of rotary frequencies."""
     model, params = saved(tmp_path, LLAMA)
 
     def old(tensors):
@@ -112,7 +116,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_files(tmp_path, dtype):
+def test_16_bit_files_are_written_and_read(tmp_path, dtype):
     model, params = saved(tmp_path, LLAMA, dtype=jnp.dtype(dtype))
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
@@ -124,8 +128,8 @@ def test_narrow_files(tmp_path, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
 
 
-def test_sharded_index_through_symlinks(tmp_path):
-    """The hub's cache is symlinks to blobs elsewhere."""
+def test_an_index_and_its_shards_load_through_symlinks(tmp_path):
+    """The cache of the Hugging Face hub consists of symlinks."""
     model, params = saved(tmp_path / "blobs", LLAMA, max_shard_bytes=8000)
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -140,23 +144,23 @@ def test_sharded_index_through_symlinks(tmp_path):
     assert_equal(hf.load_params(cache, model), params)
 
 
-def test_onto_a_mesh_reads_each_shard_by_itself(tmp_path, monkeypatch):
+def test_loading_onto_a_mesh_reads_each_shard_separately(tmp_path, monkeypatch):
     model, params = saved(tmp_path, LLAMA)
     reads = []
-    read = hf._Tensor.read
+    read = _tensors.Tensor.read
 
     def recorded(self, index):
         values = read(self, index)
         reads.append((self.name, values.shape))
         return values
 
-    monkeypatch.setattr(hf._Tensor, "read", recorded)
+    monkeypatch.setattr(_tensors.Tensor, "read", recorded)
     loaded = hf.load_params(tmp_path, model, mesh=sharding.make_mesh(2, 4))
     assert_equal(loaded, params)
     shapes = {shape for name, shape in reads if name.endswith("q_proj.weight")}
     assert shapes == {(24, 6)}  # [out, in]: a quarter of D, one layer
     count = sum(name == "model.layers.0.self_attn.q_proj.weight" for name, _ in reads)
-    assert count == 4  # once a shard, not once a replica
+    assert count == 4  # once per shard, not once per replica
     kernel = loaded["layers"]["attention"]["query"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 6, 24)}
 
@@ -164,7 +168,7 @@ def test_onto_a_mesh_reads_each_shard_by_itself(tmp_path, monkeypatch):
 def test_rows_that_pad_the_vocabulary_are_zero_and_not_written(tmp_path):
     config = LLAMA | {"tie_word_embeddings": False, "num_attention_heads": 8}
     model = models.from_config(config)
-    hf.save_pretrained(tmp_path / "a", model, model.init(jax.random.key(0)))
+    hf.save_pretrained(tmp_path / "a", model, random_params(model))
     plain = hf.load_params(tmp_path / "a", model)
     padded = dataclasses.replace(model, vocab_rows=64)
     for mesh in (None, sharding.make_mesh(1, 4, 2)):
@@ -178,13 +182,13 @@ def test_rows_that_pad_the_vocabulary_are_zero_and_not_written(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, plain)
 
 
-def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
+def test_a_mesh_that_does_not_divide_a_parameter_raises(tmp_path):
     model, _ = saved(tmp_path, {**LLAMA, "hidden_size": 20})
     with pytest.raises(ValueError, match="embed/embedding.*cannot be split"):
         hf.load_params(tmp_path, model, mesh=sharding.make_mesh(1, 8))
 
 
-def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
+def test_one_error_names_all_tensors_that_do_not_fit(tmp_path):
     model, _ = saved(tmp_path, LLAMA)
 
     def spoil(tensors):
@@ -213,7 +217,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         assert part in message
 
 
-def test_fused_tensors_of_the_wrong_shape_are_refused(tmp_path):
+def test_a_fused_tensor_of_the_wrong_shape_raises(tmp_path):
     model, _ = saved(tmp_path, GPT2)
     name = "transformer.h.1.attn.c_attn.weight"
     rewrite(tmp_path, lambda t: {**t, name: np.zeros((24, 48), np.float32)})
@@ -222,7 +226,7 @@ def test_fused_tensors_of_the_wrong_shape_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_truncated_file_is_named(tmp_path, keep):
+def test_the_error_for_a_truncated_file_names_it(tmp_path, keep):
     model, _ = saved(tmp_path, LLAMA)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -231,7 +235,7 @@ def test_truncated_file_is_named(tmp_path, keep):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_named(tmp_path, value):
+def test_the_error_for_values_that_are_not_finite_names_the_tensor(tmp_path, value):
     model, _ = saved(tmp_path, LLAMA)
     name = "model.layers.1.self_attn.o_proj.weight"
 
@@ -245,7 +249,7 @@ def test_values_that_are_not_finite_are_named(tmp_path, value):
             hf.load_params(tmp_path, model, mesh=mesh)
 
 
-def test_values_beyond_a_narrower_dtype_are_named(tmp_path):
+def test_the_error_for_values_that_overflow_the_dtype_names_the_tensor(tmp_path):
     model, _ = saved(tmp_path, LLAMA)
 
     def widen(tensors):
@@ -261,7 +265,7 @@ def test_values_beyond_a_narrower_dtype_are_named(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "x.bin"]
 )
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path, name):
     model = models.from_config(LLAMA)
     saved(tmp_path / "good", LLAMA)
     folder = tmp_path / "bad"
@@ -273,7 +277,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
         hf.load_params(folder, model)
 
 
-def test_index_errors(tmp_path):
+def test_a_broken_or_incomplete_index_raises(tmp_path):
     model = models.from_config(LLAMA)
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[]"):
@@ -285,7 +289,7 @@ def test_index_errors(tmp_path):
         hf.load_params(tmp_path, model)
 
 
-def test_folders_without_safetensors(tmp_path):
+def test_a_folder_without_safetensors_raises(tmp_path):
     model = models.from_config(LLAMA)
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         hf.load_params(tmp_path, model)
@@ -294,9 +298,9 @@ def test_folders_without_safetensors(tmp_path):
         hf.load_params(tmp_path, model)
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_only_an_earlier_export_is_overwritten(tmp_path):
     folder = tmp_path / "out"
-    folder.mkdir()  # an empty folder is as good as none
+    folder.mkdir()  # an empty folder is accepted
     model, params = saved(folder, LLAMA)
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         hf.save_pretrained(folder, model, params)
@@ -308,7 +312,7 @@ def test_nothing_is_overwritten(tmp_path):
         hf.save_pretrained(folder, model, params, overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "notes.txt").unlink()
-    rewrite(folder, lambda tensors: tensors)  # somebody else's weights
+    rewrite(folder, lambda tensors: tensors)  # weights of another producer
     with pytest.raises(FileExistsError, match="not written by mgsr_jax"):
         hf.save_pretrained(folder, model, params, overwrite=True)
     assert_equal(hf.load_params(folder, model), doubled)
@@ -318,7 +322,7 @@ def test_nothing_is_overwritten(tmp_path):
         hf.save_pretrained(file, model, params, overwrite=True)
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path):
+def test_an_export_that_fails_leaves_no_files(tmp_path):
     model = models.from_config(LLAMA)
     params = random_params(model)
     with pytest.raises(FileNotFoundError, match="no tokenizer files"):
@@ -330,19 +334,85 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_from_a_mesh(tmp_path):
-    model, params = saved(tmp_path / "one", LLAMA)
-    sharded = hf.load_params(tmp_path / "one", model, mesh=sharding.make_mesh(2, 4))
-    hf.save_pretrained(tmp_path / "two", model, sharded)
-    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert_equal(two, one)
+def test_sharded_params_give_the_same_files(tmp_path):
+    model, params = saved(tmp_path / "plain", LLAMA)
+    sharded = hf.load_params(tmp_path / "plain", model, mesh=sharding.make_mesh(2, 4))
+    hf.save_pretrained(tmp_path / "sharded", model, sharded)
+    expected, got = (
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("plain", "sharded")
+    )
+    assert expected.keys() == got.keys()
+    assert_equal(got, expected)
 
 
-def test_bfloat16_reads_exactly(tmp_path):
-    """Not through a float16 or a string of bytes."""
+def test_bfloat16_values_are_read_exactly(tmp_path):
     model, _ = saved(tmp_path, LLAMA, dtype=jnp.bfloat16)
     raw = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     assert raw.dtype == ml_dtypes.bfloat16
     loaded = hf.load_params(tmp_path, model, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(loaded["final_norm"]["scale"], raw)
+
+
+LARGE = {
+    "model_type": "llama",
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 64,
+}
+# Counts anonymous memory only: the file is mapped, so its pages belong to the system.
+LOAD = """
+import json, sys, threading, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from mgsr_jax import models, sharding
+from mgsr_jax.checkpoint import hf
+
+def used():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(s.split()[1]) for s in status if "RssAnon" in s)
+
+folder = sys.argv[1]
+model = models.from_config(folder)
+mesh = sharding.make_mesh(fsdp=8)
+jax.block_until_ready(jax.device_put(1.0, sharding.replicated(mesh)))
+before, peaks, loaded = used(), [0], threading.Event()
+
+def watch():
+    while not loaded.is_set():
+        peaks[0] = max(peaks[0], used())
+        time.sleep(0.001)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+params = jax.block_until_ready(hf.load_params(folder, model, mesh=mesh))
+loaded.set()
+watcher.join()
+all_shards = [shard for x in jax.tree.leaves(params) for shard in x.addressable_shards]
+shards = sum(shard.data.nbytes for shard in all_shards)
+print(json.dumps({"peak": peaks[0] - before, "shards": shards}))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_loading_takes_little_more_memory_than_this_hosts_shards(tmp_path):
+    model = models.from_config(LARGE)
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), model.abstract_params())
+    hf.save_pretrained(tmp_path / "model", model, params)
+    largest = max(leaf.nbytes // 12 for leaf in jax.tree.leaves(params["layers"]))
+    largest = max(largest, params["embed"]["embedding"].nbytes)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "model")],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    used = json.loads(run.stdout)
+    # Norms are replicated on all devices.
+    assert used["shards"] > sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert used["peak"] <= 1.3 * used["shards"] + largest, used

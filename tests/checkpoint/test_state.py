@@ -1,4 +1,4 @@
-"""Checkpoints hold everything, refuse what does not fit by name, overwrite nothing."""
+"""Checkpoints of a run: restored exactly, checked by name, never overwritten."""
 
 import dataclasses
 import time
@@ -42,7 +42,7 @@ def like(tree, place=None):
 
 
 def raw(tree):
-    """Keys as the numbers in them."""
+    """The tree with random keys as the numbers in them."""
 
     def numbers(leaf):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -53,7 +53,7 @@ def raw(tree):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with step 4, and what was put there."""
+    """A folder with a checkpoint of step 4, its state and its replay buffer."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     state, replay = make_state(), make_replay()
     with checkpoint.open_manager(folder) as manager:
@@ -61,29 +61,33 @@ def saved(tmp_path_factory):
     return folder, state, replay
 
 
-def test_everything_comes_back(saved):
+def test_state_host_and_replay_are_restored(saved):
     folder, state, replay = saved
     with checkpoint.open_manager(folder) as manager:
         assert manager.latest_step() == 4
-        found = checkpoint.restore(manager, 4, state=like(state), replay=make_replay())
-    assert jax.tree.structure(found[0]) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, raw(found[0]), raw(state))
-    assert found[0].key.dtype == state.key.dtype
-    assert found[1] == HOST
-    assert all(isinstance(leaf, np.ndarray) for leaf in found[2].values())
-    jax.tree.map(np.testing.assert_array_equal, found[2], replay)
+        restored, host, buffer = checkpoint.restore(
+            manager, 4, state=like(state), replay=make_replay()
+        )
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, raw(restored), raw(state))
+    assert restored.key.dtype == state.key.dtype
+    assert host == HOST
+    assert all(isinstance(leaf, np.ndarray) for leaf in buffer.values())
+    jax.tree.map(np.testing.assert_array_equal, buffer, replay)
 
 
-def test_the_state_comes_back_onto_another_mesh(saved):
+def test_a_state_is_restored_onto_another_mesh(saved):
     folder, state, _ = saved
     mesh = sharding.make_mesh(2, 4)
     place = jax.tree.map(lambda _: sharding.replicated(mesh), state)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     place.params["student"]["kernel"] = split
-    wanted = jax.tree.map(like, state, place)
+    expected = jax.tree.map(like, state, place)
     with checkpoint.open_manager(folder) as manager:
-        found, *_ = checkpoint.restore(manager, 4, state=wanted, replay=make_replay())
-    kernel = found.params["student"]["kernel"]
+        restored, *_ = checkpoint.restore(
+            manager, 4, state=expected, replay=make_replay()
+        )
+    kernel = restored.params["student"]["kernel"]
     assert kernel.sharding == split
     np.testing.assert_array_equal(kernel, state.params["student"]["kernel"])
 
@@ -112,19 +116,19 @@ def wrong_dtype():
         ),
     ],
 )
-def test_another_state_is_refused_by_name(saved, state, message):
+def test_the_error_for_another_state_names_the_array(saved, state, message):
     folder, *_ = saved
     with checkpoint.open_manager(folder) as manager:
         with pytest.raises(ValueError, match=f"checkpoint 4 in .*{message}"):
             checkpoint.restore(manager, 4, state=like(state()), replay=make_replay())
 
 
-def test_a_state_that_leaves_something_out_is_refused(saved):
+def test_a_state_with_fewer_arrays_than_the_checkpoint_raises(saved):
     folder, state, _ = saved
-    less = dataclasses.replace(state, params={"student": state.params["student"]})
+    smaller = dataclasses.replace(state, params={"student": state.params["student"]})
     with checkpoint.open_manager(folder) as manager:
         with pytest.raises(ValueError, match="checkpoint 4 in .* does not fit"):
-            checkpoint.restore(manager, 4, state=like(less), replay=make_replay())
+            checkpoint.restore(manager, 4, state=like(smaller), replay=make_replay())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_a_state_that_leaves_something_out_is_refused(saved):
         ((3, 6), r"span_ids is int32\[3, 4\], expected int32\[3, 6\]"),
     ],
 )
-def test_a_buffer_of_another_size_is_refused_by_name(saved, sizes, message):
+def test_the_error_for_a_buffer_of_another_size_names_the_array(saved, sizes, message):
     folder, state, _ = saved
     with checkpoint.open_manager(folder) as manager:
         with pytest.raises(ValueError, match=message):
@@ -143,26 +147,26 @@ def test_a_buffer_of_another_size_is_refused_by_name(saved, sizes, message):
             )
 
 
-def test_a_step_that_is_not_there_is_refused(saved):
+def test_a_missing_step_raises(saved):
     folder, state, replay = saved
     with checkpoint.open_manager(folder) as manager:
         with pytest.raises(ValueError, match="checkpoint 9 in .*missing"):
             checkpoint.restore(manager, 9, state=like(state), replay=replay)
 
 
-def test_a_step_is_never_written_twice(saved):
+def test_an_existing_step_is_not_overwritten(saved):
     folder, state, replay = saved
     other = dataclasses.replace(state, step=jnp.int32(99))
     with checkpoint.open_manager(folder) as manager:
         with pytest.raises(ValueError, match="checkpoint 4 in .* exists"):
             checkpoint.save(manager, 4, state=other, host={}, replay=replay)
-        found, host, _ = checkpoint.restore(
+        restored, host, _ = checkpoint.restore(
             manager, 4, state=like(state), replay=make_replay()
         )
-    assert int(found.step) == 4 and host == HOST
+    assert int(restored.step) == 4 and host == HOST
 
 
-def test_the_latest_stay(tmp_path):
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
     tree = {"params": {"a": jnp.zeros(2)}}
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
         for step in (1, 2, 3):
@@ -170,14 +174,14 @@ def test_the_latest_stay(tmp_path):
         assert manager.all_steps() == [2, 3]
 
 
-def test_the_parameters_alone(saved):
+def test_only_the_parameters_can_be_restored(saved):
     folder, state, _ = saved
-    wanted = like({"student": state.params["student"]})
+    expected = like({"student": state.params["student"]})
     for step in (None, 4):
-        found = checkpoint.restore_params(folder, step, wanted)
-        assert set(found) == {"student"}
+        params = checkpoint.restore_params(folder, step, expected)
+        assert set(params) == {"student"}
         jax.tree.map(
-            np.testing.assert_array_equal, found["student"], state.params["student"]
+            np.testing.assert_array_equal, params["student"], state.params["student"]
         )
 
 
@@ -189,14 +193,14 @@ def test_the_parameters_alone(saved):
         ({"scale": jnp.zeros(3)}, "params/student/scale is not in it"),
     ],
 )
-def test_other_parameters_are_refused_by_name(saved, leaves, message):
+def test_the_error_for_other_parameters_names_the_array(saved, leaves, message):
     folder, *_ = saved
-    for wanted in (like(leaves), jax.eval_shape(lambda: leaves)):
+    for expected in (like(leaves), jax.eval_shape(lambda: leaves)):
         with pytest.raises(ValueError, match=f"checkpoint 4 in .*{message}"):
-            checkpoint.restore_params(folder, None, {"student": wanted})
+            checkpoint.restore_params(folder, None, {"student": expected})
 
 
-def test_no_checkpoint_is_said_and_nothing_is_made(saved, tmp_path):
+def test_a_missing_checkpoint_raises_and_creates_no_folder(saved, tmp_path):
     folder, *_ = saved
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 9 in .* holds \[4\]"):
         checkpoint.restore_params(folder, 9, {})
@@ -205,8 +209,8 @@ def test_no_checkpoint_is_said_and_nothing_is_made(saved, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_reading_leaves_a_step_that_is_being_written_alone(saved):
-    """A run may be at work: only the run itself clears up after a crash."""
+def test_only_a_manager_that_writes_removes_unfinished_checkpoints(saved):
+    """A reader must not: a run may be writing the unfinished checkpoint."""
     folder, state, _ = saved
     unfinished = folder / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
@@ -214,7 +218,7 @@ def test_reading_leaves_a_step_that_is_being_written_alone(saved):
     assert unfinished.exists()
     with checkpoint.open_manager(folder) as manager:
         assert manager.all_steps() == [4]
-        patience = time.monotonic() + 10  # orbax clears up in the background
-        while unfinished.exists() and time.monotonic() < patience:
+        deadline = time.monotonic() + 10  # orbax removes it in the background
+        while unfinished.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert not unfinished.exists()

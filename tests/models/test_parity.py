@@ -1,4 +1,4 @@
-"""Every family against transformers, on random tiny checkpoints, both ways."""
+"""Every family against transformers: random tiny checkpoints, loaded and written."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import transformers
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 
-torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+torch.set_num_threads(1)  # the matrices are tiny: more threads are slower
 
 VOCAB = 61
 SMALL = {
@@ -50,27 +50,30 @@ FAMILIES = {
         **OPT, do_layer_norm_before=False, word_embed_proj_dim=16
     ),
     "llama_untied": transformers.LlamaConfig(
-        **GROUPED, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
-    ),
-    "llama_tied": transformers.LlamaConfig(
-        **GROUPED, tie_word_embeddings=True, head_dim=10
-    ),
-    "llama3_rope": transformers.LlamaConfig(**GROUPED, rope_parameters=LLAMA3),
-    "llama_linear_rope": transformers.LlamaConfig(
         **GROUPED,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
         rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
     ),
+    "llama_tied": transformers.LlamaConfig(
+        **GROUPED, tie_word_embeddings=True, head_dim=10, rope_parameters=LLAMA3
+    ),
     "mistral": transformers.MistralConfig(**GROUPED, sliding_window=5),
-    "qwen2": transformers.Qwen2Config(**GROUPED, tie_word_embeddings=True),
     "qwen2_mixed_window": transformers.Qwen2Config(
-        **GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        **GROUPED,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
     ),
     "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=10, attention_bias=True),
 }
+"""Each feature of a config is in some family; few families keep the tests quick."""
 
 
 def random_torch_model(config):
-    """Also the biases and norms are random, so that a swapped one shows."""
+    """A model whose biases and norms are random too, so that a swapped one is found."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager"
@@ -106,27 +109,27 @@ def logits_of(model, params, tokens, **kwargs):
     return model.unembed(model.head_params(params), hidden), cache
 
 
-# One for all tests: they share its compiled forms.
+# The tests share its compiled programs.
 forward = jax.jit(logits_of, static_argnums=0)
 
 
-def test_logits_agree(family, tokens):
+def test_logits_equal_those_of_transformers(family, tokens):
     _, reference, model, params = family
     logits, cache = forward(model, params, tokens)
     expected = torch_logits(reference, tokens)
-    assert np.abs(expected).max() > 1.0  # the comparison has something to compare
+    assert np.abs(expected).max() > 1.0  # the logits are not all near 0
     assert cache is None
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_cache_agrees_with_recomputation_on_ragged_rows(family, tokens):
-    """A prompt of each row's own length, then one token at a time at own positions."""
+def test_decoding_with_a_cache_equals_recomputation_on_ragged_rows(family, tokens):
+    """Each row has its own prompt length, and then its own position at each step."""
     _, reference, model, params = family
     lengths, steps, slots = np.array([3, 7, 5]), 9, 19
     expected = torch_logits(reference, tokens)
     cache = model.init_cache(3, slots, jnp.float32)
     decoding = model.decode_params(params, jnp.float32)
-    # The prompts are padded to one width; what the padding wrote is overwritten.
+    # Prompts are padded to one width; later steps overwrite the slots of padding.
     prompt = np.where(np.arange(7)[None] < lengths[:, None], tokens[:, :7], 0)
     logits, cache = forward(model, decoding, prompt, cache=cache)
     for b in range(3):
@@ -144,7 +147,7 @@ def test_cache_agrees_with_recomputation_on_ragged_rows(family, tokens):
         )
 
 
-def test_greedy_continuation_agrees_with_generate(family, tokens):
+def test_greedy_decoding_equals_transformers_generate(family, tokens):
     _, reference, model, params = family
     prompt, new = tokens[:, :7], 12
     expected = reference.generate(
@@ -168,7 +171,7 @@ def test_greedy_continuation_agrees_with_generate(family, tokens):
     np.testing.assert_array_equal(np.stack(row, axis=1), expected)
 
 
-def test_round_trip_gives_transformers_equal_logits(family, tokens, tmp_path):
+def test_transformers_loads_an_export_with_equal_logits(family, tokens, tmp_path):
     _, reference, model, params = family
     hf.save_pretrained(tmp_path / "export", model, params)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -185,7 +188,7 @@ def test_round_trip_gives_transformers_equal_logits(family, tokens, tmp_path):
         assert getattr(again.generation_config, key) == getattr(reference.config, key)
 
 
-def test_onto_a_mesh(family):
+def test_loading_onto_a_mesh_gives_equal_parameters(family):
     folder, _, model, params = family
     sharded = hf.load_params(folder, model, mesh=sharding.make_mesh(2, 4))
     kernel = sharded["layers"]["attention"]["query"]["kernel"]

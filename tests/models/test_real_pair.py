@@ -1,4 +1,8 @@
-"""A real checkpoint: SmolLM2-135M and its cut, in the folder MGSR_REAL_PAIR names."""
+"""Real checkpoints: SmolLM2-135M and a smaller model cut from it.
+
+The environment variable MGSR_REAL_PAIR names their folder; without it the tests are
+skipped.
+"""
 
 import os
 from pathlib import Path
@@ -36,7 +40,7 @@ forward = jax.jit(
 )
 
 
-def test_logits_and_greedy_continuation_agree(real):
+def test_logits_and_greedy_decoding_equal_those_of_transformers(real):
     folder, reference, model, params = real
     tokenizer = hf.load_tokenizer(folder)
     ids = tokenizer(TEXT)["input_ids"]
@@ -56,7 +60,7 @@ def test_logits_and_greedy_continuation_agree(real):
     hidden, cache = forward(model, decoding, jnp.asarray([ids]), cache=cache)
     logits = model.unembed(model.head_params(params), hidden)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-5)
-    stop = {2}  # what min_new_tokens keeps generate from choosing
+    stop = {2}  # min_new_tokens keeps `generate` from choosing it
     row = list(ids)
     for position in range(len(ids), len(ids) + new):
         last = np.array(logits[0, -1])
@@ -73,7 +77,7 @@ def test_logits_and_greedy_continuation_agree(real):
     assert row == expected[0].tolist()
 
 
-def test_export_is_equal(real, tmp_path):
+def test_an_export_has_equal_weights_and_tokenizer(real, tmp_path):
     folder, reference, model, params = real
     hf.save_pretrained(tmp_path / "out", model, params, tokenizer_from=folder)
     again = transformers.AutoModelForCausalLM.from_pretrained(
@@ -93,7 +97,7 @@ def test_export_is_equal(real, tmp_path):
     ) == ours.apply_chat_template(messages, tokenize=False)
 
 
-def test_teacher_and_student_share_a_tokenizer():
+def test_teacher_and_student_have_the_same_tokenizer():
     prints = {
         hf.tokenizer_fingerprint(hf.load_tokenizer(Path(PAIR) / name))
         for name in ("teacher", "student")

@@ -1,4 +1,4 @@
-"""Tokenizers as tokenizer.json, vocab.json + merges.txt, tokenizer.model."""
+"""Tokenizers stored as tokenizer.json, vocab.json + merges.txt, or tokenizer.model."""
 
 import json
 
@@ -22,7 +22,7 @@ CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A byte-level BPE, as GPT-2's."""
+    """A byte-level BPE like GPT-2's."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def json_folder(tmp_path, bpe):
         "pad_token": "<|pad|>",
         "model_max_length": 64,
         "chat_template": CHAT,
-        # Code of the checkpoint: named, never run.
+        # The name of code in the checkpoint, which must never run.
         "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -74,7 +74,7 @@ def check(tokenizer, reference):
         assert getattr(tokenizer, key) == getattr(reference, key)
 
 
-def test_tokenizer_json(json_folder):
+def test_tokenizer_json_is_loaded(json_folder):
     tokenizer = hf.load_tokenizer(json_folder)
     check(tokenizer, transformers.PreTrainedTokenizerFast.from_pretrained(json_folder))
     assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.eos_token_id == 0
@@ -85,7 +85,7 @@ def test_tokenizer_json(json_folder):
     assert hf.load_tokenizer(json_folder).chat_template == "newer"
 
 
-def test_special_tokens_of_older_files(json_folder):
+def test_special_tokens_of_older_files_are_loaded(json_folder):
     (json_folder / "tokenizer_config.json").unlink()
     assert hf.load_tokenizer(json_folder).eos_token is None
     tokens = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|pad|>"]}
@@ -95,7 +95,7 @@ def test_special_tokens_of_older_files(json_folder):
     assert tokenizer.all_special_ids == [0, 1]
 
 
-def test_vocab_and_merges(vocab_folder, bpe):
+def test_vocab_and_merges_are_loaded(vocab_folder, bpe):
     tokenizer = hf.load_tokenizer(vocab_folder)
     check(tokenizer, transformers.AutoTokenizer.from_pretrained(vocab_folder))
     ids = bpe.encode(TEXTS[0]).ids
@@ -103,7 +103,7 @@ def test_vocab_and_merges(vocab_folder, bpe):
     assert tokenizer.eos_token_id == 0
 
 
-def test_sentencepiece_model(tmp_path):
+def test_a_sentencepiece_model_is_loaded(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(TEXTS * 20))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"),
@@ -125,7 +125,7 @@ def test_sentencepiece_model(tmp_path):
         assert tokenizer(text)["input_ids"] == expected
 
 
-def test_errors(tmp_path, vocab_folder):
+def test_missing_and_broken_files_raise(tmp_path, vocab_folder):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*tokenizer\.json"):
@@ -142,7 +142,9 @@ def test_errors(tmp_path, vocab_folder):
         hf.load_tokenizer(vocab_folder)
 
 
-def test_fingerprint_tells_equal_sizes_apart(json_folder, tmp_path_factory):
+def test_fingerprints_of_different_vocabularies_of_equal_size_differ(
+    json_folder, tmp_path_factory
+):
     tokenizer = hf.load_tokenizer(json_folder)
     fingerprint = hf.tokenizer_fingerprint(tokenizer)
     assert fingerprint == hf.tokenizer_fingerprint(hf.load_tokenizer(json_folder))
@@ -157,7 +159,7 @@ def test_fingerprint_tells_equal_sizes_apart(json_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["json_folder", "vocab_folder"])
-def test_exports_carry_the_tokenizer(kind, request, tmp_path_factory):
+def test_an_export_contains_the_tokenizer(kind, request, tmp_path_factory):
     folder = request.getfixturevalue(kind)
     out = tmp_path_factory.mktemp("export") / "out"
     model = models.from_config(

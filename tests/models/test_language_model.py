@@ -1,4 +1,4 @@
-"""The seam itself: what holds for every family, without transformers."""
+"""Properties of `LanguageModel` that need no comparison with transformers."""
 
 import dataclasses
 import functools
@@ -45,18 +45,22 @@ OPT_350M = {
 }
 
 
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2, "opt_350m": OPT_350M}
+
+
 @functools.cache
-def built(hf):
-    model = models.from_config(dict(hf))
+def built(family):
+    """A model and its parameters, shared by all tests."""
+    model = models.from_config(CONFIGS[family])
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return built(tuple(LLAMA.items()))
+    return built("llama")
 
 
-# Compiled once for all tests, and much faster to compile than op by op.
+# The tests share its compiled programs.
 forward = jax.jit(
     lambda model, params, *args, **kwargs: model.forward(params, *args, **kwargs),
     static_argnums=0,
@@ -68,8 +72,9 @@ def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 9)), jnp.int32)
 
 
-@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
-def test_is_a_static_model(hf):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_is_hashable_and_equal_to_another_of_its_config(family):
+    hf = CONFIGS[family]
     model = models.from_config(hf)
     assert isinstance(model, Model)
     assert hash(model) == hash(models.from_config(hf))
@@ -78,25 +83,24 @@ def test_is_a_static_model(hf):
     assert init == model.abstract_params()
 
 
-@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
-def test_causality_by_gradient(hf, tokens):
-    """Hidden state t depends on the embeddings of tokens 0..t and on no later one."""
-    model, params = built(tuple(hf.items()))
-    distinct = jnp.arange(9)[None]  # each position has an embedding row of its own
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_hidden_state_depends_on_no_later_token(family):
+    """By the gradient of hidden state 4 with respect to each token's embedding."""
+    model, params = built(family)
+    distinct = jnp.arange(9)[None]  # each position has its own row of the embedding
+    embedding = params["embed"]["embedding"]
+    weights = jnp.arange(1.0, 1 + embedding.shape[1])
 
-    def at_4(table):
-        own = {**params, "embed": {"embedding": table}}
-        return (
-            model.forward(own, distinct)[0][0, 4] * jnp.arange(1.0, 1 + width)
-        ).sum()
+    def hidden_state_4(embedding):
+        changed = {**params, "embed": {"embedding": embedding}}
+        return (model.forward(changed, distinct)[0][0, 4] * weights).sum()
 
-    width = params["embed"]["embedding"].shape[1]
-    norms = jnp.abs(jax.jit(jax.grad(at_4))(params["embed"]["embedding"])).sum(-1)
+    norms = jnp.abs(jax.jit(jax.grad(hidden_state_4))(embedding)).sum(-1)
     assert (norms[:5] > 0).all()
     assert (norms[5:] == 0).all()
 
 
-def test_stack_and_tuple_of_layers_agree(llama, tokens):
+def test_stacked_and_unstacked_layers_give_the_same_hidden_states(llama, tokens):
     model, params = llama
     scanned, none = forward(model, params, tokens)
     assert none is None
@@ -111,8 +115,7 @@ def test_stack_and_tuple_of_layers_agree(llama, tokens):
     assert jax.tree.map(jnp.shape, cache) == (((2, 2, 9, 6),) * 2,) * 2
 
 
-def test_given_positions(llama, tokens):
-    """Causal in position, wherever in the row a token stands."""
+def test_hidden_states_follow_positions_not_the_order_in_the_row(llama, tokens):
     model, params = llama
     expected, _ = forward(model, params, tokens)
     order = np.array([[3, 0, 8, 1, 5, 2, 4, 7, 6], [8, 7, 6, 5, 4, 3, 2, 1, 0]])
@@ -144,26 +147,26 @@ def test_positions_beyond_the_cache_write_nothing(llama, tokens):
     assert jnp.isfinite(hidden).all()
 
 
-@pytest.mark.parametrize("hf", [GPT2, OPT_350M])
-def test_a_finished_row_beyond_the_table_stays_finite(hf):
-    model, params = built(tuple(hf.items()))
+@pytest.mark.parametrize("family", ["gpt2", "opt_350m"])
+def test_a_position_beyond_the_table_gives_finite_hidden_states(family):
+    model, params = built(family)
     cache = model.init_cache(1, 16, jnp.float32)
     tokens = jnp.ones((1, 1), jnp.int32)
     hidden, _ = forward(model, params, tokens, positions=16 * tokens, cache=cache)
     assert jnp.isfinite(hidden).all()
 
 
-def test_rows_beyond_the_position_limit_raise(llama):
+def test_a_row_longer_than_the_position_limit_raises(llama):
     model, params = llama
-    with pytest.raises(ValueError, match="17 positions.*limit of 16"):
+    with pytest.raises(ValueError, match="17 positions.*limit is 16"):
         model.forward(params, jnp.zeros((1, 17), jnp.int32))
-    with pytest.raises(ValueError, match="17 positions.*limit of 16"):
+    with pytest.raises(ValueError, match="17 positions.*limit is 16"):
         model.init_cache(1, 17, jnp.float32)
 
 
-@pytest.mark.parametrize("hf", [LLAMA, GPT2, OPT_350M])
-def test_bfloat16_stays_bfloat16_up_to_the_logits(hf, tokens):
-    model, params = built(tuple(hf.items()))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_params_give_bfloat16_hidden_states_and_float32_logits(family, tokens):
+    model, params = built(family)
     decoding = model.decode_params(params, jnp.bfloat16)
     cache = model.init_cache(2, 9, jnp.bfloat16)
     hidden, cache = forward(model, decoding, tokens, cache=cache)
@@ -178,11 +181,11 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits(hf, tokens):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_the_copy_for_decoding_outlives_donated_params(llama, wrap):
+def test_decode_params_remain_valid_after_the_originals_are_deleted(llama, wrap):
     model, params = llama
-    mine = jax.tree.map(jnp.copy, params)
-    decoding = wrap(lambda p: model.decode_params(p, jnp.float32))(mine)
-    jax.tree.map(lambda x: x.delete(), mine)
+    originals = jax.tree.map(jnp.copy, params)
+    decoding = wrap(lambda p: model.decode_params(p, jnp.float32))(originals)
+    jax.tree.map(lambda x: x.delete(), originals)
     assert jnp.isfinite(decoding["embed"]["embedding"]).all()
     np.testing.assert_array_equal(
         decoding["layers"][1]["mlp"]["up"]["kernel"],
@@ -190,7 +193,7 @@ def test_the_copy_for_decoding_outlives_donated_params(llama, wrap):
     )
 
 
-def test_remat_changes_no_gradient(llama, tokens):
+def test_remat_does_not_change_gradients(llama, tokens):
     model, params = llama
 
     def gradient(model):
@@ -206,10 +209,10 @@ def test_remat_changes_no_gradient(llama, tokens):
     )
 
 
-@pytest.mark.parametrize("hf", [LLAMA, GPT2])
-def test_sharded_equals_unsharded(hf):
-    """Over data, fsdp and tensor; activations stay split over the batch."""
-    model, params = built(tuple(hf.items()))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_sharded_model_gives_the_same_logits(family):
+    """The mesh splits data, fsdp and tensor; the logits stay split over the batch."""
+    model, params = built(family)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 62, (8, 9)), jnp.int32)
 
     def logits(params, tokens):
@@ -229,7 +232,7 @@ def test_sharded_equals_unsharded(hf):
     np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)
 
 
-def test_one_compilation_for_equal_models(tokens):
+def test_equal_models_compile_once(tokens):
     count = 0
 
     def forward(model, params, tokens):
