@@ -45,7 +45,6 @@ losses._chunked
 losses._chunked:_loop
 losses._chunked:chunked
 losses._dac_kl
-training.programs:make_programs
     """.split(),
     "to be split",
 )

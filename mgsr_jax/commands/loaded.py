@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from mgsr_jax.models import LanguageModel
 
@@ -26,7 +26,7 @@ class LoadedModel:
 
     folder: str
     model: "LanguageModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: "PreTrainedTokenizerFast"
 
     def params(self, dtype: Dtype) -> Params:
         """Read the weights and cast them to `dtype`."""

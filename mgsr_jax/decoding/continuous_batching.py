@@ -69,7 +69,7 @@ def until_done(
 
     def exchange(pool: State) -> State:
         chosen = _next_rows(pool, shards, size)
-        active, active_per_row = (_gather(x, chosen) for x in (pool, per_row))
+        active, active_per_row = _gather(pool, chosen), _gather(per_row, chosen)
         waiting = jnp.sum(~pool.done.reshape(shards, -1), axis=1)
 
         def cond(active: State) -> Bool[Array, ""]:

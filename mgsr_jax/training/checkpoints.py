@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.train_step import TrainState
 from mgsr_jax.training.inputs import RunInputs
-from mgsr_jax.training.row_source import RowSource
+from mgsr_jax.training.row_source import HostState, RowSource
 from mgsr_jax.training.run_folder import CHECKPOINTS
 
 
@@ -72,7 +73,7 @@ class RunCheckpoints:
                 f"adapters of checkpoint {step} of {config.output} were trained on; "
                 "restore it"
             )
-        source.restore(host, replay)
+        source.restore(cast(HostState, host), replay)
         return dataclasses.replace(state, **restored)
 
 

@@ -60,39 +60,57 @@ def make_programs(
 
     `teacher_validates` says whether the teacher's weights are there at validations.
     """
-    shared: dict[str, Any] = dict(vocab_size=vocab_size, dtype=jnp.dtype(config.dtype))
-    columns = (student.vocab_rows or student.config.vocab_size) // student.tensor
+    dtype, columns = jnp.dtype(config.dtype), _columns_per_device(student)
     platform = mesh.devices.flat[0].platform
-    chunked = shared | dict(
-        chunk_size=config.chunk_size or default_chunk_size(columns, platform)
-    )
+    chunk_size = config.chunk_size or default_chunk_size(columns, platform)
     optimizer = make_optimizer(config.optimizer, steps)
-    watched = config.objective
+    validated = config.objective
     if teacher is not None and not teacher_validates:
-        watched = dataclasses.replace(watched, token=0.0, span=0.0)
-    rollout = None
-    if teacher is not None and config.rollout.policy != "off":
-        rollout = make_rollout(
-            student,
-            teacher,
-            config.rollout,
-            eos_ids=eos_ids,
-            prefill_width=config.data.max_prompt_length,
-            **shared,
-        )
-    return Programs(
+        validated = dataclasses.replace(validated, token=0.0, span=0.0)
+    train_step = make_train_step(
+        student,
+        teacher,
         optimizer,
-        make_train_step(
-            student,
-            teacher,
-            optimizer,
-            config.objective,
-            dropout=config.lora.dropout > 0,
-            **chunked,
-        ),
-        make_validation_step(student, teacher, watched, **chunked),
-        rollout,
+        config.objective,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        chunk_size=chunk_size,
+        dropout=config.lora.dropout > 0,
     )
+    validation_step = make_validation_step(
+        student,
+        teacher,
+        validated,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        chunk_size=chunk_size,
+    )
+    rollout = _rollout(config, student, teacher, eos_ids, vocab_size)
+    return Programs(optimizer, train_step, validation_step, rollout)
+
+
+def _rollout(
+    config: TrainConfig,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+) -> Rollout | None:
+    if teacher is None or config.rollout.policy == "off":
+        return None
+    return make_rollout(
+        student,
+        teacher,
+        config.rollout,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        prefill_width=config.data.max_prompt_length,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def _columns_per_device(student: LanguageModel) -> int:
+    return (student.vocab_rows or student.config.vocab_size) // student.tensor
 
 
 def init_trained(config: TrainConfig, student: LanguageModel, steps: int) -> Params:
