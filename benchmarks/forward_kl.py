@@ -99,7 +99,7 @@ def mgsr_side(options: Options) -> None:
     from _side import serve
 
     from mgsr_jax import losses
-    from mgsr_jax.losses._chunked import default_chunk_size
+    from mgsr_jax.losses import default_chunk_size
     from mgsr_jax.step_loss import LOGIT_PARTS
 
     hidden, head, *teacher = map(jnp.asarray, arrays(options))

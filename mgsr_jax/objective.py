@@ -20,8 +20,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mgsr_jax import losses
-from mgsr_jax.losses import DacKl, Sum, TopKTeacher, masked_sum
-from mgsr_jax.losses._dac_kl import LOWER_START, UPPER_START, at_bound
+from mgsr_jax.losses import (
+    LOWER_START,
+    UPPER_START,
+    DacKl,
+    Sum,
+    TopKTeacher,
+    at_bound,
+    masked_sum,
+)
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Leaf, Params
 

@@ -17,8 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgsr_jax import losses, sharding
-from mgsr_jax.losses import Projection, Sum, TopKTeacher
-from mgsr_jax.losses._chunked import default_chunk_size
+from mgsr_jax.losses import Projection, Sum, TopKTeacher, default_chunk_size
 from mgsr_jax.objective import (
     Objective,
     Targets,

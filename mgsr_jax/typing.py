@@ -1,4 +1,4 @@
-"""The vocabulary of every other file: dimension letters, parameters, the model.
+"""Types that every other file uses: dimension letters, parameters, the model.
 
 Dimension letters in signatures and in suffixes such as `logits_BTV`:
 B batch, T position, S cache position (slot), V vocabulary, D width, F MLP width,
@@ -7,6 +7,7 @@ N query heads, K key/value heads, H head width, L layers, A micro-batches.
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 if TYPE_CHECKING:
@@ -18,17 +19,17 @@ Params = dict[str, Any]
 """Nested dicts of arrays."""
 
 Cache = PyTree
-"""Keys and values of every layer; slot s holds what position s wrote."""
+"""Keys and values of every layer; slot s holds those of position s."""
 
 Leaf = Any
-"""A field of a record: an array, or what stands for it in a tree of the same form
-(a sharding, a shape, None). Shapes stand in the record's docstring."""
+"""A field of a record: an array, or its counterpart in a tree of the same form (a
+sharding, a shape, None). The record's docstring gives the shapes."""
 
 STUDENT, CLIP_NETWORK = "student", "clip_network"
 """Top-level keys of the trained parameters."""
 
 LAYERS = "layers"
-"""Where a model's parameters hold those of its layers."""
+"""The key of the layers' parameters in a model's parameters."""
 
 BATCH_AXES = ("data", "fsdp")
 """The axes of the trainer's mesh that rows are split over."""
@@ -38,12 +39,22 @@ RowKeys = Key[Array, "B"]
 
 
 @runtime_checkable
+class ModelConfig(Protocol):
+    """A model's configuration, a frozen dataclass."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows of the embedding in the checkpoint."""
+        ...
+
+
+@runtime_checkable
 class Model(Protocol):
     """A language model as pure functions; hashable, so static under `jax.jit`."""
 
     @property
-    def config(self) -> Any:
-        """A frozen dataclass with at least `vocab_size`."""
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
         ...
 
     def forward(
@@ -56,8 +67,8 @@ class Model(Protocol):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Final hidden states; attention is causal in `positions` (default 0..T-1).
 
-        With a cache, position p writes slot p and sees the slots up to p. A position
-        at or beyond the cache's length writes nothing.
+        With a cache, position p writes slot p and attends to the slots up to p. A
+        position at or beyond the cache's length writes nothing.
         """
         ...
 
@@ -70,15 +81,15 @@ class Model(Protocol):
     ) -> Float[Array, "*B V"]:
         """Logits of the next token.
 
-        A matrix in `head` is multiplied by `mgsr_jax.losses.project`, once: in training
-        what stands in its place is no array, and can be projected and cast alone.
+        Implementations multiply a matrix in `head` with `mgsr_jax.losses.project`, and
+        only once: in training it is an object that can only be cast and projected.
         """
         ...
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
-        """An empty cache of `length` slots a row."""
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
+        """An empty cache with `length` slots per row."""
         ...
 
-    def decode_params(self, params: Params, dtype: Any) -> Params:
-        """A copy for decoding: cast, one subtree a layer instead of a stack."""
+    def decode_params(self, params: Params, dtype: DTypeLike) -> Params:
+        """A copy for decoding: cast, with one subtree per layer instead of a stack."""
         ...

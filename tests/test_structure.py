@@ -41,10 +41,6 @@ EXCEPTIONS: dict[str, str] = dict.fromkeys(
     """
 data.teacher_cache
 evaluation.evaluate:evaluate
-losses._chunked
-losses._chunked:_loop
-losses._chunked:chunked
-losses._dac_kl
     """.split(),
     "to be split",
 )
@@ -192,7 +188,7 @@ def test_losses_import_only_jax(sources):
 
 def test_no_private_name_is_imported_from_another_folder(sources):
     found = {m: private_imports(m, tree) for m, _, tree in sources}
-    known = "losses._chunked", "losses._dac_kl", "losses._top_k", "checkpoint._layout"
+    known = ("checkpoint._layout",)
     left = [
         n
         for names in found.values()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.losses._top_k import top_k as largest
+from mgsr_jax.losses import top_k as largest
 from mgsr_jax.rows import Rows
 from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import BATCH_AXES, Leaf, PRNGKey, RowKeys

@@ -1,16 +1,23 @@
 """Distillation losses for any JAX trainer: arrays in, one float32 per token out.
 
-Every loss takes logits of any leading shape and any float dtype, works in float32,
-stops the teacher's gradient, reduces the vocabulary alone and shifts nothing: logits at
-index t are scored at index t. Masked positions are exactly 0, with exactly zero
-gradient. Reduce with `masked_sum`, add the sums, divide once.
+Every loss takes logits with any leading axes and of any float dtype. It computes in
+float32, stops the teacher's gradient, reduces only the vocabulary axis and shifts
+nothing: logits at index t are scored at index t. Masked positions are exactly 0, with
+exactly zero gradient. For a mean over several micro-batches or hosts, add the results
+of `masked_sum` and divide once.
 """
 
 from mgsr_jax.losses._adaptive_kl import adaptive_kl
 from mgsr_jax.losses._alpha_beta import alpha_beta_divergence
-from mgsr_jax.losses._chunked import chunked
+from mgsr_jax.losses._chunked import chunked, default_chunk_size
+from mgsr_jax.losses._clip_network import (
+    LOWER_START,
+    UPPER_START,
+    at_bound,
+    init_clip_network,
+)
 from mgsr_jax.losses._cross_entropy import cross_entropy
-from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed, init_clip_network
+from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed
 from mgsr_jax.losses._divergences import (
     forward_kl,
     reverse_kl,
@@ -32,18 +39,23 @@ from mgsr_jax.losses._teacher import (
     held_mass,
     top_k_teacher,
 )
+from mgsr_jax.losses._top_k import top_k
 
 __all__ = [
+    "LOWER_START",
+    "UPPER_START",
     "DacKl",
     "Projection",
     "Sum",
     "TopKTeacher",
     "adaptive_kl",
     "alpha_beta_divergence",
+    "at_bound",
     "chunked",
     "cross_entropy",
     "dac_kl",
     "dac_kl_fixed",
+    "default_chunk_size",
     "forward_kl",
     "forward_kl_top_k",
     "held_mass",
@@ -59,6 +71,7 @@ __all__ = [
     "span_pairs",
     "symmetric_kl",
     "taid",
+    "top_k",
     "top_k_teacher",
     "total_variation",
 ]

@@ -1,13 +1,15 @@
-"""Adaptive KL: both directions, weighed by whether head or tail is further off."""
+"""Adaptive KL: forward and reverse KL, weighted by the error in head and tail."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from mgsr_jax.losses._divergences import check_fraction, gap, kl, per_token, weighted
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary
+from mgsr_jax.losses._divergences import gap, kl, weighted
+from mgsr_jax.losses._mesh_axes import Axis
+from mgsr_jax.losses._per_token import check_fraction, per_token
+from mgsr_jax.losses._vocabulary import Vocabulary
 
-# Floats that are not negative order as their bits do, read as integers.
+# Floats at or above 0 have the same order as their bits read as integers.
 BITS_OF_INFINITY = 0x7F800000
 PASSES = (BITS_OF_INFINITY + 1).bit_length()
 
@@ -22,33 +24,33 @@ def adaptive_kl(
     vocab_size: int | None = None,
     vocab_axis: Axis = None,
 ) -> Float[Array, "*B"]:
-    """Forward and reverse KL, weighed by how far apart the two are in head and tail.
+    """Forward and reverse KL, weighted by the differences in head and tail.
 
     AKL_t = (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail), in nats
     g_head = sum_{v in head} |p_v - q_v|,  g_tail = sum_{v not in head} |p_v - q_v|
 
-    with p and q as in `forward_kl`. The head is the fewest most probable classes of the
-    teacher that hold `head_mass`. The weights carry no gradient, and are 1/2 each where
-    both gaps are 0.
+    with p and q as in `forward_kl`. The head is the smallest set of the teacher's most
+    probable classes whose mass is at least `head_mass`. The weights have no gradient.
+    Both are 1/2 where both gaps are 0.
 
     AKL, arXiv 2404.02657. Our choice: all classes that are as probable as the least
-    probable one of the head belong to it, so that their order in the vocabulary does
-    not matter. The head is found without a sort: its threshold is bisected, in 31 sums
-    over the vocabulary.
+    probable one of the head belong to the head, so that the order of the vocabulary
+    does not matter. The head is found without a sort: its threshold is bisected, in 31
+    sums over the vocabulary.
 
     Args:
       student_logits, teacher_logits, where, temperature, vocab_size, vocab_axis: as in
         `forward_kl`.
       head_mass: the teacher probability that the head holds, from 0 to 1; a number or
-        a traced scalar. At 0 the head is empty, so this is `reverse_kl`; at 1 it is
-        every class that can occur.
+        a traced scalar. At 0 the head is empty, which gives `reverse_kl`; at 1 the head
+        is every class that can occur.
 
     Returns:
       float32, exactly 0 and without gradient at masked positions. Infinite where a KL
-      with a weight above 0 is. [...]
+      with a weight above 0 is infinite. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `head_mass` is a number outside 0..1.
+      ValueError: as in `forward_kl`; `head_mass` is a number outside 0..1.
 
     >>> student, teacher = jnp.array([0.0, 0.0, 0.0]), jnp.array([3.0, 0.0, 0.0])
     >>> print(f"{adaptive_kl(student, teacher):.4f}")
@@ -78,37 +80,41 @@ def _adaptive_kl(
     g_head = vocabulary.sum(jnp.where(head, gaps, 0.0))
     g_tail = vocabulary.sum(jnp.where(head, 0.0, gaps))
     total = g_head + g_tail
-    of_head, of_tail = (
+    head_weight, tail_weight = (
         jnp.where(total > 0, g / jnp.where(total > 0, total, 1.0), 0.5)
         for g in (g_head, g_tail)
     )
-    forward = weighted(of_head, kl(vocabulary, log_p, log_q))
-    return forward + weighted(of_tail, kl(vocabulary, log_q, log_p))
+    forward = weighted(head_weight, kl(vocabulary, log_p, log_q))
+    return forward + weighted(tail_weight, kl(vocabulary, log_q, log_p))
 
 
 def _head(
     vocabulary: Vocabulary, log_p: Float[Array, "*B V"], head_mass: Float[Array, ""]
 ) -> Bool[Array, "*B V"]:
-    """Which classes are the head; by halving what its largest -log p can be.
+    """Mask of the head: the classes with -log p up to a threshold, found by bisection.
 
-    It is the smallest float at which the classes above it hold at most 1 - head_mass.
-    The tail is what is added up: where it is small its mass is exact, the head's not.
+    The threshold is the smallest float above which the classes hold a mass of at most
+    1 - head_mass. The mass of the tail is summed, not of the head: where the tail is
+    small, its sum is exact.
     """
-    # Kept as it is: were it computed anew, classes at the threshold might move.
+    # XLA must not compute it twice: classes at the threshold might change sides.
     costs = lax.optimization_barrier(jnp.abs(log_p))
     bits = lax.bitcast_convert_type(costs, jnp.int32)
     p = jnp.exp(-costs)
     allowed = (1 - head_mass) * vocabulary.sum(p)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        too_low, fits = bounds
-        middle = too_low + (fits - too_low) // 2
+        too_low, high_enough = bounds
+        middle = too_low + (high_enough - too_low) // 2
         tail = vocabulary.sum(jnp.where(bits > middle[..., None], p, 0.0))
-        good = tail <= allowed
-        return jnp.where(good, too_low, middle), jnp.where(good, middle, fits)
+        enough = tail <= allowed
+        return (
+            jnp.where(enough, too_low, middle),
+            jnp.where(enough, middle, high_enough),
+        )
 
-    # Of the sum's type: as varying over the devices of a mesh as it is.
+    # Same varying mesh axes as `allowed`; a loop carry must keep its type.
     zero = (0 * allowed).astype(jnp.int32)
-    # Below 0 the head is empty, which is the lowest that can fit.
+    # A threshold of -1 gives the empty head, so the search starts below it.
     _, threshold = lax.fori_loop(0, PASSES, halve, (zero - 2, zero + BITS_OF_INFINITY))
     return bits <= threshold[..., None]

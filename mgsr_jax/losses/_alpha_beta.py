@@ -1,12 +1,13 @@
-"""The alpha-beta divergence, formed so that nothing cancels and nothing overflows."""
+"""The alpha-beta divergence, without cancellation and overflow."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from mgsr_jax.losses._divergences import per_token
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary
+from mgsr_jax.losses._mesh_axes import Axis
+from mgsr_jax.losses._per_token import per_token
+from mgsr_jax.losses._vocabulary import Vocabulary
 
-# exp of it is finite in float32, with room for a product.
+# exp(LARGE) is finite in float32, and so is its product with another factor.
 LARGE = 80.0
 
 
@@ -21,11 +22,12 @@ def alpha_beta_divergence(
     vocab_size: int | None = None,
     vocab_axis: Axis = None,
 ) -> Float[Array, "*B"]:
-    """A family with both KLs, Hellinger and squared distance in it; at least 0.
+    """Alpha-beta divergence: a family with both KLs, Hellinger and squared distance.
 
     AB_t = -1/(a b) sum_v (p_v^a q_v^b - a/(a+b) p_v^(a+b) - b/(a+b) q_v^(a+b))
 
-    with a = alpha, b = beta, and p and q as in `forward_kl`. What it is elsewhere:
+    with a = alpha, b = beta, and p and q as in `forward_kl`. It is at least 0. Members
+    of the family:
 
     a -> 1, b -> 0    KL(p || q), `forward_kl`
     a -> 0, b -> 1    KL(q || p), `reverse_kl`
@@ -41,16 +43,17 @@ def alpha_beta_divergence(
       student_logits, teacher_logits, where, temperature, vocab_size, vocab_axis: as in
         `forward_kl`.
       alpha: the teacher's exponent; a number or a traced scalar.
-      beta: the student's exponent; a number or a traced scalar. Neither of the two, nor
-        their sum, may be 0.
+      beta: the student's exponent; a number or a traced scalar. Neither exponent may
+        be 0, and their sum may not be 0.
 
     Returns:
-      float32, exactly 0 and without gradient at masked positions. Finite where both
-      exponents are positive, whatever probabilities are 0. A negative exponent, or sum,
-      of a probability near 0 gives infinity, without gradient from that class. [...]
+      float32, exactly 0 and without gradient at masked positions. Finite if both
+      exponents are positive, even where probabilities are 0. With a negative exponent,
+      or a negative sum, a probability near 0 gives infinity, and no gradient flows from
+      that class. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `alpha`, `beta` or their sum is the number 0.
+      ValueError: as in `forward_kl`; `alpha`, `beta` or their sum is the number 0.
 
     >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([3.0, 0.0])
     >>> print(f"{alpha_beta_divergence(student, teacher):.4f}")
@@ -77,33 +80,35 @@ def _alpha_beta(
     alpha: Float[Array, ""],
     beta: Float[Array, ""],
 ) -> Float[Array, "*B"]:
-    """With the larger probability of each class, h^(a+b), taken out.
+    """The divergence with h^(a+b) factored out; h is the larger of p_v and q_v.
 
-    Let l be the smaller one and c its exponent, x = log(l / h) <= 0. The class adds
+    Let l be the smaller of the two, c its exponent, and x = log(l / h) <= 0. A class
+    adds
 
         h^(a+b) (expm1((a+b) x) / (a+b) - expm1(c x) / c) / (a + b - c)
 
-    in which the constants of the equation, whose sum is 0, no longer stand.
+    The constants of the equation, which sum to 0, are no longer in it.
     """
     total = alpha + beta
     p_is_smaller = log_p < log_q
-    of_smaller = jnp.where(p_is_smaller, alpha, beta)
-    of_larger = jnp.where(p_is_smaller, beta, alpha)
-    # A class on which they agree, as on one that neither has, adds 0.
+    smaller_exponent = jnp.where(p_is_smaller, alpha, beta)
+    larger_exponent = jnp.where(p_is_smaller, beta, alpha)
+    # A class with equal probabilities adds 0, also where both are 0.
     equal = log_p == log_q
     larger = jnp.where(equal, 0.0, jnp.maximum(log_p, log_q))
     x = jnp.where(equal, 0.0, jnp.minimum(log_p, log_q)) - larger
-    # Above 0 with a negative exponent alone.
-    power = jnp.maximum(total * x, of_smaller * x)
+    # Only a negative exponent makes `power` positive.
+    power = jnp.maximum(total * x, smaller_exponent * x)
     infinite = jnp.maximum(total * larger, 0.0) + jnp.maximum(power, 0.0) > LARGE
     larger, x = (jnp.where(infinite, 0.0, value) for value in (larger, x))
-    terms = jnp.expm1(total * x) / total - jnp.expm1(of_smaller * x) / of_smaller
-    terms = jnp.exp(total * larger) * terms / of_larger
+    terms = jnp.expm1(total * x) / total
+    terms -= jnp.expm1(smaller_exponent * x) / smaller_exponent
+    terms = jnp.exp(total * larger) * terms / larger_exponent
     return vocabulary.sum(jnp.where(infinite, jnp.inf, terms))
 
 
 def _check_exponents(alpha: ScalarLike, beta: ScalarLike) -> None:
-    """What is traced is not known yet, and not checked."""
+    """Raise ValueError if a number or their sum is 0; traced values pass."""
     known = [x for x in (alpha, beta) if isinstance(x, int | float)]
     if 0 in known or (len(known) == 2 and sum(known) == 0):
         raise ValueError(

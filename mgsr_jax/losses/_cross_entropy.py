@@ -1,11 +1,13 @@
-"""Cross-entropy on labels: supervised fine-tuning's loss."""
+"""Cross-entropy on labels, the loss of supervised fine-tuning."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean, zero_where_masked
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
+from mgsr_jax.losses._mesh_axes import Axis
+from mgsr_jax.losses._over_vocabulary import over_vocabulary
+from mgsr_jax.losses._vocabulary import Vocabulary
 
 
 @jax.jit(static_argnames=("vocab_size", "vocab_axis"))
@@ -23,13 +25,13 @@ def cross_entropy(
 
     Nothing is shifted here: logits at index t predict the label at index t.
 
-    Maximum likelihood; supervised fine-tuning's loss.
+    Maximum likelihood, the loss of supervised fine-tuning.
 
     Args:
       logits: the student's, any float dtype. [..., V]
-      labels: token ids. One that is no column below `vocab_size` has probability 0,
-        so a loss of infinity; at masked positions any value will do. [...]
-      where: the positions to score; None for all of them. [...]
+      labels: token ids. An id that is no column below `vocab_size` has probability 0
+        and infinite loss. Masked positions may hold any value. [...]
+      where: the positions to score; None means all of them. [...]
       vocab_size: columns at or beyond it are padding, with probability 0.
       vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
@@ -50,8 +52,8 @@ def cross_entropy(
         log_probs = vocabulary.log_softmax(clean(vocabulary, logits, where, vocab_size))
         is_label = vocabulary.columns(logits) == labels[..., None]
         picked = vocabulary.sum(jnp.where(is_label, log_probs, 0.0))
-        known = (labels >= 0) & (labels < vocabulary.width(logits))
-        return -jnp.where(known, picked, -jnp.inf)
+        is_column = (labels >= 0) & (labels < vocabulary.width(logits))
+        return -jnp.where(is_column, picked, -jnp.inf)
 
     values = over_vocabulary(local, vocab_axis, (logits,), labels, where)
     return zero_where_masked(values, where)

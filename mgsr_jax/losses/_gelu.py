@@ -1,7 +1,8 @@
 """Exact GELU whose derivative traces inside a `shard_map`.
 
-`jax.nn.gelu(approximate=False)` does not since jax 0.12: the derivative of its `erfc`
-evaluates a polynomial and does not mark the coefficients as varying over the mesh.
+Since jax 0.12 the derivative of `jax.nn.gelu(approximate=False)` does not trace there:
+the derivative of `erfc` evaluates a polynomial, and the polynomial's coefficients are
+not marked as varying over the mesh.
 """
 
 import math
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """x times the standard normal's cumulative distribution at x."""
+    """gelu(x) = x Phi(x), with the standard normal distribution function Phi."""
     return 0.5 * x * _erfc(-x * math.sqrt(0.5))
 
 

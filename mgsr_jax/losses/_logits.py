@@ -1,4 +1,4 @@
-"""Logits as every loss reads them: float32, masked, over the vocabulary both share."""
+"""Logits prepared for a loss: float32, masked, over the vocabulary that both share."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,10 +13,10 @@ def clean(
     where: Bool[Array, "*B"] | None,
     vocab_size: int | None,
 ) -> Float[Array, "*B V"]:
-    """float32; 0 at masked positions, -inf in columns at or beyond `vocab_size`.
+    """Cast to float32; set masked positions to 0 and padding columns to -inf.
 
-    Both are selections at the very start, so nothing that stands in a masked place
-    reaches a value or a gradient, not even nan.
+    Padding columns are those at or beyond `vocab_size`. Both are selections before
+    anything else, so no masked entry reaches a value or a gradient, not even nan.
 
     Raises:
       ValueError: `vocab_size` is not in 1..V.
@@ -31,7 +31,7 @@ def clean(
     if where is not None:
         logits = jnp.where(where[..., None], logits, 0.0)
     if vocab_size is not None:
-        # A comparison and not a slice: it keeps a sharded V in place.
+        # A comparison instead of a slice keeps a sharded V where it is.
         logits = jnp.where(vocabulary.columns(logits) < vocab_size, logits, -jnp.inf)
     return logits
 
@@ -43,11 +43,11 @@ def clean_pair(
     where: Bool[Array, "*B"] | None,
     vocab_size: int | None,
 ) -> tuple[Float[Array, "*B Vs"], Float[Array, "*B Vt"]]:
-    """Both cleaned; the teacher's carry no gradient. Each keeps its number of columns.
+    """Clean both; the teacher's logits get no gradient. Columns are not added or cut.
 
     Raises:
-      ValueError: other positions than each other's, or other columns and no
-        `vocab_size` that says which of them are tokens.
+      ValueError: their positions differ, or their numbers of columns differ and
+        `vocab_size` is None.
     """
     student, teacher = student_logits.shape, teacher_logits.shape
     if student[:-1] != teacher[:-1]:
@@ -58,7 +58,7 @@ def clean_pair(
     if student[-1] != teacher[-1] and vocab_size is None:
         raise ValueError(
             f"student_logits have {student[-1]} columns, teacher_logits {teacher[-1]}; "
-            "expected vocab_size, the size of the tokenizer that both models share"
+            "expected vocab_size: pass the size of the tokenizer that both models share"
         )
     return (
         clean(vocabulary, student_logits, where, vocab_size),
@@ -71,25 +71,25 @@ def same_columns(
     student_logits: Float[Array, "*B Vs"],
     teacher_logits: Float[Array, "*B Vt"],
 ) -> tuple[Float[Array, "*B V"], Float[Array, "*B V"]]:
-    """The narrower of the two widened by columns of -inf.
+    """Widen the narrower of the two with columns of -inf.
 
     Raises:
-      ValueError: they differ and are split over devices, where equal places hold
-        different columns.
+      ValueError: the widths differ and V is split over devices, so that a device's
+        columns are not the same for both.
     """
     widths = [vocabulary.width(x) for x in (student_logits, teacher_logits)]
     if vocabulary.axis is not None and widths[0] != widths[1]:
         raise ValueError(
             f"student_logits have {widths[0]} columns, teacher_logits {widths[1]}, "
             f"split over the mesh axis {vocabulary.axis!r}; expected equal numbers: "
-            "pad both heads to one multiple of the axis"
+            "pad both heads to the same multiple of the axis size"
         )
     columns = max(student_logits.shape[-1], teacher_logits.shape[-1])
 
     def widen(logits: Float[Array, "*B V"]) -> Float[Array, "*B W"]:
         missing = columns - logits.shape[-1]
-        none = [(0, 0)] * (logits.ndim - 1)
-        return jnp.pad(logits, [*none, (0, missing)], constant_values=-jnp.inf)
+        unpadded = [(0, 0)] * (logits.ndim - 1)
+        return jnp.pad(logits, [*unpadded, (0, missing)], constant_values=-jnp.inf)
 
     return widen(student_logits), widen(teacher_logits)
 

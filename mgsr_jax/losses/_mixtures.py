@@ -1,17 +1,19 @@
 """Divergences to a mixture of teacher and student.
 
 Jensen-Shannon and the skewed KLs mix probabilities; TAID mixes logits. Mixtures are
-formed in log space and are exact at weights 0 and 1.
+computed in log space and are exact at weights 0 and 1.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from mgsr_jax.losses._divergences import check_fraction, kl, per_token, weighted
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary
+from mgsr_jax.losses._divergences import kl, weighted
+from mgsr_jax.losses._mesh_axes import Axis
+from mgsr_jax.losses._per_token import check_fraction, per_token
+from mgsr_jax.losses._vocabulary import Vocabulary
 
-# exp of it is finite in float32, with room for a product.
+# exp(LARGE) is finite in float32, and so is its product with another factor.
 LARGE = 80.0
 
 
@@ -30,10 +32,10 @@ def jensen_shannon(
     JSD_t = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q
 
     with p and q as in `forward_kl`. It is at most -beta log(beta) - (1 - beta)
-    log(1 - beta), so 0 at beta 0 and 1, with zero gradient. Divided by beta it tends to
-    KL(p || q) as beta goes to 0, and divided by 1 - beta to KL(q || p) as beta goes to
-    1. Some libraries compute those two at beta 0 and 1 (TRL does): call `forward_kl`
-    or `reverse_kl` for them.
+    log(1 - beta), so it is 0 at beta 0 and 1, with zero gradient. Divided by beta it
+    tends to KL(p || q) as beta goes to 0; divided by 1 - beta it tends to KL(q || p) as
+    beta goes to 1. Some libraries, such as TRL, compute these limits at beta 0 and 1:
+    call `forward_kl` or `reverse_kl` for them.
 
     GKD, arXiv 2306.13649, section 2 (there D_JSD(beta)).
 
@@ -46,7 +48,7 @@ def jensen_shannon(
       float32, finite, exactly 0 and without gradient at masked positions. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `beta` is a number outside 0..1.
+      ValueError: as in `forward_kl`; `beta` is a number outside 0..1.
 
     >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([3.0, 0.0])
     >>> [f"{jensen_shannon(student, teacher, beta=b):.4f}" for b in (0.1, 0.5, 0.9)]
@@ -79,10 +81,11 @@ def skewed_forward_kl(
 
     SFKL_t = KL(p || m),  m = alpha p + (1 - alpha) q,  p and q as in `forward_kl`
 
-    At most -log(alpha). `forward_kl` at alpha 0; 0 at alpha 1, with zero gradient.
+    It is at most -log(alpha). It is `forward_kl` at alpha 0, and 0 at alpha 1, with
+    zero gradient.
 
     DistiLLM, arXiv 2402.03898 (there alpha-SKL). The gradient flows through the
-    mixture, as it does there.
+    mixture, as in the paper.
 
     Args:
       student_logits, teacher_logits, where, temperature, vocab_size, vocab_axis: as in
@@ -92,10 +95,10 @@ def skewed_forward_kl(
 
     Returns:
       float32, exactly 0 and without gradient at masked positions. Infinite only at
-      alpha 0, where `forward_kl` is. [...]
+      alpha 0 where `forward_kl` is infinite. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `alpha` is a number outside 0..1.
+      ValueError: as in `forward_kl`; `alpha` is a number outside 0..1.
 
     >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([3.0, 0.0])
     >>> [f"{skewed_forward_kl(student, teacher, alpha=a):.4f}" for a in (0.0, 0.1)]
@@ -128,10 +131,11 @@ def skewed_reverse_kl(
 
     SRKL_t = KL(q || m),  m = (1 - alpha) p + alpha q,  p and q as in `forward_kl`
 
-    At most -log(alpha). `reverse_kl` at alpha 0; 0 at alpha 1, with zero gradient.
+    It is at most -log(alpha). It is `reverse_kl` at alpha 0, and 0 at alpha 1, with
+    zero gradient.
 
     DistiLLM, arXiv 2402.03898 (there alpha-SRKL). The gradient flows through the
-    mixture, as it does there.
+    mixture, as in the paper.
 
     Args:
       student_logits, teacher_logits, where, temperature, vocab_size, vocab_axis: as in
@@ -141,10 +145,10 @@ def skewed_reverse_kl(
 
     Returns:
       float32, exactly 0 and without gradient at masked positions. Infinite only at
-      alpha 0, where `reverse_kl` is. [...]
+      alpha 0 where `reverse_kl` is infinite. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `alpha` is a number outside 0..1.
+      ValueError: as in `forward_kl`; `alpha` is a number outside 0..1.
 
     >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([3.0, 0.0])
     >>> [f"{skewed_reverse_kl(student, teacher, alpha=a):.4f}" for a in (0.0, 0.1)]
@@ -173,14 +177,14 @@ def taid(
     vocab_size: int | None = None,
     vocab_axis: Axis = None,
 ) -> Float[Array, "*B"]:
-    """KL of a teacher on the way from the student to the teacher, in nats.
+    """KL of a teacher between the student and the teacher to the student, in nats.
 
     TAID_t = KL(m || q),
     m = softmax(((1 - mix) stop_gradient(student_logits_t) + mix teacher_logits_t)
                 / temperature),  q as in `forward_kl`
 
-    `forward_kl` at mix 1; 0 at mix 0, with zero gradient. `mix` grows over a training
-    run; its schedule is the caller's. No gradient flows through m.
+    It is `forward_kl` at mix 1, and 0 at mix 0, with zero gradient. `mix` grows during
+    training; the caller sets its schedule. No gradient flows through m.
 
     TAID, arXiv 2501.16937 (there t).
 
@@ -190,11 +194,11 @@ def taid(
       mix: the teacher's share of the logits, from 0 to 1; a number or a traced scalar.
 
     Returns:
-      float32, exactly 0 and without gradient at masked positions. A logit of -inf on
-      either side is a class that m does not have, and nan where that leaves none. [...]
+      float32, exactly 0 and without gradient at masked positions. A class with a logit
+      of -inf on either side has probability 0 in m; nan where no class is left. [...]
 
     Raises:
-      ValueError: as `forward_kl`; `mix` is a number outside 0..1.
+      ValueError: as in `forward_kl`; `mix` is a number outside 0..1.
 
     >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([3.0, 0.0])
     >>> [f"{taid(student, teacher, mix=m):.4f}" for m in (0.0, 0.5, 1.0)]
@@ -220,8 +224,8 @@ def _jensen_shannon(
     beta: Float[Array, ""],
 ) -> Float[Array, "*B"]:
     log_m = _log_mixture(beta, log_p, log_q)
-    of_teacher = weighted(beta, kl(vocabulary, log_p, log_m))
-    return of_teacher + weighted(1 - beta, kl(vocabulary, log_q, log_m))
+    teacher_term = weighted(beta, kl(vocabulary, log_p, log_m))
+    return teacher_term + weighted(1 - beta, kl(vocabulary, log_q, log_m))
 
 
 def _skewed_forward_kl(
@@ -248,14 +252,14 @@ def _taid(
     log_q: Float[Array, "*B V"],
     mix: Float[Array, ""],
 ) -> Float[Array, "*B"]:
-    """From log-probabilities: a constant is all that tells them from the logits."""
+    """TAID from log-probabilities: they differ from the logits only by a constant."""
 
-    def share(weight: Array, logits: Array) -> Array:
-        none = logits == -jnp.inf
-        product = jnp.where(weight > 0, -jnp.inf, 0.0)  # and not nan, as 0 * -inf
-        return jnp.where(none, product, weight * jnp.where(none, 0.0, logits))
+    def scaled(weight: Array, logits: Array) -> Array:
+        excluded = logits == -jnp.inf
+        product = jnp.where(weight > 0, -jnp.inf, 0.0)  # 0 * -inf would be nan
+        return jnp.where(excluded, product, weight * jnp.where(excluded, 0.0, logits))
 
-    mixed = share(1 - mix, lax.stop_gradient(log_q)) + share(mix, log_p)
+    mixed = scaled(1 - mix, lax.stop_gradient(log_q)) + scaled(mix, log_p)
     return kl(vocabulary, vocabulary.log_softmax(mixed), log_q)
 
 
@@ -264,15 +268,16 @@ def _log_mixture(
 ) -> Float[Array, "*B V"]:
     """log(weight exp(log_a) + (1 - weight) exp(log_b)).
 
-    -inf, without gradient, where what has weight is -inf. The weight is a factor and
-    not a logarithm in a sum, so that its gradient is finite at 0 and 1 too.
+    It is -inf, without gradient, where every log with a weight above 0 is -inf. The
+    weight is a factor here, not a logarithm in a sum, so that its gradient is finite at
+    0 and 1 too.
     """
     a = jnp.where(weight > 0, log_a, -jnp.inf)
     b = jnp.where(weight < 1, log_b, -jnp.inf)
     largest = lax.stop_gradient(jnp.maximum(a, b))
     largest = jnp.where(largest > -jnp.inf, largest, 0.0)
-    # What has no weight may be far above the largest of what has.
+    # A log of weight 0 can be far above `largest`.
     a, b = (jnp.exp(jnp.minimum(x - largest, LARGE)) for x in (log_a, log_b))
     total = weight * a + (1 - weight) * b
-    none = total == 0
-    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1.0, total)) + largest)
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + largest)

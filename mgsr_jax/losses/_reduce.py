@@ -1,4 +1,4 @@
-"""Sums that carry their own count, so that a mean is taken once, at the very end."""
+"""Sums with their counts, so that a mean is taken once, after all additions."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from mgsr_jax.typing import Leaf
 
 
 class Sum(NamedTuple):
-    """A sum over scored positions. Those of micro-batches and hosts add by field.
+    """A sum over scored positions. Add those of micro-batches and hosts by field.
 
     Attributes:
       total: the sum. float32 scalar
-      count: how many positions it is over. float32 scalar
+      count: the number of positions in it. float32 scalar
     """
 
     total: Leaf
@@ -28,11 +28,11 @@ def masked_sum(values: Float[Array, "*B"], where: Bool[Array, "*B"]) -> Sum:
     total = sum_i where_i * values_i,  count = sum_i where_i
 
     Values elsewhere are not read: they may be nan. Add the sums of micro-batches and
-    divide once; a mean of means weighs short batches too much (trl#6006).
+    divide once; a mean of means gives short batches too much weight (trl#6006).
 
     Args:
       values: any float dtype, any shape.
-      where: which positions count; of the same shape.
+      where: which positions count, in the same shape.
 
     >>> values, where = jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])
     >>> total, count = masked_sum(values, where)
@@ -47,13 +47,13 @@ def masked_sum(values: Float[Array, "*B"], where: Bool[Array, "*B"]) -> Sum:
 def masked_mean(
     values: Float[Array, "*B"], where: Bool[Array, "*B"]
 ) -> Float[Array, ""]:
-    """Mean of `values` where `where` is True; 0, with zero gradient, where nothing is.
+    """Mean of `values` where `where` is True; 0, with zero gradient, if it never is.
 
     mean = total / max(count, 1)
 
     Args:
       values: any float dtype, any shape.
-      where: which positions count; of the same shape.
+      where: which positions count, in the same shape.
 
     >>> print(masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False])))
     1.5

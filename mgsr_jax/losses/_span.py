@@ -1,13 +1,15 @@
-"""Span correlation: how adjacent tokens of one phrase hang together."""
+"""Span correlation: the relation between adjacent tokens of one phrase."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean_pair, same_columns, zero_where_masked
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
+from mgsr_jax.losses._mesh_axes import Axis, axes_of_type
+from mgsr_jax.losses._over_vocabulary import over_vocabulary
+from mgsr_jax.losses._vocabulary import Vocabulary
 
-# A relative distance that float32 cannot tell from none.
+# In float32 a smaller relative distance cannot be distinguished from 0.
 ROUNDING = 8 * 2.0**-23
 
 
@@ -15,15 +17,16 @@ ROUNDING = 8 * 2.0**-23
 def span_pairs(
     span_ids: Int[Array, "*B T"], where: Bool[Array, "*B T"] | None = None
 ) -> Bool[Array, "*B T"]:
-    """True at t where the tokens t and t+1 lie in one span and are both scored.
+    """Mask of span pairs: tokens t and t+1 are in one span, and both are scored.
 
     Args:
-      span_ids: the phrase of each position; negative is 'no span', and neighbouring
-        phrases have different ids. [..., T]
-      where: the positions that are scored; None for all of them. [..., T]
+      span_ids: the phrase of each position; a negative id means that there is none.
+        Neighbouring phrases have different ids. [..., T]
+      where: the positions that are scored; None means all of them. [..., T]
 
     Returns:
-      What `span_correlation` is averaged over; False at the last position. [..., T]
+      True at t for the pair (t, t+1), False at the last position. The mean of
+      `span_correlation` is taken over these positions. [..., T]
 
     >>> print(span_pairs(jnp.array([4, 4, 4, 5, -1, -1])))
     [ True  True False False False False]
@@ -45,26 +48,24 @@ def span_correlation(
     vocab_size: int | None = None,
     vocab_axis: Axis = None,
 ) -> Float[Array, "*B T"]:
-    """Distance between the relations that teacher and student see in a pair of tokens.
+    """Distance of teacher and student in the relation of two adjacent tokens.
 
     span_t = || p_t * p_{t+1} - q_t * q_{t+1} ||_2,  p = softmax(teacher_logits),
                                                      q = softmax(student_logits)
 
-    where t and t+1 lie in the same span and are both scored; 0 elsewhere. The product
-    is that of the probabilities of each token of the vocabulary. Take the mean over
-    `span_pairs`. A distance below what float32 resolves (1e-6 of the teacher's
-    relation) is 0, with gradient 0.
+    where t and t+1 are in the same span and both scored; 0 elsewhere. The product is
+    taken class by class. Take the mean over `span_pairs`. A distance that float32
+    cannot resolve (below 1e-6 of the teacher's relation) is 0, with gradient 0.
 
-    MGSR, arXiv 2407.10068, span-level loss. That the norm is not squared is our
-    reading.
+    MGSR, arXiv 2407.10068, span-level loss. We read the norm as not squared.
 
     Args:
       student_logits: any float dtype. [..., T, Vs]
       teacher_logits: any float dtype; they get no gradient. [..., T, Vt]
-      span_ids: the phrase of the label at t, negative for none. [..., T]
-      where: the positions that are scored; None for all of them. [..., T]
+      span_ids: the phrase of the label at t; negative where there is none. [..., T]
+      where: the positions that are scored; None means all of them. [..., T]
       vocab_size: columns at or beyond it are padding, with probability 0 on both
-        sides. Needed where Vs and Vt differ.
+        sides. Required where Vs and Vt differ.
       vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
     Returns:
@@ -72,8 +73,8 @@ def span_correlation(
       in no pair get no gradient. [..., T]
 
     Raises:
-      ValueError: Vs and Vt differ and there is no `vocab_size`, or it is larger than
-        one of them; leading axes differ.
+      ValueError: Vs and Vt differ and `vocab_size` is None; `vocab_size` is larger
+        than Vs or Vt; leading axes differ.
 
     >>> student = jnp.zeros((3, 2))
     >>> teacher = jnp.array([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
@@ -81,9 +82,10 @@ def span_correlation(
     >>> [f"{x:.4f}" for x in span_correlation(student, teacher, span_ids)]
     ['0.7903', '0.0000', '0.0000']
     """
-    _check_whole(student_logits)
+    _check_rows_are_whole(student_logits)
     pairs = span_pairs(span_ids, where)
-    second = jnp.roll(pairs, 1, axis=-1)  # the last position never opens a pair
+    # Nothing wraps around: the last position is never the first of a pair.
+    second = jnp.roll(pairs, 1, axis=-1)
 
     def local(
         vocabulary: Vocabulary, student: Array, teacher: Array, in_a_pair: Array
@@ -99,21 +101,21 @@ def span_correlation(
     both = (student_logits, teacher_logits)
     squared, scale = over_vocabulary(local, vocab_axis, both, pairs | second)
     squared, scale = _append(squared, 0.0), _append(scale, 0.0)
-    # The norm has a unit slope however close to 0: of two equal distributions it would
-    # return the direction of their rounding errors, and at 0 itself nan.
+    # The norm has slope 1 however close to 0. For two equal distributions its gradient
+    # would be the direction of their rounding errors, and at exactly 0 it would be nan.
     apart = pairs & (squared > ROUNDING**2 * scale)
     return zero_where_masked(jnp.sqrt(jnp.where(apart, squared, 1.0)), apart)
 
 
-def _check_whole(logits: Float[Array, "..."]) -> None:
-    spec = tuple(jax.typeof(logits).sharding.spec)
-    if len(spec) >= logits.ndim - 1 and spec[logits.ndim - 2] is not None:
+def _check_rows_are_whole(logits: Float[Array, "*B T V"]) -> None:
+    split = axes_of_type(logits)
+    if split[-2] is not None:
         raise ValueError(
-            f"logits {logits.shape} are split as {spec}, over positions too; expected "
+            f"logits {logits.shape} are split as {split}, over positions too; expected "
             "rows whole on a device, since pairs of neighbours would be cut: reshard"
         )
 
 
 def _append(x: Array, value: float | bool) -> Array:
-    """One more entry on the last axis."""
+    """Append one entry to the last axis."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)], constant_values=value)

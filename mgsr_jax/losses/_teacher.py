@@ -1,7 +1,7 @@
-"""A teacher that was cut to its most probable classes, as it is kept on disk.
+"""A teacher that is cut to its K most probable classes, as the teacher cache stores it.
 
-The classes that are not listed are not forgotten: their mass is one more class, the
-tail. A student that puts too much there pays for it, one that puts too little too.
+All other classes together are one more class, the tail. A student with too much or too
+little probability on the tail has a loss for it.
 """
 
 import math
@@ -13,22 +13,25 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.losses._logits import clean, zero_where_masked
-from mgsr_jax.losses._vocabulary import Axis, Vocabulary, over_vocabulary
+from mgsr_jax.losses._mesh_axes import Axis
+from mgsr_jax.losses._over_vocabulary import over_vocabulary
+from mgsr_jax.losses._vocabulary import Vocabulary
 from mgsr_jax.typing import Leaf
 
-# A tail that float32 cannot tell from none, when it is what is missing to a sum of 1.
+# The tail is 1 minus a sum; float32 cannot distinguish a smaller tail from 0.
 ROUNDING = 2.0**-20
 
 
 class TopKTeacher(NamedTuple):
-    """The K most probable classes of each position and what all classes sum to.
+    """The K most probable classes of each position and the logsumexp of all classes.
 
-    log p_k = logits_k - logsumexp; the classes that are not listed share the rest,
-    1 - sum_k p_k. Only differences to `logsumexp` count: a constant may be added to
-    `logits` and `logsumexp` alike. There is no temperature other than 1.
+    log p_k = logits_k - logsumexp; all other classes share the rest, 1 - sum_k p_k.
+    Only differences to `logsumexp` matter: the same constant may be added to `logits`
+    and to `logsumexp`. The temperature is always 1.
 
     Attributes:
-      logits: the teacher's, of the K classes, in any order; any float dtype. [..., K]
+      logits: the teacher's logits of the K classes, in any order; any float dtype.
+        [..., K]
       indices: their columns in the vocabulary, all different. int [..., K]
       logsumexp: log of the sum of exp(logits) over the whole vocabulary. float [...]
     """
@@ -50,11 +53,12 @@ def top_k_teacher(
 
     logits_k = z_k - z_1,  logsumexp = log sum_v exp(z_v - z_1),  z_1 >= z_2 >= ...
 
-    Relative to the largest, so that large logits cost the tail no precision.
+    The logits are relative to the largest, so that large ones cost the tail no
+    precision.
 
     Args:
       teacher_logits: any float dtype. [..., V]
-      k: how many classes to keep; all of them where there are fewer.
+      k: the number of classes to keep; all of them where there are fewer.
       vocab_size: columns at or beyond it are padding, with probability 0.
       vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
@@ -85,13 +89,15 @@ def top_k_teacher(
 def held_mass(
     teacher: TopKTeacher, *, where: Bool[Array, "*B"] | None = None
 ) -> Float[Array, "*B"]:
-    """The share of the teacher's probability that its K classes hold; report it.
+    """Probability that the teacher gives to its K classes together.
 
     held_t = sum_k exp(logits_k - logsumexp)
 
+    Report it with a loss on a `TopKTeacher`: it shows how much the cut loses.
+
     Args:
-      teacher: K classes a position.
-      where: the positions to look at; None for all of them. [...]
+      teacher: K classes per position.
+      where: the positions to compute; None means all of them. [...]
 
     Returns:
       float32 in 0..1, 0 where masked. [...]
@@ -113,23 +119,23 @@ def forward_kl_top_k(
     vocab_size: int | None = None,
     vocab_axis: Axis = None,
 ) -> Float[Array, "*B"]:
-    """KL(teacher || student) over the teacher's K classes and one for all the others.
+    """KL(teacher || student) over the teacher's K classes and the tail, in nats.
 
     FKL_t = sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)
-    p_tail = 1 - sum_k p_k,  q_tail = sum of q_v over the classes that are not listed
+    p_tail = 1 - sum_k p_k,  q_tail = sum of q_v over all other classes
 
-    It is at most `forward_kl`, at least 0, and equal to `forward_kl` where K is the
-    whole vocabulary. Both sides renormalised over the K classes, as Tunix and MaxText
-    have it, would give the classes outside no gradient at all. A p_tail below 1e-6,
-    which float32 cannot tell from 0, is 0.
+    It is at least 0 and at most `forward_kl`, and equal to `forward_kl` where K is the
+    whole vocabulary. Tunix and MaxText renormalise both sides over the K classes; then
+    the other classes would get no gradient at all. A p_tail below 1e-6, which float32
+    cannot distinguish from 0, is 0.
 
-    Our choice; the data-processing inequality of Kullback and Leibler, "On information
-    and sufficiency" (1951), is what bounds it by `forward_kl`.
+    Our choice. `forward_kl` bounds it by the data-processing inequality: Kullback and
+    Leibler, "On information and sufficiency" (1951).
 
     Args:
       student_logits: any float dtype. [..., V]
-      teacher: its K most probable classes, at temperature 1; no gradient.
-      where: the positions to score; None for all of them. [...]
+      teacher: its K most probable classes, at temperature 1; they get no gradient.
+      where: the positions to score; None means all of them. [...]
       vocab_size: columns at or beyond it are padding, with probability 0.
       vocab_axis: mesh axis that V is split over; read from the type on Explicit axes.
 
@@ -159,7 +165,7 @@ def forward_kl_top_k(
     log_p = jnp.concatenate([log_p, log_p_tail[..., None]], axis=-1)
     log_q = jnp.concatenate([log_q, log_q_tail[..., None]], axis=-1)
     p = jnp.exp(log_p)
-    # The selection stands before the product too: 0 * inf would be nan backwards.
+    # Selected before the product: the gradient of 0 * inf would be nan.
     ratio = jnp.where(p > 0, log_p - log_q, 0.0)
     return zero_where_masked(jnp.sum(p * ratio, axis=-1), where)
 
@@ -167,10 +173,10 @@ def forward_kl_top_k(
 def top_k_log_probs(
     teacher: TopKTeacher, where: Bool[Array, "*B"] | None
 ) -> tuple[Float[Array, "*B K"], Float[Array, "*B"], Int[Array, "*B K"]]:
-    """log p of the K classes, log of the rest's mass, and the classes' columns.
+    """Log-probabilities of the K classes and of the tail, and the classes' columns.
 
-    The rest is what is missing to 1: nothing else is known of it. At masked positions
-    the distribution is flat, over columns 0..K-1.
+    The tail is 1 minus the mass of the K classes. At masked positions the distribution
+    is uniform over columns 0..K-1.
     """
     logits, indices, total = lax.stop_gradient(teacher)
     logits, total = logits.astype(jnp.float32), total.astype(jnp.float32)
@@ -188,11 +194,11 @@ def top_k_log_probs(
 
 
 def check_positions(student_logits: Float[Array, "..."], teacher: TopKTeacher) -> None:
-    """Raises ValueError where student and teacher are about other positions."""
+    """Raise ValueError where the positions of student and teacher differ."""
     student, held = student_logits.shape, teacher.indices.shape
     if student[:-1] != held[:-1]:
         raise ValueError(
             f"student_logits {student} and the teacher's indices {held} differ "
-            "in positions; expected equal leading axes: look the teacher up for the "
-            "tokens that the student reads"
+            "in positions; expected equal leading axes: take the teacher's classes for "
+            "the tokens that the student reads"
         )

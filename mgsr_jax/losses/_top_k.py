@@ -1,68 +1,80 @@
-"""`lax.top_k` that leaves the rows of a batch on the devices that hold them.
+"""`lax.top_k` that keeps the rows of a batch on the devices that hold them.
 
-XLA gathers the operand of a top-k whole on every device, even where only leading axes
+XLA gathers the whole operand of a top-k on every device, even where only leading axes
 are split (jax 0.10, all back ends): for logits that is the batch times V. Rows do not
-depend on each other; this says so to the partitioner.
+depend on each other; `top_k` declares that to XLA's partitioner.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
+
+from mgsr_jax.losses._mesh_axes import manual_axes
 
 
 def top_k(
     x: Float[Array, "*B V"], k: int, *, rows_by_xla: bool | None = None
 ) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
-    """The `k` largest of the last axis, descending, and where they stand.
+    """The `k` largest values of the last axis, descending, and their indices.
 
-    Of equals the first wins. Without gradient: stop it before. `rows_by_xla` says that
-    the rows are for XLA to place; None that they are outside of every shard_map alone.
-    Within two the partitioner's hook aborts XLA (jax 0.10).
+    The first of equal values wins. There is no gradient: stop it before the call.
+
+    Args:
+      x: [..., V]
+      k: number of values.
+      rows_by_xla: whether XLA's partitioner places the rows. None means: outside of
+        every shard_map. Inside two of them the partitioner's hook aborts XLA
+        (jax 0.10).
     """
     if rows_by_xla is None:
-        types = jax.sharding.get_abstract_mesh().axis_types
-        rows_by_xla = AxisType.Manual not in types
+        rows_by_xla = not manual_axes()
     if not rows_by_xla:
         return _top_k(x, k)
 
     @custom_vmap
-    def by_row(x: Array) -> Any:
+    def per_row(x: Array) -> tuple[Array, Array]:
         return _partitioned(k, x.ndim)(x)
 
-    @by_row.def_vmap
-    def _(axis_size: int, batched: Any, x: Array) -> Any:
+    @per_row.def_vmap
+    def _(
+        axis_size: int, batched: PyTree, x: Array
+    ) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
         return top_k(x, k, rows_by_xla=True), (True, True)
 
-    values, indices = by_row(x)
+    values, indices = per_row(x)
     return values, indices
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    # The barrier keeps a later slice of the K from being merged with the one in here,
-    # which XLA then takes for a sort of all of V (40 times the time on CPU).
-    # One barrier each: XLA (jax 0.10) aborts on one around both before an all-gather.
+    # Without a barrier XLA merges a later slice of the K with the slice in top_k, and
+    # then sorts all of V (40 times the time on CPU). Each result has a barrier of its
+    # own: XLA (jax 0.10) aborts on one around both before an all-gather.
     values, indices = lax.top_k(x, k)
     return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 
 @functools.cache
-def _partitioned(k: int, ndim: int) -> Any:
-    def whole(x: Array) -> tuple[Array, Array]:
+def _partitioned(k: int, ndim: int) -> Callable[[Array], tuple[Array, Array]]:
+    """`_top_k` that XLA's partitioner may split over rows."""
+
+    def local(x: Array) -> tuple[Array, Array]:
         return _top_k(x, k)
 
-    def partition(mesh: Any, operands: Any, results: Any) -> Any:
-        of_rows = _whole_last_axis(operands[0])
-        return mesh, whole, (of_rows, of_rows), (of_rows,)
+    def partition(
+        mesh: Mesh, operands: tuple[jax.ShapeDtypeStruct, ...], results: PyTree
+    ) -> tuple[Mesh, Callable[[Array], tuple[Array, Array]], PyTree, PyTree]:
+        rows = _whole_last_axis(operands[0])
+        return mesh, local, (rows, rows), (rows,)
 
     rows = " ".join(f"b{axis}" for axis in range(ndim - 1))
-    function = custom_partitioning(whole)
+    function = custom_partitioning(local)
     function.def_partition(
         partition=partition,
         sharding_rule=f"{rows} v -> {rows} k, {rows} k",
@@ -71,13 +83,19 @@ def _partitioned(k: int, ndim: int) -> Any:
     return jax.jit(function)
 
 
-def _whole_last_axis(x: jax.ShapeDtypeStruct) -> Any:
-    """A placement of rows: the sharding rule does not keep XLA from splitting V."""
+def _whole_last_axis(x: jax.ShapeDtypeStruct) -> Sharding:
+    """The sharding of `x` with its last axis whole.
+
+    The sharding rule does not prevent XLA from splitting V.
+
+    Raises:
+      ValueError: V is split over an axis that has no name here.
+    """
     if isinstance(x.sharding, NamedSharding):
         return NamedSharding(x.sharding.mesh, P(*x.sharding.spec[:-1]))
     if x.sharding.shard_shape(x.shape)[-1] != x.shape[-1]:
         raise ValueError(
             f"logits of {x.shape[-1]} columns are split over an Auto axis inside a "
-            "shard_map over other axes; expected its name: pass vocab_axis"
+            "shard_map over other axes; expected the axis by name: pass vocab_axis"
         )
     return x.sharding

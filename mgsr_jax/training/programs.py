@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mgsr_jax import sharding
-from mgsr_jax.losses import init_clip_network
-from mgsr_jax.losses._chunked import default_chunk_size
+from mgsr_jax.losses import default_chunk_size, init_clip_network
 from mgsr_jax.models import LanguageModel, lora
 from mgsr_jax.models.lora import LORA
 from mgsr_jax.rollout import Rollout, make_rollout
