@@ -7,7 +7,7 @@ splits V otherwise.
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from mgsr_jax.losses._vocabulary import Vocabulary
 
 T = TypeVar("T")
 Logits = tuple[Float[Array, "..."], ...]
+
+Place = Callable[..., Callable[..., PyTree]]
+"""`jax.shard_map` with its mesh and axes bound."""
 
 
 def over_vocabulary(
@@ -74,16 +77,8 @@ def _numbered(
     return run
 
 
-class _Place(Protocol):
-    """`jax.shard_map` with its mesh and axes bound."""
-
-    def __call__(
-        self, function: Callable[..., T], /, *, in_specs: PyTree, out_specs: PyTree
-    ) -> Callable[..., T]: ...
-
-
 def _differentiated_inside(
-    function: Callable[..., T], place: _Place, specs: tuple[PyTree, ...]
+    function: Callable[..., T], place: Place, specs: tuple[PyTree, ...]
 ) -> Callable[..., T]:
     """`place(function)`, differentiated inside the shard_map from its arguments.
 

@@ -1,4 +1,4 @@
-"""Reads an optimised program's text: array sizes, collectives, bodies of loops."""
+"""Parse an optimised program's text: array sizes, collectives, bodies of loops."""
 
 import re
 from typing import NamedTuple
@@ -18,7 +18,7 @@ CALLED = re.compile(
 
 
 class Collective(NamedTuple):
-    """One collective: what it is, the sizes on its line, the devices that it joins."""
+    """One collective: its kind, the sizes on its line, its groups of devices."""
 
     kind: str
     sizes: tuple[tuple[int, ...], ...]
@@ -28,52 +28,52 @@ class Collective(NamedTuple):
 
 def sizes(text: str) -> set[tuple[int, ...]]:
     """The shapes of all arrays that the text names."""
-    found = SHAPE.findall(text)
-    return {tuple(int(n) for n in dims.split(",") if n) for dims in found}
+    shapes = SHAPE.findall(text)
+    return {tuple(int(n) for n in dims.split(",") if n) for dims in shapes}
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective; one in two halves is told by its first."""
-    found = []
+    """Every collective; a start and a done count as one."""
+    result = []
     for line in text.splitlines():
         match = re.search(rf" ({COLLECTIVES})(?:-start)?\(", line)
         if match:
-            # The devices' numbers would read like sizes.
+            # The devices' numbers look like sizes.
             arrays = re.sub(r"\b(replica_groups|metadata|dimensions)=.*", "", line)
-            found.append(
+            result.append(
                 Collective(match[1], tuple(sizes(arrays)), _groups(line), line.strip())
             )
-    return found
+    return result
 
 
 def computations(text: str) -> dict[str, str]:
     """The text of each computation, by name."""
     header = re.compile(rf"^(?:ENTRY )?{NAME} \(.*\{{$")
-    found, name = {}, None
+    lines_of, name = {}, None
     for line in text.splitlines():
         if match := header.match(line):
             name = match[1]
-            found[name] = []
+            lines_of[name] = []
         if name is not None:
-            found[name].append(line)
-    return {name: "\n".join(lines) for name, lines in found.items()}
+            lines_of[name].append(line)
+    return {name: "\n".join(lines) for name, lines in lines_of.items()}
 
 
 def with_called(parts: dict[str, str], name: str) -> str:
-    """The text of a computation and of all that it calls."""
+    """The text of a computation and of all computations that it calls."""
     seen, left = {}, [name]
     while left:
         name = left.pop()
         if name in seen:
             continue
         seen[name] = parts[name]
-        for one, several in CALLED.findall(parts[name]):
-            left += [one] if one else re.findall(NAME, several)
+        for single, several in CALLED.findall(parts[name]):
+            left += [single] if single else re.findall(NAME, several)
     return "\n".join(seen.values())
 
 
 class Loop(NamedTuple):
-    """A loop: how often it runs, where that is known, and the text of its body."""
+    """A loop: its number of iterations, if known, and the text of its body."""
 
     trips: int | None
     body: str
@@ -81,14 +81,14 @@ class Loop(NamedTuple):
 
 def loops(text: str) -> list[Loop]:
     """Every `while` of the program."""
-    parts, found = computations(text), []
+    parts, result = computations(text), []
     for line in text.splitlines():
         if match := re.search(rf" while\(.*\bbody={NAME}", line):
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-            found.append(
+            result.append(
                 Loop(int(trips[1]) if trips else None, with_called(parts, match[1]))
             )
-    return found
+    return result
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:

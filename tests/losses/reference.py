@@ -1,6 +1,6 @@
-"""The method's equations in float64 numpy, one position at a time, as they stand.
+"""The equations of the losses in float64 numpy, one position at a time.
 
-Independent of the package: nothing here is fast, batched or shared with it.
+They are independent of the package: nothing here is fast, batched or shared with it.
 """
 
 import math
@@ -17,7 +17,7 @@ def log_softmax(logits, vocab_size=None):
 
 
 def positions(function, *arrays):
-    """`function` at every position (all axes but the last); a list of results."""
+    """A list of the results of `function` at every position (all axes but the last)."""
     leading = np.shape(arrays[0])[:-1]
     return [function(*(a[index] for a in arrays)) for index in np.ndindex(leading)]
 
@@ -42,8 +42,8 @@ def divergence(
 ):
     """`equation(log_p, log_q, *numbers)` at every position; p is the teacher's.
 
-    `held` is the student as a stopped gradient sees it, for equations that have one:
-    it stays where it is while `student` is moved to differentiate.
+    `held` is the student without gradient, for equations that stop one: it stays the
+    same while `student` is moved for a numerical derivative.
     """
 
     def at(*logits):
@@ -76,7 +76,7 @@ def total_variation(log_p, log_q):
 
 
 def log_mixture(weight, log_a, log_b):
-    """log(weight a + (1 - weight) b), class by class."""
+    """log(weight a + (1 - weight) b) per class."""
 
     def of_class(a, b):
         parts = [(weight, a), (1 - weight, b)]
@@ -103,7 +103,7 @@ def skewed_reverse_kl(log_p, log_q, alpha):
 
 
 def head(log_p, head_mass):
-    """By a sort; what is as probable as the last class that is needed is in it too."""
+    """Mask of the head by a sort; it includes classes that tie with its last one."""
     p = np.exp(log_p)
     mass, least = 0.0, np.inf
     for x in np.sort(p)[::-1]:
@@ -147,7 +147,7 @@ def gelu(x):
 
 
 def candidates(student, teacher, num_candidates, vocab_size):
-    """log p, log q of the K most probable classes; log of the non-target mass."""
+    """log p and log q of the K most probable classes, log of the non-target mass."""
     log_p, log_q = log_softmax(teacher, vocab_size), log_softmax(student, vocab_size)
     order = np.argsort(-log_p, kind="stable")
     rest = log_p[order[1:]]
@@ -160,7 +160,7 @@ def candidates(student, teacher, num_candidates, vocab_size):
 
 
 def limits(clip_params, log_p, log_q):
-    """Section 1, step 3: f_sub(z)."""
+    """f_sub(z): the limits that the clip network predicts."""
     layers = {
         name: {k: np.asarray(v, np.float64) for k, v in layer.items()}
         for name, layer in clip_params.items()
@@ -177,7 +177,7 @@ def limits(clip_params, log_p, log_q):
 
 
 def clipped_kl(log_p, log_q, log_rest, lower, upper, width, normalization):
-    """Section 1, steps 2, 4 and 5: (divergence, kept mass, kept classes, held mass)."""
+    """Mask and divergence: (divergence, kept mass, kept classes, candidate mass)."""
     log_w = np.full(len(log_p), -np.inf)
     log_w[0] = 0.0
     above = 0.0
@@ -213,18 +213,20 @@ def dac_kl(
     normalization="teacher",
     prior_weight=10.0,
 ):
-    """The six fields of DacKl. `fixed` = (lower, upper) takes the network's place."""
+    """The six fields of DacKl; `fixed` = (lower, upper) replaces the network."""
     if num_candidates is None:
         num_candidates = np.shape(clip_params["hidden"]["kernel"])[0] // 2
 
     def at(s, t):
         log_p, log_q, log_rest = candidates(s, t, num_candidates, vocab_size)
-        l, u = fixed if fixed is not None else limits(clip_params, log_p, log_q)  # noqa: E741
-        loss, *rest = clipped_kl(log_p, log_q, log_rest, l, u, width, normalization)
+        lower, upper = fixed or limits(clip_params, log_p, log_q)
+        loss, *rest = clipped_kl(
+            log_p, log_q, log_rest, lower, upper, width, normalization
+        )
         prior = 0.0
         if fixed is None:
-            prior = prior_weight * ((l - 0.1) ** 2 + (u - 0.98) ** 2)
-        return loss + prior, l, u, *rest
+            prior = prior_weight * ((lower - 0.1) ** 2 + (upper - 0.98) ** 2)
+        return loss + prior, lower, upper, *rest
 
     leading = np.shape(student)[:-1]
     return [

@@ -1,4 +1,4 @@
-"""Values and gradients of every loss against float64 numpy, hard inputs included."""
+"""Values and gradients of every loss against float64 numpy, also for hard inputs."""
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from losses import reference
 
 from mgsr_jax import losses
 
@@ -62,7 +62,7 @@ def logits(request):
 
 @jax.jit(static_argnames="function")
 def weighted(function, x, *rest):
-    """(sum of weights times values, values), differentiated in x."""
+    """Values of `function`, and the gradient in x of their weighted sum."""
 
     def scalar(x):
         values = function(x, *rest)
@@ -73,7 +73,7 @@ def weighted(function, x, *rest):
 
 
 def check(function, expected, student, teacher, **tolerance):
-    """`expected(student)` are the reference's values, differentiated numerically."""
+    """Compare with `expected(student)`, the reference, and its numerical gradient."""
     values, gradient = weighted(function, jnp.asarray(student), jnp.asarray(teacher))
     assert values.dtype == jnp.float32
     tolerance = {"rtol": 2e-5, "atol": 2e-5} | tolerance
@@ -92,7 +92,7 @@ def cross_entropy(student, teacher):
     return losses.cross_entropy(student, jnp.asarray(LABELS))
 
 
-def test_cross_entropy(logits):
+def test_cross_entropy_equals_the_reference(logits):
     student, teacher = logits
     student = np.where(np.isinf(student), 0, student)  # every label can occur
     check(cross_entropy, lambda s: reference.cross_entropy(s, LABELS), student, teacher)
@@ -102,7 +102,7 @@ def forward_kl_soft(student, teacher):
     return losses.forward_kl(student, teacher, temperature=2.0)
 
 
-def test_forward_kl(logits):
+def test_forward_kl_equals_the_reference(logits):
     student, teacher = logits
 
     def expected(s):
@@ -141,7 +141,7 @@ def taid(student, teacher):
         (taid, reference.taid, (0.4,)),
     ],
 )
-def test_divergences(logits, function, equation, numbers):
+def test_a_divergence_equals_the_reference(logits, function, equation, numbers):
     student, teacher = logits
     held = student if function in (adaptive_kl, taid) else None
     temperature = 2.0 if function is taid else 1.0
@@ -152,7 +152,7 @@ def test_divergences(logits, function, equation, numbers):
         )
 
     at_a_corner = np.array_equal(student, teacher)
-    if function is losses.total_variation and at_a_corner:  # 0 there by our choice
+    if function is losses.total_variation and at_a_corner:  # 0 by our choice
         values, gradient = weighted(function, *map(jnp.asarray, logits))
         assert not values.any() and not gradient.any()
     else:
@@ -163,13 +163,13 @@ def span_correlation(student, teacher):
     return losses.span_correlation(student, teacher, jnp.asarray(SPAN_IDS))
 
 
-def test_span_correlation(logits):
+def test_span_correlation_equals_the_reference(logits):
     student, teacher = logits
 
     def expected(s):
         return reference.span_correlation(s, teacher, SPAN_IDS)
 
-    if np.array_equal(student, teacher):  # the norm has a corner there: 0 by our choice
+    if np.array_equal(student, teacher):  # a corner of the norm: 0 by our choice
         values, gradient = weighted(span_correlation, *map(jnp.asarray, logits))
         assert not values.any() and not gradient.any()
     else:
@@ -192,7 +192,7 @@ def dac_kl_none(student, teacher):
 
 
 @pytest.mark.parametrize("function", [dac_kl_teacher, dac_kl_none])
-def test_dac_kl_fixed(logits, function):
+def test_dac_kl_fixed_equals_the_reference(logits, function):
     student, teacher = logits
 
     def expected(s):
@@ -209,7 +209,7 @@ def test_dac_kl_fixed(logits, function):
     check(function, expected, student, teacher, rtol=1e-4)
 
 
-def test_dac_kl_fields(logits):
+def test_every_field_of_dac_kl_equals_the_reference(logits):
     student, teacher = logits
     params = clip_params()
     got = losses.dac_kl(params, jnp.asarray(student), jnp.asarray(teacher))
@@ -218,7 +218,7 @@ def test_dac_kl_fields(logits):
         np.testing.assert_allclose(field, wanted, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
-def test_dac_kl_gradient_of_the_student_holds_the_limits_fixed():
+def test_the_students_gradient_in_dac_kl_does_not_flow_through_the_limits():
     student, teacher = INPUTS["usual"]()
     params = clip_params()
     _, lower, upper, *_ = reference.dac_kl(params, student, teacher)
@@ -227,10 +227,10 @@ def test_dac_kl_gradient_of_the_student_holds_the_limits_fixed():
         return jnp.sum(losses.dac_kl(params, s, jnp.asarray(teacher)).loss)
 
     def expected(s):
-        rows = zip(lower, upper, s, teacher, strict=True)
+        rows = zip(zip(lower, upper, strict=True), s, teacher, strict=True)
         return sum(
-            reference.dac_kl(None, x, t, fixed=(l, u), num_candidates=K)[0]
-            for l, u, x, t in rows  # noqa: E741
+            reference.dac_kl(None, x, t, fixed=limits, num_candidates=K)[0]
+            for limits, x, t in rows
         )
 
     gradient = jax.jit(jax.grad(loss))(jnp.asarray(student))
@@ -239,7 +239,7 @@ def test_dac_kl_gradient_of_the_student_holds_the_limits_fixed():
 
 
 @pytest.mark.parametrize("normalization", ["teacher", "none"])
-def test_dac_kl_gradient_of_the_clip_network_flows_through_the_mask(normalization):
+def test_the_clip_networks_gradient_in_dac_kl_flows_through_the_mask(normalization):
     student, teacher = INPUTS["usual"]()
     params = clip_params()
     settings = {"width": 0.05, "prior_weight": 3.0, "normalization": normalization}
@@ -260,7 +260,7 @@ def test_dac_kl_gradient_of_the_clip_network_flows_through_the_mask(normalizatio
         np.testing.assert_allclose(gradient[layer][name], numeric, rtol=2e-3, atol=1e-4)
 
 
-def test_the_doctests_numbers_are_the_references():
+def test_the_doctests_of_dac_kl_show_the_references_numbers():
     teacher, student = np.array([[4.0, 2.0, 1.0, 0.0, -1.0]]), np.zeros((1, 5))
     start = losses.init_clip_network(jax.random.key(0), num_candidates=4)
     assert f"{reference.dac_kl(start, student, teacher)[0][0]:.3f}" == "1.076"
@@ -271,8 +271,8 @@ def test_the_doctests_numbers_are_the_references():
 
 
 elements = st.floats(-30, 30, width=32)
-# Steps of 1/1024, and no -0: XLA orders it below 0, so that of equal classes another
-# one is the target.
+# Steps of 1/1024, and no -0: XLA sorts -0 below 0, so that among equal classes it would
+# choose another target.
 pairs = hnp.arrays(np.float32, (2, 4, 7), elements=elements).map(
     lambda x: np.round(x * 1024) / 1024 + 0.0
 )
@@ -283,7 +283,7 @@ few = hypothesis.settings(
 
 @few
 @hypothesis.given(pairs)
-def test_forward_kl_is_never_negative_and_agrees(pair):
+def test_forward_kl_of_any_logits_is_not_negative(pair):
     student, teacher = pair
     got = np.asarray(losses.forward_kl(jnp.asarray(student), jnp.asarray(teacher)))
     assert (got >= -1e-6).all()
@@ -297,7 +297,7 @@ exponents = st.floats(0.05, 2.0)
 
 @few
 @hypothesis.given(pairs, st.floats(0.0, 1.0), exponents, exponents)
-def test_divergences_are_never_negative_and_agree(pair, weight, alpha, beta):
+def test_divergences_of_any_logits_are_not_negative(pair, weight, alpha, beta):
     student, teacher = map(jnp.asarray, pair)
     cases = [
         (losses.reverse_kl, {}, reference.reverse_kl),
@@ -324,7 +324,7 @@ def test_divergences_are_never_negative_and_agree(pair, weight, alpha, beta):
 
 @few
 @hypothesis.given(pairs, st.floats(0.0, 0.5), st.floats(0.5, 1.0))
-def test_dac_kl_is_never_negative_and_agrees(pair, lower, upper):
+def test_dac_kl_of_any_logits_is_not_negative(pair, lower, upper):
     student, teacher = pair
     got = losses.dac_kl_fixed(
         (lower, upper), jnp.asarray(student), jnp.asarray(teacher), num_candidates=5

@@ -1,4 +1,4 @@
-"""A teacher that is K classes and a tail, against the equations in float64 numpy."""
+"""A teacher of K classes and a tail, against the equations in float64 numpy."""
 
 import functools
 
@@ -21,7 +21,7 @@ def logits(seed=0, dtype=jnp.float32, scale=2.0):
 
 
 def kl_with_tail(student, teacher, k, vocab_size=None):
-    """At every position: the K most probable classes, and all others as one."""
+    """KL at every position over the K most probable classes and one for all others."""
     student, teacher = (np.asarray(x, np.float64) for x in (student, teacher))
     out = np.zeros(student.shape[:-1])
     for at in np.ndindex(out.shape):
@@ -40,8 +40,8 @@ def kl_with_tail(student, teacher, k, vocab_size=None):
 
 
 def from_dense(student, teacher, *, k, where=None, vocab_size=None):
-    said = top_k_teacher(teacher, k, vocab_size=vocab_size)
-    return forward_kl_top_k(student, said, where=where, vocab_size=vocab_size)
+    top_k = top_k_teacher(teacher, k, vocab_size=vocab_size)
+    return forward_kl_top_k(student, top_k, where=where, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("k", [1, 3, V])
@@ -54,7 +54,7 @@ def test_the_tail_is_one_more_class(k):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_the_gradient_is_the_equations(k):
+def test_the_gradient_equals_the_equations(k):
     student, teacher = (x[0, :2] for x in logits(1))
     got = jax.grad(lambda s: jnp.sum(from_dense(s, teacher, k=k)))(student)
     want = reference.numeric_gradient(
@@ -65,32 +65,32 @@ def test_the_gradient_is_the_equations(k):
 
 
 def test_classes_outside_of_the_k_have_a_gradient():
-    """Renormalised over K they would have none, and mass might go there unseen."""
+    """Renormalised over K they would have none, whatever mass they hold."""
     teacher = jnp.array([5.0, 4.0, 0.0, 0.0])
     student = jnp.array([5.0, 4.0, 3.0, 3.0])
     gradient = jax.grad(from_dense)(student, teacher, k=2)
     assert jnp.all(gradient[2:] > 1e-3)
 
 
-def test_masked_positions_are_exactly_zero_whatever_stands_there():
+def test_masked_positions_are_exactly_zero_whatever_their_logits():
     student, teacher = logits(2)
-    said = top_k_teacher(teacher, 3)
+    top_k = top_k_teacher(teacher, 3)
 
     @jax.jit
-    def run(student, said):
+    def run(student, top_k):
         def total(student):
-            values = forward_kl_top_k(student, said, where=WHERE)
+            values = forward_kl_top_k(student, top_k, where=WHERE)
             return jnp.sum(values), values
 
         return jax.grad(total, has_aux=True)(student)
 
-    gradient, values = run(student, said)
+    gradient, values = run(student, top_k)
     spoilt = TopKTeacher(
         *(
             jnp.where(WHERE[..., None], x, bad)
-            for x, bad in ((said.logits, jnp.nan), (said.indices, -7))
+            for x, bad in ((top_k.logits, jnp.nan), (top_k.indices, -7))
         ),
-        jnp.where(WHERE, said.logsumexp, jnp.inf),
+        jnp.where(WHERE, top_k.logsumexp, jnp.inf),
     )
     again = run(jnp.where(WHERE[..., None], student, jnp.nan), spoilt)
     np.testing.assert_array_equal(again[0], gradient)
@@ -112,20 +112,20 @@ def test_padded_columns_have_no_mass():
 
 
 @pytest.mark.parametrize("index", [V, V + 90, -1])
-def test_a_class_that_the_student_has_not_is_infinitely_far(index):
-    """As a label is: a wider teacher's column is not the student's last one."""
+def test_a_class_that_the_student_lacks_has_infinite_loss(index):
+    """A column of a wider teacher must not be read as the student's last one."""
     student, _ = logits(4)
-    said = TopKTeacher(
+    top_k = TopKTeacher(
         jnp.zeros((B, T, 2)),
         jnp.full((B, T, 2), index).at[..., 0].set(1),
         jnp.full((B, T), jnp.log(2.5)),
     )
-    assert np.all(forward_kl_top_k(student, said) == jnp.inf)
-    dac = losses.dac_kl_fixed((0.0, 1.0), student, said, num_candidates=2)
+    assert np.all(forward_kl_top_k(student, top_k) == jnp.inf)
+    dac = losses.dac_kl_fixed((0.0, 1.0), student, top_k, num_candidates=2)
     assert np.all(dac.loss == jnp.inf)
 
 
-def test_hard_teachers_are_finite():
+def test_losses_of_hard_teachers_are_finite():
     student, teacher = logits(5)
     cases = {
         "one-hot": jnp.where(jnp.arange(V) == 2, 1e4, jnp.zeros((B, T, V))),
@@ -144,16 +144,16 @@ def test_hard_teachers_are_finite():
     assert abs(run(student, student)[0]) < 1e-5
 
 
-def test_bfloat16_goes_in_and_float32_comes_out():
+def test_half_precision_teachers_give_float32_losses():
     student, teacher = logits(6, jnp.bfloat16)
-    said = top_k_teacher(teacher, 3)
-    values = forward_kl_top_k(student, said)
-    assert values.dtype == said.logits.dtype == jnp.float32
-    half = said._replace(logits=said.logits.astype(jnp.float16))
+    top_k = top_k_teacher(teacher, 3)
+    values = forward_kl_top_k(student, top_k)
+    assert values.dtype == top_k.logits.dtype == jnp.float32
+    half = top_k._replace(logits=top_k.logits.astype(jnp.float16))
     np.testing.assert_allclose(forward_kl_top_k(student, half), values, rtol=2e-2)
 
 
-def test_the_held_mass_is_that_of_the_k():
+def test_the_held_mass_is_the_sum_over_the_k_classes():
     _, teacher = logits(7)
     p = np.sort(np.asarray(jax.nn.softmax(teacher)), axis=-1)
     held = held_mass(top_k_teacher(teacher, 2), where=WHERE)
@@ -163,14 +163,14 @@ def test_the_held_mass_is_that_of_the_k():
 
 
 @pytest.mark.usefixtures("without_type_checks")
-def test_other_positions_are_refused():
+def test_a_teacher_of_other_positions_is_refused():
     student, teacher = logits(8)
-    said = top_k_teacher(teacher[:, 1:], 2)
+    top_k = top_k_teacher(teacher[:, 1:], 2)
     for loss in (
         forward_kl_top_k,
         functools.partial(losses.dac_kl_fixed, (0.1, 0.9)),
     ):
         with pytest.raises(ValueError, match="differ in positions"):
-            loss(student, said)
+            loss(student, top_k)
     with pytest.raises(ValueError, match="k=0; expected at least 1"):
         top_k_teacher(teacher, 0)

@@ -1,17 +1,19 @@
-"""The chunked pass on eight devices: its own tokens each, and sums that meet once."""
+"""The chunked pass on several devices: own tokens on each, sums reduced once."""
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from losses import chunk_problem, hlo
 
 from mgsr_jax import losses
 from mgsr_jax.losses import chunked
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # V = 8 * 17 and no other size has a factor of 17. 16 rows of 11 tokens: 22 tokens on
 # each of eight devices, 88 on each of two, in chunks of 6 with one token of overlap.
@@ -28,10 +30,10 @@ def problem():
 
     clip = losses.init_clip_network(jax.random.key(1), num_candidates=K, hidden=4)
     clip["output"]["kernel"] = jnp.full((4, 2), 0.3)
-    # Ragged rows; nothing is scored in the rows of device 2 of eight, 4 and 5.
+    # Ragged rows; of eight devices, device 2 has no scored token in its rows 4 and 5.
     lengths = np.array([11, 3, 10, 1, 0, 0, 7, 11, 0, 5, 11, 11, 2, 9, 4, 11])
     span_ids = np.tile(np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]), (B, 1))
-    # Spans do not end with rows: the mask alone keeps pairs within them.
+    # Spans do not end with rows: only the mask keeps pairs within a row.
     where = np.arange(T) < np.minimum(lengths, T - 1)[:, None]
     trained = {"head": normal(V, D), "clip": clip}
     aux = {
@@ -85,8 +87,10 @@ PLACEMENTS = {
     "explicit": (EXPLICIT, (8, 1), False),
     "explicit, V split": (EXPLICIT, (2, 4), True),
 }
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
-every_head = pytest.mark.parametrize("projected", [False, True])
+# The head's matrix itself, in place of a Projection, once on each kind of mesh.
+CASES = [(placement, True) for placement in PLACEMENTS]
+CASES += [("auto", False), ("explicit, V split", False)]
+every_case = pytest.mark.parametrize(("placement", "projected"), CASES)
 
 
 @functools.cache
@@ -104,12 +108,12 @@ def sharded(placement, projected):
         return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
 
     trained, hidden, teacher_head, aux = problem()
-    of_head = ("tensor",) if split else ()
+    columns = ("tensor",) if split else ()
     with jax.set_mesh(mesh):
         arguments = (
-            {"head": put(trained["head"], *of_head), "clip": put(trained["clip"])},
+            {"head": put(trained["head"], *columns), "clip": put(trained["clip"])},
             put(hidden, "data"),
-            put(teacher_head, *of_head),
+            put(teacher_head, *columns),
             put(aux, "data"),
         )
         run = functools.partial(
@@ -122,9 +126,8 @@ def sharded(placement, projected):
         return program.as_text(), program(*arguments)
 
 
-@every_head
-@every_placement
-def test_value_metrics_and_gradients_are_the_dense_ones(placement, projected):
+@every_case
+def test_value_metrics_and_gradients_equal_the_dense_ones(placement, projected):
     def close(path, a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         off = np.linalg.norm(a - b) / np.linalg.norm(b)
@@ -133,40 +136,38 @@ def test_value_metrics_and_gradients_are_the_dense_ones(placement, projected):
     _, got = sharded(placement, projected)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(unsharded()))
     jax.tree_util.tree_map_with_path(close, got, unsharded())
-    nothing = ~np.any(problem()[3]["where"], axis=1)
-    assert np.sum(nothing) == 3 and not np.any(np.asarray(got[1][1])[nothing])
+    unscored = ~np.any(problem()[3]["where"], axis=1)
+    assert np.sum(unscored) == 3 and not np.any(np.asarray(got[1][1])[unscored])
 
 
 def chunk_loop(text):
-    """The body of the loop over chunks: the one that multiplies with a head."""
-    found = [loop for loop in hlo.loops(text) if " dot(" in loop.body]
-    assert len(found) == 1
-    return found[0]
+    """The loop over chunks: the one whose body multiplies with a head."""
+    (loop,) = [loop for loop in hlo.loops(text) if " dot(" in loop.body]
+    return loop
 
 
-@every_head
-@every_placement
-def test_the_loop_joins_no_devices_over_the_batch_and_moves_nothing_of_v(
-    placement, projected
-):
+@every_case
+def test_the_loop_has_no_collective_over_the_batch_or_of_size_v(placement, projected):
     text, _ = sharded(placement, projected)
     _, shape, split = PLACEMENTS[placement]
     data = np.unravel_index(np.arange(8), shape)[0]
     inside = hlo.collectives(chunk_loop(text).body)
     assert bool(inside) == split
-    for found in inside:
-        assert all(len({data[i] for i in group}) == 1 for group in found.groups), found
-        assert not any(n and n % PRIME == 0 for dims in found.sizes for n in dims)
-    after = hlo.collectives(text)
-    # The sums over the batch: the heads' gradient is one of them, its own part alone.
-    joined = [c for c in after if len({data[i] for i in c.groups[0]}) == shape[0]]
-    assert joined
-    assert not any(c.kind == "all-gather" and (V, D) in c.sizes for c in after)
+    for collective in inside:
+        for group in collective.groups:
+            assert len({data[i] for i in group}) == 1, collective
+        assert not any(n and n % PRIME == 0 for dims in collective.sizes for n in dims)
+    everywhere = hlo.collectives(text)
+    # The sums over the batch are after the loop. The head's gradient is one of them,
+    # and only the device's own part of it.
+    assert any(len({data[i] for i in c.groups[0]}) == shape[0] for c in everywhere)
+    assert not any(c.kind == "all-gather" and (V, D) in c.sizes for c in everywhere)
 
 
-@every_head
-@every_placement
-def test_each_device_computes_its_own_tokens_and_keeps_no_logits(placement, projected):
+@every_case
+def test_each_device_computes_its_own_tokens_and_stores_one_chunk_of_logits(
+    placement, projected
+):
     text, _ = sharded(placement, projected)
     _, (batch, tensor), split = PLACEMENTS[placement]
     columns, tokens = V // tensor if split else V, B * T // batch
@@ -176,7 +177,7 @@ def test_each_device_computes_its_own_tokens_and_keeps_no_logits(placement, proj
         for dims in hlo.sizes(text)
         if columns in dims and dims not in {(columns, D), (columns, WIDER)}
     ]
-    # A chunk's logits and two of them side by side, and never those of all tokens.
+    # Logits of one chunk, or two such arrays concatenated, and never of all tokens.
     assert max(rows) <= 2 * CHUNK < tokens
     assert loop.trips is not None
     stride = -(-tokens // loop.trips)
@@ -186,7 +187,7 @@ def test_each_device_computes_its_own_tokens_and_keeps_no_logits(placement, proj
         assert not any(V in dims for dims in hlo.sizes(text))
 
 
-def test_a_device_that_computes_all_tokens_is_found_out():
+def test_the_check_detects_a_device_that_computes_all_tokens():
     """Without `batch_axes` XLA gathers the tokens before the loop."""
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AUTO,))):
         trained, hidden, teacher_head, aux = problem()
@@ -197,8 +198,8 @@ def test_a_device_that_computes_all_tokens_is_found_out():
     assert loop.trips == -(-B * T // (CHUNK - 1))
 
 
-def test_a_sum_over_devices_in_every_chunk_is_found_out():
-    """The gradient of what is the same on all devices, taken within the loop."""
+def test_the_check_detects_a_sum_over_devices_in_every_chunk():
+    """The gradient of a replicated array, taken inside the loop."""
 
     def local(head, hidden):
         def step(total, token):
@@ -212,5 +213,34 @@ def test_a_sum_over_devices_in_every_chunk_is_found_out():
         run = jax.shard_map(local, in_specs=(P(), P("data")), out_specs=P())
         text = jax.jit(run).lower(trained["head"], hidden).compile().as_text()
     (loop,) = hlo.loops(text)
-    (found,) = hlo.collectives(loop.body)
-    assert len(found.groups[0]) == 8 and (V, D) in found.sizes
+    (collective,) = hlo.collectives(loop.body)
+    assert len(collective.groups[0]) == 8 and (V, D) in collective.sizes
+
+
+@pytest.mark.parametrize("batch_axes", [(), ("data",)])
+def test_in_the_callers_own_shard_map(batch_axes):
+    """The loss is the device's own; the gradient of `shared` is summed over devices."""
+    trained, hidden, teacher_head, aux = chunk_problem.light_problem(9, tokens=24)
+    in_chunks = chunk_problem.in_chunks(4, chunk_problem.light_loss, batch_axes)
+    # Six tokens per device: no pair is split over two of them.
+    aux["span_ids"] = jnp.arange(24, dtype=jnp.int32) // 3
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AUTO,)),
+        in_specs=(P(), P("data"), P(), P("data")),
+        out_specs=(P(), P()),
+    )
+    def run(trained, hidden, teacher_head, aux):
+        if batch_axes:  # Then the caller makes `shared` varying.
+            trained, teacher_head = jax.lax.pcast(
+                (trained, teacher_head), batch_axes, to="varying"
+            )
+        value = in_chunks(trained, hidden, teacher_head, aux)
+        return jax.lax.psum(value, "data")
+
+    dense = chunk_problem.dense(chunk_problem.light_loss)
+    chunk_problem.assert_close(
+        differentiated(run)(trained, hidden, teacher_head, aux),
+        differentiated(dense)(trained, hidden, teacher_head, aux),
+    )

@@ -1,30 +1,31 @@
-"""Every loss with V split over devices: the unsharded values, and nothing gathered."""
+"""Losses with V split over devices: the unsharded values, and nothing gathered."""
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_contract
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from losses import every_loss, hlo
 
 from mgsr_jax import losses
 
-# 17 columns or 34 a device, and no other size has a factor of 17: what a collective
-# moves of V shows in its sizes, in whatever shape. 100 tokens: one device of four holds
-# tokens and padding, the next padding alone.
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+# 17 or 34 columns per device, and no other size has a factor of 17: a collective that
+# moves columns shows it in its sizes, in any shape. 100 tokens: one of four devices has
+# tokens and padding, the next one only padding.
 B, T, V, TOKENS, K = 2, 6, 136, 100, 4
 PRIME = 17
 WEIGHTS = jnp.linspace(0.5, 2.0, B * T).reshape(B, T)
-CLIP = test_contract.LEARNED
-# Of each position: what the losses read beside logits.
+CLIP = every_loss.LEARNED
+# What the losses read per position besides logits.
 POSITIONS = {
-    "where": test_contract.WHERE[:B],
-    "labels": test_contract.LABELS[:B] * 19,
-    "span_ids": test_contract.SPAN_IDS[:B],
+    "where": every_loss.WHERE[:B],
+    "labels": every_loss.LABELS[:B] * 19,
+    "span_ids": every_loss.SPAN_IDS[:B],
     "upper": jnp.linspace(0.8, 1.0, B * T).reshape(B, T),
 }
 
@@ -34,7 +35,7 @@ def cross_entropy(clip, student, teacher, at, **kwargs):
 
 
 def dac_kl(clip, student, teacher, at, **kwargs):
-    # All of its fields, so that the gradient is that of all.
+    # The sum of all fields, so that the gradient covers all of them.
     return sum(losses.dac_kl(clip, student, teacher, where=at["where"], **kwargs))
 
 
@@ -62,43 +63,57 @@ def dac_kl_of_top_k(clip, student, teacher, at, **kwargs):
 
 def of_two_distributions(loss):
     def values(clip, student, teacher, at, **kwargs):
-        return loss(student, teacher, where=at["where"], **kwargs)
+        labels_and_spans = at["labels"], at["span_ids"]
+        kwargs |= {"where": at["where"]}
+        return loss(student, teacher, *labels_and_spans, **kwargs)
 
     return values
 
 
-OWN = [
-    cross_entropy,
-    dac_kl,
-    dac_kl_fixed,
-    span_correlation,
-    forward_kl_top_k,
-    dac_kl_of_top_k,
-]
+# Every way in which the vocabulary is read. The other divergences differ from these two
+# only in an equation of two log-probabilities.
+PATHS = {
+    "forward_kl": of_two_distributions(every_loss.forward_kl),
+    "adaptive_kl": of_two_distributions(every_loss.adaptive_kl),
+} | {
+    loss.__name__: loss
+    for loss in (
+        cross_entropy,
+        dac_kl,
+        dac_kl_fixed,
+        span_correlation,
+        forward_kl_top_k,
+        dac_kl_of_top_k,
+    )
+}
 LOSSES = {
-    loss.__name__: of_two_distributions(loss) for loss in test_contract.PAIRED
-} | {loss.__name__: loss for loss in OWN}
+    loss.__name__: of_two_distributions(loss) for loss in every_loss.DIVERGENCES
+} | PATHS
 
 
 def inputs():
-    """Nothing may be read where the mask is False or the columns are padding."""
+    """Logits that are nan where the mask is False and in padding columns."""
     both = np.random.default_rng(0).normal(0, 2, (2, B, T, V)).astype(np.float32)
     both[:, ~np.asarray(POSITIONS["where"])] = np.nan
     both[..., TOKENS:] = np.nan
     return CLIP, *both
 
 
-# As many as a program of a user's has. With all of them, nested in another shard_map,
+# As many losses as a user's program has. With all of them, nested in another shard_map,
 # jax 0.10 aborts in XLA's partitioner ("IsManualSubgroup").
 AT_ONCE = 4
-GROUPS = [tuple(LOSSES)[i : i + AT_ONCE] for i in range(0, len(LOSSES), AT_ONCE)]
 
 
-def differentiated(form, names=tuple(LOSSES)):
+def groups(names):
+    names = tuple(names)
+    return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
+
+
+def differentiated(form, names):
     """(clip, student, teacher) -> {loss: (values, gradients of clip and student)}."""
 
     def run(clip, student, teacher):
-        found = {}
+        results = {}
         for name in names:
 
             def total(clip, student, loss=LOSSES[name]):
@@ -109,14 +124,14 @@ def differentiated(form, names=tuple(LOSSES)):
 
             gradient = jax.value_and_grad(total, (0, 1), has_aux=True)
             (_, values), gradients = gradient(clip, student)
-            found[name] = values, gradients
-        return found
+            results[name] = values, gradients
+        return results
 
     return run
 
 
 def in_shard_map(loss, axes):
-    """In a shard_map of the caller's over `axes`, V split over "tensor"."""
+    """The loss in the caller's shard_map over `axes`, with V split over "tensor"."""
 
     def values(clip, student, teacher, at, **kwargs):
         rows, columns = (name if name in axes else None for name in ("data", "tensor"))
@@ -144,61 +159,72 @@ def mesh_of(kind):
 
 
 AUTO, EXPLICIT, BOTH = AxisType.Auto, AxisType.Explicit, ("data", "tensor")
-ROWS_TOO, V_ALONE = P("data", None, "tensor"), P(None, None, BOTH)
+ROWS_TOO, ONLY_V = P("data", None, "tensor"), P(None, None, BOTH)
+named_tensor = functools.partial(named, vocab_axis="tensor")
+# Kind of mesh, sharding of the logits, how the loss is called, which losses.
 PLACEMENTS = {
-    "auto": (AUTO, ROWS_TOO, functools.partial(named, vocab_axis="tensor")),
-    "auto, two axes": (AUTO, V_ALONE, functools.partial(named, vocab_axis=BOTH)),
-    "explicit": (EXPLICIT, ROWS_TOO, plain),
-    "explicit, two axes": (EXPLICIT, V_ALONE, plain),
-    "manual": (AUTO, ROWS_TOO, functools.partial(in_shard_map, axes=BOTH)),
-    "rows manual": (AUTO, ROWS_TOO, functools.partial(in_shard_map, axes=("data",))),
+    "auto": (AUTO, ROWS_TOO, named_tensor, LOSSES),
+    "auto, two axes": (AUTO, ONLY_V, functools.partial(named, vocab_axis=BOTH), PATHS),
+    "explicit": (EXPLICIT, ROWS_TOO, plain, PATHS),
+    "explicit, two axes": (EXPLICIT, ONLY_V, plain, PATHS),
+    "manual": (AUTO, ROWS_TOO, functools.partial(in_shard_map, axes=BOTH), PATHS),
+    "rows manual": (
+        AUTO,
+        ROWS_TOO,
+        functools.partial(in_shard_map, axes=("data",)),
+        PATHS,
+    ),
 }
 
 
 @functools.cache
 def unsharded():
-    return jax.jit(differentiated(plain))(*inputs())
+    results = {}
+    for names in groups(LOSSES):
+        results |= jax.jit(differentiated(plain, names))(*inputs())
+    return results
 
 
 @functools.cache
 def sharded(placement):
     """The optimised programs' text, and what they compute."""
-    kind, spec, form = PLACEMENTS[placement]
+    kind, spec, form, names = PLACEMENTS[placement]
     mesh = mesh_of(kind)
     clip, *logits = inputs()
     with jax.set_mesh(mesh):
         clip = jax.device_put(clip, NamedSharding(mesh, P()))
         logits = jax.device_put(logits, NamedSharding(mesh, spec))
-        texts, found = [], {}
-        for names in GROUPS:
-            run = jax.jit(differentiated(form, names))
+        texts, results = [], {}
+        for group in groups(names):
+            run = jax.jit(differentiated(form, group))
             program = run.lower(clip, *logits).compile()
             texts.append(program.as_text())
-            found |= program(clip, *logits)
-        return "\n".join(texts), found
+            results |= program(clip, *logits)
+        return "\n".join(texts), results
 
 
 def of_v(text):
-    """The collectives that move columns, and whole rows of V anywhere."""
+    """The collectives that move columns, and all arrays with whole rows of V."""
     moved = [
-        found.line
-        for found in hlo.collectives(text)
-        if any(n and n % PRIME == 0 for dims in found.sizes for n in dims)
+        collective.line
+        for collective in hlo.collectives(text)
+        if any(n and n % PRIME == 0 for dims in collective.sizes for n in dims)
     ]
     return moved, [dims for dims in hlo.sizes(text) if V in dims]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_values_and_gradients_are_the_unsharded_ones(placement):
+def test_values_and_gradients_equal_the_unsharded_ones(placement):
     _, got = sharded(placement)
+    want = {name: unsharded()[name] for name in got}
 
     def close(path, a, b):
         np.testing.assert_allclose(
             a, b, rtol=1e-5, atol=2e-6, err_msg=jax.tree_util.keystr(path)
         )
 
-    jax.tree_util.tree_map_with_path(close, got, unsharded())
-    for name, (values, (of_clip, of_student)) in unsharded().items():
+    jax.tree_util.tree_map_with_path(close, got, want)
+    for name, (values, (of_clip, of_student)) in want.items():
         assert np.any(values) and np.any(of_student), name
         assert name not in ("dac_kl", "dac_kl_of_top_k") or np.any(
             of_clip["output"]["kernel"]
@@ -207,14 +233,14 @@ def test_values_and_gradients_are_the_unsharded_ones(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nothing_of_the_size_of_v_is_moved(placement):
-    text, _ = sharded(placement)
-    assert len(hlo.collectives(text)) >= len(LOSSES)
+    text, results = sharded(placement)
+    assert len(hlo.collectives(text)) >= len(results)
     moved, whole = of_v(text)
     assert not moved, moved[0]
     assert not whole
 
 
-def test_a_loss_that_gathers_is_found_out():
+def test_the_check_detects_a_loss_that_gathers():
     mesh = mesh_of(AUTO)
     clip, *logits = inputs()
     with jax.set_mesh(mesh):
@@ -226,9 +252,9 @@ def test_a_loss_that_gathers_is_found_out():
 
 @pytest.mark.parametrize("placement", ["auto, two axes", "explicit, two axes"])
 @pytest.mark.parametrize("tokens", [16, 11, 3])
-def test_the_first_of_equals_and_more_candidates_than_columns(placement, tokens):
-    """Two columns a device; ties within and across devices; fewer tokens than K."""
-    kind, spec, _ = PLACEMENTS[placement]
+def test_top_k_takes_the_first_of_equals_on_any_device(placement, tokens):
+    """Two columns per device, fewer than K; ties within and across devices."""
+    kind, spec, *_ = PLACEMENTS[placement]
     logits = np.random.default_rng(1).integers(0, 3, (5, 3, 16)).astype(np.float32)
     vocab_axis = BOTH if kind == AUTO else None
     want = losses.top_k_teacher(logits, 5, vocab_size=tokens)
@@ -243,8 +269,8 @@ def test_the_first_of_equals_and_more_candidates_than_columns(placement, tokens)
     np.testing.assert_allclose(got.logsumexp, want.logsumexp, rtol=1e-6)
 
 
-def test_the_mesh_and_the_columns_are_checked():
-    with pytest.raises(ValueError, match="vocab_axis='tensor', but the mesh at hand"):
+def test_an_unknown_axis_and_columns_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="vocab_axis='tensor', but the ambient mesh"):
         losses.forward_kl(jnp.ones((2, 8)), jnp.ones((2, 8)), vocab_axis="tensor")
     with jax.set_mesh(mesh_of(AUTO)):
         with pytest.raises(ValueError, match="10 columns do not divide over the 4"):
@@ -254,22 +280,20 @@ def test_the_mesh_and_the_columns_are_checked():
 
 
 def typed(spec, **axes):
-    """Logits of zeros on a mesh whose axes are of these kinds, [8, 8, 24]."""
+    """Logits of zeros, [8, 8, 24], on a mesh with axes of these kinds."""
     mesh = jax.make_mesh((2, 4), tuple(axes), axis_types=tuple(axes.values()))
     place = jax.sharding.NamedSharding(mesh, spec)
     return mesh, jax.device_put(jnp.zeros((8, 8, 24)), place)
 
 
-def test_an_axis_that_the_type_does_not_tell_of_is_refused():
-    """Where some axes are Explicit: V would be gathered, unasked."""
-    Explicit, Auto = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
-    mesh, x = typed(jax.P("data"), data=Explicit, tensor=Auto)
+def test_an_auto_axis_next_to_an_explicit_one_is_refused():
+    """The type has no such axis, so XLA would gather V without being asked to."""
+    mesh, x = typed(P("data"), data=EXPLICIT, tensor=AUTO)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="all axes of the mesh"):
         losses.forward_kl(x, x, vocab_axis="tensor")
 
 
-def test_pairs_of_neighbours_are_not_cut():
-    Explicit = jax.sharding.AxisType.Explicit
-    mesh, x = typed(jax.P(None, "data"), data=Explicit, tensor=Explicit)
+def test_positions_split_over_devices_are_refused_for_pairs():
+    mesh, x = typed(P(None, "data"), data=EXPLICIT, tensor=EXPLICIT)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="over positions too"):
         losses.span_correlation(x, x, jnp.zeros((8, 8), jnp.int32))
