@@ -16,7 +16,7 @@ ChunkLoss = Callable[[PyTree, Array, PyTree], tuple[Array, PyTree]]
 """A function (shared, tokens_chunk, aux_chunk) -> (scalar, metric sums)."""
 
 Variable = Array | tuple[Array, Array]
-"""What one leaf of `shared` is differentiated in: see `_variable`."""
+"""The input that a chunk differentiates a leaf of `shared` in: see `_variable`."""
 
 
 class ChunkSums(NamedTuple):
@@ -37,9 +37,10 @@ class ChunkSums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLoop:
-    """`fn` over chunks of at most `chunk_size` tokens, `overlap` included.
+    """A sum of `fn` over the chunks of one device's tokens.
 
-    `shared`, `tokens` and `aux` are as in `chunked`; `where` may be None.
+    Attributes:
+      fn, chunk_size, overlap: as in `chunked`; so are the arguments of the methods.
     """
 
     fn: ChunkLoss
@@ -53,7 +54,7 @@ class ChunkLoop:
         aux: PyTree,
         where: Bool[Array, "*B"] | None,
     ) -> ChunkSums:
-        """Value and metrics only."""
+        """Sum without gradients."""
         tokens, aux, where = _flat(tokens, aux, where)
         windows = divide(len(tokens), self.chunk_size, self.overlap, where)
 
@@ -76,7 +77,7 @@ class ChunkLoop:
         *,
         wanted: list[bool],
     ) -> ChunkSums:
-        """Value, metrics, and gradients of `tokens` and of `wanted` leaves of `shared`.
+        """Sum with the gradients of `tokens` and of the `wanted` leaves of `shared`.
 
         A chunk's gradient for its tokens overwrites them, since no later chunk reads
         them again.
@@ -123,7 +124,7 @@ class ChunkLoop:
 class _Differentiated:
     """The leaves of `shared` and the gradients of those that are differentiated.
 
-    A `Projection` is one leaf, and one leaf of its tree: its kernel.
+    A `Projection` counts as one leaf; in the tree of gradients the leaf is its kernel.
     """
 
     def __init__(self, shared: PyTree, wanted: list[bool]) -> None:
@@ -132,7 +133,7 @@ class _Differentiated:
         self._wanted = wanted
 
     def variables(self, tokens: Float[Array, "N D"]) -> list[Variable]:
-        """What a chunk with these tokens is differentiated in."""
+        """The inputs that a chunk with these tokens is differentiated in."""
         return [_variable(leaf, tokens) for leaf in self._chosen()]
 
     def shared_with(self, variables: list[Variable]) -> PyTree:
@@ -187,7 +188,7 @@ def _add(total: Float[Array, "..."], gradient: Variable) -> Float[Array, "..."]:
 def _flat(
     tokens: Float[Array, "*B D"], aux: PyTree, where: Bool[Array, "*B"] | None
 ) -> tuple[Float[Array, "N D"], PyTree, Bool[Array, " N"] | None]:
-    """All with their leading axes flattened into one."""
+    """Flatten the leading axes of every array into one."""
     leading = tokens.ndim - 1
     return jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[leading:]), (tokens, aux, where)

@@ -19,8 +19,8 @@ class Placement(NamedTuple):
 
     Attributes:
       batch: mesh axes that the first axis of `tokens` is split over.
-      manual: mesh axes of the shard_map around the loop; empty without a shard_map.
-        `batch`, and on an Explicit mesh all other axes that split anything.
+      manual: mesh axes of the shard_map around the loop: all axes that split anything.
+        It is empty where there is no shard_map.
       explicit: whether the sharding comes from the arrays' types.
       shared_varies: whether `shared` is typed as different on each device of the
         caller's shard_map; the transpose sums its gradient over them, once.
@@ -49,7 +49,7 @@ class Placement(NamedTuple):
     def over_devices(
         self, local: Callable[..., ChunkSums], wanted: list[bool] | None
     ) -> Callable[..., ChunkSums]:
-        """`local` on every device for its own tokens; sums meet once, after the loop.
+        """`local` on every device for its own tokens; the sums are reduced once.
 
         `wanted` are the leaves of `shared` that get a gradient; None means none.
         """
@@ -118,7 +118,7 @@ def _without(axes: tuple[str, ...], x: Array) -> P:
         tuple(name for name in names([axis]) if name not in axes)
         for axis in axes_of_type(x)
     )
-    return P(*(found or None for found in kept))
+    return P(*(left or None for left in kept))
 
 
 def _is_spec(x: PyTree) -> bool:

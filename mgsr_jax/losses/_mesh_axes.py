@@ -18,10 +18,10 @@ def axes_of_type(x: Array) -> tuple[Axis, ...]:
 
 def names(axes: Iterable[Axis]) -> tuple[str, ...]:
     """The names of all mesh axes in `axes`, in order."""
-    found = []
+    flat = []
     for axis in axes:
-        found += [axis] if isinstance(axis, str) else list(axis or ())
-    return tuple(found)
+        flat += [axis] if isinstance(axis, str) else list(axis or ())
+    return tuple(flat)
 
 
 def manual_axes() -> set[str]:

@@ -188,8 +188,8 @@ def top_k_log_probs(
         indices = jnp.where(where[..., None], indices, first)
     held = Vocabulary().logsumexp(logits) - total
     tail = -jnp.expm1(jnp.minimum(held, 0.0))
-    some = tail > ROUNDING
-    log_tail = jnp.where(some, jnp.log(jnp.where(some, tail, 1.0)), -jnp.inf)
+    exists = tail > ROUNDING
+    log_tail = jnp.where(exists, jnp.log(jnp.where(exists, tail, 1.0)), -jnp.inf)
     return logits - total[..., None], log_tail, indices
 
 

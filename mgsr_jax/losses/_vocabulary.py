@@ -53,8 +53,9 @@ class Vocabulary:
         largest = self.max(x)
         largest = jnp.where(largest > -jnp.inf, largest, 0.0)
         total = self.sum(jnp.exp(x - largest[..., None]))
-        some = total > 0
-        return jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + largest, -jnp.inf)
+        finite = total > 0
+        log = jnp.log(jnp.where(finite, total, 1.0)) + largest
+        return jnp.where(finite, log, -jnp.inf)
 
     def log_softmax(self, x: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """Log-probabilities; shifted first, so that large logits cost no precision."""
