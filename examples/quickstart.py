@@ -34,6 +34,7 @@ from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.prompts import load_prompts
 from mgsr_jax.evaluation import report
 from mgsr_jax.evaluation.evaluate import EvaluationResult, evaluate
+from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
@@ -264,15 +265,17 @@ class Judge:
             params,
             workspace.tokenizer,
             self.prompts,
-            seeds=EVALUATION_SEEDS,
-            max_prompt_length=workspace.data_config.max_prompt_length,
-            max_length=workspace.data_config.max_length,
-            batch_size=EVALUATION_BATCH,
+            EvaluationConfig(
+                seeds=EVALUATION_SEEDS,
+                max_prompt_length=workspace.data_config.max_prompt_length,
+                max_length=workspace.data_config.max_length,
+                batch_size=EVALUATION_BATCH,
+            ),
             mesh=workspace.mesh,
         )
         assert result.sampled is not None  # EVALUATION_SEEDS is not empty
-        samples = [answer for answer in result.answers if answer.seed is not None]
-        valid = statistics.fmean(a.response in a.references for a in samples)
+        samples = [sample for sample in result.responses if sample.seed is not None]
+        valid = statistics.fmean(s.response in s.references for s in samples)
         scores = Scores(
             greedy=result.greedy.rouge_l,
             sampled=result.sampled.rouge_l,
@@ -377,10 +380,11 @@ def show_responses(console: Console, results: dict[str, EvaluationResult]) -> No
     """Print every model's greedy response to one instruction of each task."""
     for index in range(len(little_english.TASKS)):
         for i, (name, result) in enumerate(results.items()):
-            answer = [a for a in result.answers if a.seed is None][index]
+            response = [r for r in result.responses if r.seed is None][index]
             if i == 0:
-                console.print(f"\n[bold]one valid response[/]  {answer.references[0]}")
-            console.print(f"{name:>18}  {answer.response}", markup=False)
+                valid = response.references[0]
+                console.print(f"\n[bold]one valid response[/]  {valid}")
+            console.print(f"{name:>18}  {response.response}", markup=False)
 
 
 def parse_arguments() -> argparse.Namespace:

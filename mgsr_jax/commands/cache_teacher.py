@@ -29,7 +29,8 @@ from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.typing import Model, Params
 
 if TYPE_CHECKING:
-    from mgsr_jax.data.teacher_cache import CachedExample, Manifest, Recipe
+    from mgsr_jax.data.teacher_manifest import Manifest, Recipe
+    from mgsr_jax.data.teacher_shards import CachedExample
     from mgsr_jax.training.inputs import RunInputs
 
 TopKStep = Callable[[Params, Rows], TopKTeacher]
@@ -183,7 +184,7 @@ def _write_shards(
     setup: "RunInputs",
     console: Console,
 ) -> None:
-    from mgsr_jax.data import teacher_cache
+    from mgsr_jax.data import teacher_shards
     from mgsr_jax.training.initial_state import load_teacher
 
     teacher, params = setup.teacher, load_teacher(setup)
@@ -205,7 +206,7 @@ def _write_shards(
                 examples |= batch
                 progress.advance(task, len(batch))
             in_order = [examples[i] for i in sorted(examples)]
-            teacher_cache.write_shard(folder, recipe, number, in_order)
+            teacher_shards.write_shard(folder, recipe, number, in_order)
 
 
 def _run_batches(
@@ -223,7 +224,7 @@ def _run_batches(
 
 
 def _by_example(rows: Rows, teacher: TopKTeacher) -> dict[int, "CachedExample"]:
-    from mgsr_jax.data.teacher_cache import CachedExample
+    from mgsr_jax.data.teacher_shards import CachedExample
 
     teacher = jax.device_get(teacher)
     examples = {}

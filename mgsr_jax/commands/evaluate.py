@@ -128,9 +128,20 @@ def _score_sets(
     import jax.numpy as jnp
 
     from mgsr_jax.checkpoint.tokenizer import eos_ids
+    from mgsr_jax.decoding.sampling import Sampling
     from mgsr_jax.evaluation.evaluate import evaluate
+    from mgsr_jax.evaluation.responses import EvaluationConfig
     from mgsr_jax.evaluation.tables import write_scores
 
+    protocol = EvaluationConfig(
+        seeds=config.seeds,
+        sampling=Sampling(config.temperature, config.top_k, config.top_p),
+        max_prompt_length=config.max_prompt_length,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        no_repeat_ngram=config.no_repeat_ngram,
+        dtype=jnp.dtype(config.dtype),
+    )
     params, results = loaded.params(config.dtype), {}
     for path, prompts in sets.items():
         with _progress_bar(Path(path).name) as progress:
@@ -139,16 +150,8 @@ def _score_sets(
                 params,
                 loaded.tokenizer,
                 prompts,
-                seeds=config.seeds,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                max_prompt_length=config.max_prompt_length,
-                max_length=config.max_length,
-                batch_size=config.batch_size,
-                no_repeat_ngram=config.no_repeat_ngram,
+                protocol,
                 eos_ids=eos_ids(loaded.tokenizer, loaded.model),
-                dtype=jnp.dtype(config.dtype),
                 progress=progress,
             )
         write_scores(folder, results)

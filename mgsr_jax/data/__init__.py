@@ -1,1 +1,1 @@
-"""Records, tokens, phrases, batches, and the teacher's outputs on disk."""
+"""Instruction data: records, tokens, spans, batches, and the teacher cache."""

@@ -1,8 +1,9 @@
-"""Tokenised data as batches of rows, in a fixed order.
+"""Batches of rows from tokenised data, in a fixed order.
 
-Rows are padded to one of a few widths, the last of which holds every example. Where
-there are several, a batch is made of examples of like length and is as wide as its
-longest needs: less padding is computed, and each width is a program of its own.
+Rows are padded to one of a few widths; the last is wide enough for every example. With
+several widths, a batch has examples of similar length and is as wide as its longest
+example needs. That saves computation on padding, and costs one compiled program a
+width.
 """
 
 import functools
@@ -17,14 +18,14 @@ from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import Rows, from_lists, narrowest
 
 Share = slice | np.ndarray
-"""Which rows of every batch a process takes."""
-_WHOLE: Share = slice(None)
-_FILLER = -1  # the example index of a row that only fills up the last batch
+"""The rows of every batch that a process takes."""
+_ALL: Share = slice(None)
+_FILLER = -1  # example index of a row that only fills up the last batch
 _WINDOW = 8
-"""Batches whose examples are sorted by length together, and then shuffled again.
+"""Number of batches whose examples are sorted by length together.
 
-More would pad little less. Never more than half an epoch, or the same examples would be
-together in all of them.
+A larger window saves little more padding. A window is at most half an epoch: otherwise
+every epoch would put the same examples into one batch.
 """
 
 
@@ -34,23 +35,26 @@ def train_batches(
     *,
     widths: Sequence[int],
     seed: int,
-    share: Share = _WHOLE,
+    share: Share = _ALL,
     epochs: int | None = None,
 ) -> grain.DatasetIterator:
-    """This process's `Rows` of every training batch, with an exact position.
+    """Iterate over this process's `Rows` of every training batch.
 
-    The order depends on `seed` and `batch_size`, with several `widths` on the examples'
-    lengths too: each process takes its share of the same global batch, however many
-    processes there are. Every epoch is shuffled anew and leaves out the examples that
-    do not fill a batch. `rows.example` is the index in `dataset`. `get_state()` is
-    plain JSON, `set_state()` goes on from it.
+    The order depends on `seed` and `batch_size`, and with several `widths` also on the
+    lengths of the examples. It does not depend on the number of processes: each takes
+    its share of the same global batch. Every epoch has a new order and leaves out the
+    last examples that do not fill a batch. `rows.example` is the index in `dataset`.
+    The position can be saved: `get_state()` returns plain JSON, and `set_state()`
+    continues from it exactly.
 
     Args:
-      batch_size: rows of the global batch.
-      widths: S of the rows may be one of these, ascending; the last is at least the
-        data set's `max_length`.
-      share: which rows of a batch this process takes.
-      epochs: None: without end.
+      dataset: from `dataset.load`.
+      batch_size: number of rows of the global batch.
+      widths: possible widths S of the rows, ascending; the last is at least the
+        `max_length` of the data set.
+      seed: seed of the order.
+      share: rows of a batch that this process takes.
+      epochs: number of epochs; None repeats forever.
 
     Raises:
       ValueError: the data set is smaller than a batch.
@@ -58,7 +62,7 @@ def train_batches(
     if len(dataset) < batch_size:
         raise ValueError(
             f"{len(dataset)} examples do not fill a batch of {batch_size}; use a "
-            "smaller batch or more data"
+            "smaller batch_size or more data"
         )
     if len(widths) == 1:
         order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
@@ -66,7 +70,7 @@ def train_batches(
         sizes = np.full(len(dataset), widths[0])
     else:
         sizes = lengths(dataset)
-        batches = _of_like_length(sizes, batch_size, seed, epochs)
+        batches = _similar_length(sizes, batch_size, seed, epochs)
 
     def rows(batch: np.ndarray) -> Rows:
         width = narrowest(widths, sizes[batch])
@@ -76,32 +80,33 @@ def train_batches(
     return iter(batches.map(rows).to_iter_dataset(options))
 
 
-def _of_like_length(
+def _similar_length(
     sizes: np.ndarray, batch_size: int, seed: int, epochs: int | None
 ) -> grain.MapDataset:
-    """Every batch's examples, by its number."""
+    """Indices of the examples of each batch, of similar length within a batch."""
     count = len(sizes) // batch_size
 
     @functools.lru_cache(maxsize=1)
     def epoch_of(number: int) -> list[np.ndarray]:
         rng = np.random.default_rng((seed, number))
-        # Cut before it is sorted: what is left out is not always the longest.
+        # Cut before sorting: otherwise the longest would always be left out.
         order = rng.permutation(len(sizes))[: count * batch_size]
         batches = []
         window = max(1, min(_WINDOW, count // 2)) * batch_size
         for start in range(0, len(order), window):
             examples = order[start : start + window]
             by_length = np.argsort(sizes[examples], kind="stable")
-            # Not sorted within a batch: one device would have all the longest.
+            # Within a batch the order is random: otherwise one device would get all the
+            # longest examples.
             batches += [
-                examples[np.sort(places)]
-                for places in by_length.reshape(-1, batch_size)
+                examples[np.sort(positions)]
+                for positions in by_length.reshape(-1, batch_size)
             ]
         return [batches[i] for i in rng.permutation(count)]
 
     def batch(number: int, _: int) -> np.ndarray:
-        epoch, place = divmod(number, count)
-        return epoch_of(epoch)[place]
+        epoch, position = divmod(number, count)
+        return epoch_of(epoch)[position]
 
     return grain.MapDataset.range(count).repeat(epochs).map_with_index(batch)
 
@@ -111,22 +116,22 @@ def eval_batches(
     batch_size: int,
     *,
     widths: Sequence[int],
-    share: Share = _WHOLE,
+    share: Share = _ALL,
 ) -> Iterator[Rows]:
-    """This process's `Rows` of the whole data set, once, in its order.
+    """Iterate once over this process's `Rows` of the whole data set, in its order.
 
-    Of several `widths` the shortest examples come first. The last batch is filled up
-    with rows that have no response (`lengths == prompt_lengths`: everything is masked)
-    and `example` -1.
+    With several `widths` the shortest examples come first. The last batch is filled up
+    with rows that have no response (`lengths == prompt_lengths`, so every position is
+    masked) and `example` -1.
     """
     sizes = lengths(dataset)
     order = np.arange(len(dataset))
     if len(widths) > 1:
         order = np.argsort(sizes, kind="stable")
-    # Their last element is what fills up a batch.
+    # The index -1 selects the last element, which is the filler.
     order, sizes = np.append(order, _FILLER), np.append(sizes, 1)
-    for places in _filled(len(dataset), batch_size):
-        batch = order[places]
+    for positions in _filled(len(dataset), batch_size):
+        batch = order[positions]
         width = narrowest(widths, sizes[batch])
         yield _dataset_rows(dataset, batch[share], width)
 
@@ -137,21 +142,30 @@ def prompt_batches(
     *,
     width: int,
     with_response: bool = False,
-    share: Share = _WHOLE,
+    share: Share = _ALL,
 ) -> Iterator[Rows]:
-    """As `eval_batches`, for prompts: with the first reference, or no response."""
+    """Iterate once over this process's `Rows` of prompts, in their order.
+
+    Args:
+      prompts: from `load_prompts`.
+      batch_size: number of rows of the global batch.
+      width: S of the rows.
+      with_response: whether the rows have the first reference as their response.
+      share: rows of a batch that this process takes.
+    """
     for indices in _filled(len(prompts), batch_size):
-        own = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
-        # A filler is as long as the row: generation finds it done and waits for none.
+        batch = [prompts[i] if i != _FILLER else None for i in indices[share].tolist()]
+        # A filler's prompt is as long as the row, so generation does not extend it.
         yield from_lists(
-            [list(p.tokens) if p else [0] * width for p in own],
-            [list(p.response) if p and with_response else [] for p in own],
+            [list(p.tokens) if p else [0] * width for p in batch],
+            [list(p.response) if p and with_response else [] for p in batch],
             width=width,
-            examples=[p.example if p else _FILLER for p in own],
+            examples=[p.example if p else _FILLER for p in batch],
         )
 
 
 def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Indices of each batch; the last batch is filled up with -1."""
     for start in range(0, total, batch_size):
         indices = np.arange(start, start + batch_size)
         yield np.where(indices < total, indices, _FILLER)
@@ -159,16 +173,19 @@ def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
 
 def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) -> Rows:
     examples = indices.tolist()
-    found = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
+    records = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
     filler = ([0], [], [])
-    picked = [filler if i == _FILLER else next(found) for i in examples]
-    prompts, responses, span_ids = zip(*picked, strict=True)
+    rows = [filler if i == _FILLER else next(records) for i in examples]
+    prompts, responses, span_ids = zip(*rows, strict=True)
     return from_lists(
         prompts, responses, width=width, span_ids=span_ids, examples=examples
     )
 
 
-def _columns(dataset: datasets.Dataset, indices: list[int]) -> Iterable[tuple]:
+def _columns(
+    dataset: datasets.Dataset, indices: list[int]
+) -> Iterable[tuple[list[int], list[int], list[int]]]:
+    """(prompt, response, span_ids) of the examples."""
     if not indices:
         return []
     rows = dataset[indices]

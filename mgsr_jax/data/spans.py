@@ -1,8 +1,9 @@
-"""Host side: text and the characters of its tokens -> the phrase of every token.
+"""Spans: the phrase that each token of a text belongs to.
 
 The span loss compares neighbouring tokens of one noun, verb or prepositional phrase
-(arXiv 2407.10068). Everything here is Python and numpy: it runs on the host while the
-device works. Offsets are pairs (start, end) of character positions, end excluded.
+(arXiv 2407.10068). Everything here is Python and numpy, so that it runs on the host
+while the device computes. Offsets are pairs (start, end) of character positions; end is
+exclusive.
 """
 
 import bisect
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from mgsr_jax.typing import Tokenizer
+
 Offset = tuple[int, int]
+Doc = Token = Any  # of spaCy, which is an extra
 Chunker = str | Callable[[str], Iterable[Offset]]
-"""Either "textblob", "spacy", or a function from a text to its phrases."""
+"""A name ("textblob" or "spacy") or a function from a text to its phrases."""
 
 NO_SPAN = -1
 
-# TextBlob's own splitter loses positions and breaks "don't" into do, n, ', t, which its
-# lexicon (do, n't) does not know. This one keeps the lexicon's words and the positions.
+# TextBlob's own splitter loses the positions. It also splits "don't" into do, n, ', t,
+# but its lexicon has do and n't. This pattern keeps positions and the lexicon's words.
 _WORD = re.compile(
     r"""(?:https?://|www\.)[^\s<>"]*[^\s<>"'.,;:!?)\]]   # an address
       | (?:[^\W\d_]\.){2,}                               # U.S.
@@ -43,29 +47,30 @@ def chunk(
     *,
     spacy_model: str = "en_core_web_sm",
 ) -> list[np.ndarray]:
-    """The phrase of every token: int32 ids, one array a text, -1 outside phrases.
+    """Phrase ids of every token: one int32 array a text, -1 outside phrases.
 
-    A token is in a phrase when all its characters but white space lie inside it (a
-    token of white space alone: when it lies between the phrase's words). A token that
-    owns no character is in none. Ids count the phrases of a text from 0.
+    A token is in a phrase if all its characters except white space are in the phrase. A
+    token of only white space is in a phrase if it is between two of its words. A token
+    without characters is in no phrase. Ids count the phrases of a text from 0.
 
     Args:
-      texts: as `token_offsets` gives them.
-      offsets: of each text, the characters of its tokens.
-      chunker: "textblob" (lexicon and rules that ship with it: no download), "spacy",
-        or a function from one text to its phrases as (start, end) pairs.
-      spacy_model: the pipeline that "spacy" loads.
+      texts: texts as `token_offsets` returns them.
+      offsets: for each text, the character offsets of its tokens.
+      chunker: "textblob" (its lexicon and rules need no download), "spacy", or a
+        function from one text to its phrases as (start, end) pairs.
+      spacy_model: pipeline for the chunker "spacy".
 
     Raises:
       ImportError: TextBlob, spaCy or its model is not installed.
-      ValueError: an unknown chunker; phrases that overlap or leave the text.
+      ValueError: the chunker is unknown, or its phrases overlap or exceed the text.
 
     >>> chunk(["a red car"], [[(0, 1), (1, 5), (5, 9)]], lambda text: [(2, 9)])
     [array([-1,  0,  0], dtype=int32)]
     """
     if len(texts) != len(offsets):
         raise ValueError(
-            f"{len(texts)} texts but offsets of {len(offsets)}; give one list a text"
+            f"got {len(texts)} texts and {len(offsets)} lists of offsets; give one "
+            "list a text"
         )
     if callable(chunker):
         phrases: Iterable[Iterable[Offset]] = map(chunker, texts)
@@ -79,22 +84,22 @@ def chunk(
             "from a text to (start, end) pairs"
         )
     return [
-        _assign(text, tokens, _in_order(text, found))
-        for text, tokens, found in zip(texts, offsets, phrases, strict=True)
+        _assign(text, tokens, _in_order(text, of_text))
+        for text, tokens, of_text in zip(texts, offsets, phrases, strict=True)
     ]
 
 
 def _in_order(text: str, phrases: Iterable[Offset]) -> list[Offset]:
-    found = sorted((int(start), int(end)) for start, end in phrases)
+    in_order = sorted((int(start), int(end)) for start, end in phrases)
     last = 0
-    for start, end in found:
+    for start, end in in_order:
         if not last <= start < end <= len(text):
             raise ValueError(
-                f"phrase ({start}, {end}) overlaps another or leaves the text of "
+                f"phrase ({start}, {end}) overlaps another or exceeds the text of "
                 f"{len(text)} characters; a chunker must return disjoint phrases"
             )
         last = end
-    return found
+    return in_order
 
 
 def _assign(
@@ -118,9 +123,9 @@ def _assign(
 def textblob_phrases(text: str) -> list[Offset]:
     """Noun, verb and prepositional phrases by TextBlob's tagger and chunk rules.
 
-    A prepositional phrase is the preposition together with the phrase that it governs;
-    no phrase crosses a line break or the end of a sentence. The paper does not say how
-    nested phrases are told apart; spans must be disjoint, so the outer one is taken.
+    A prepositional phrase is the preposition together with the phrase that it governs.
+    No phrase crosses a line break or the end of a sentence. The paper leaves open what
+    happens to nested phrases; spans must be disjoint, so the outer phrase is used.
 
     Raises:
       ImportError: TextBlob is not installed.
@@ -130,7 +135,7 @@ def textblob_phrases(text: str) -> list[Offset]:
     for words in _sentences(text):
         tagged = parser.find_tags([text[a:b].replace("’", "'") for a, b in words])
         for pair in tagged:
-            # The tagger takes what it does not know for a noun: an emoji, a dash.
+            # The tagger labels unknown symbols, such as an emoji or a dash, as nouns.
             if pair[1] == "NN" and not any(map(str.isalnum, pair[0])):
                 pair[1] = "SYM"
         kind = ""
@@ -140,8 +145,8 @@ def textblob_phrases(text: str) -> list[Offset]:
             previous, kind = kind, tag[2:]  # "B-NP" -> "NP", "O" -> ""
             if kind not in ("NP", "VP", "PP"):
                 continue
-            goes_on = tag.startswith("I-") and kind == previous
-            if goes_on or (previous == "PP" and governed == "I-PNP"):
+            continues = tag.startswith("I-") and kind == previous
+            if continues or (previous == "PP" and governed == "I-PNP"):
                 phrases[-1] = (phrases[-1][0], offset[1])
             else:
                 phrases.append(offset)
@@ -149,6 +154,7 @@ def textblob_phrases(text: str) -> list[Offset]:
 
 
 def _sentences(text: str) -> Iterator[list[Offset]]:
+    """Words of each sentence; a line break ends a sentence too."""
     words: list[Offset] = []
     for match in _WORD.finditer(text):
         if words and "\n" in text[words[-1][1] : match.start()]:
@@ -168,42 +174,42 @@ def _textblob_parser() -> Any:
         from textblob.en import lexicon, parser
     except ImportError as error:
         raise ImportError(
-            "spans by TextBlob need the package textblob; "
-            "pip install 'mgsr_jax[train]', or choose another chunker"
+            "chunker 'textblob' needs the package textblob; "
+            "pip install 'mgsr_jax[train]' or choose another chunker"
         ) from error
     with warnings.catch_warnings():
-        # TextBlob leaves its lexicon's file to the garbage collector.
+        # TextBlob does not close the file of its lexicon.
         warnings.simplefilter("ignore", ResourceWarning)
         lexicon.load()
     return parser
 
 
-def spacy_phrases(doc: Any) -> list[Offset]:
+def spacy_phrases(doc: Doc) -> list[Offset]:
     """Noun, verb and prepositional phrases of a parsed spaCy `Doc`.
 
-    Noun phrases are its noun chunks; a chunk with the prepositions right before it that
-    govern it is a prepositional phrase; a verb phrase is a run of verbs, auxiliaries
-    and the particles "to" and "not" between them.
+    A noun phrase is a noun chunk. A noun chunk together with the prepositions directly
+    before it that govern it is a prepositional phrase. A verb phrase is a run of verbs,
+    auxiliaries, and the particles "to" and "not".
     """
     phrases: list[tuple[int, int]] = []  # in tokens of the Doc
-    taken = 0
+    end = 0  # of the last phrase
     for noun in doc.noun_chunks:
         start = noun.start
-        if start > taken and noun.root.head.i == start - 1:
-            while start > taken and _is_preposition(doc[start - 1]):
+        if start > end and noun.root.head.i == start - 1:
+            while start > end and _is_preposition(doc[start - 1]):
                 start -= 1
-        phrases += _verb_runs(doc, taken, start)
+        phrases += _verb_runs(doc, end, start)
         phrases.append((start, noun.end))
-        taken = noun.end
-    phrases += _verb_runs(doc, taken, len(doc))
+        end = noun.end
+    phrases += _verb_runs(doc, end, len(doc))
     return [(doc[a].idx, doc[b - 1].idx + len(doc[b - 1])) for a, b in phrases]
 
 
-def _is_preposition(token: Any) -> bool:
+def _is_preposition(token: Token) -> bool:
     return token.pos_ == "ADP" and token.dep_ != "prt"
 
 
-def _verb_runs(doc: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _verb_runs(doc: Doc, start: int, end: int) -> Iterator[tuple[int, int]]:
     i = start
     while i < end:
         stop = i
@@ -220,8 +226,8 @@ def _spacy_pipeline(model: str) -> Any:
         spacy = importlib.import_module("spacy")
     except ImportError as error:
         raise ImportError(
-            "spans by spaCy need the package spacy; pip install 'mgsr_jax[spacy]', "
-            "or choose chunker 'textblob'"
+            "chunker 'spacy' needs the package spacy; pip install 'mgsr_jax[spacy]' or "
+            "choose chunker 'textblob'"
         ) from error
     try:
         return spacy.load(model, exclude=["ner", "lemmatizer", "textcat"])
@@ -231,18 +237,17 @@ def _spacy_pipeline(model: str) -> Any:
         ) from error
 
 
-def token_offsets(
-    tokenizer: Any, ids: Sequence[int]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of token ids and the characters that each token adds to it.
+def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Offset]]:
+    """Text of token ids, and the characters that each token adds to it.
 
-    Decoded token by token: encoding the text again need not give back sampled ids. The
-    token that completes a character of several bytes owns it, the tokens before it own
-    nothing, nor do special tokens. Bytes at the end that never complete a character are
-    not part of the text.
+    The ids are decoded token by token, because encoding the text again may give other
+    ids than the sampled ones. A character of several bytes belongs to the token that
+    completes it; the tokens before add no character. Special tokens add none either.
+    Bytes at the end that do not complete a character are not part of the text.
 
     Args:
       tokenizer: a transformers tokenizer with a `tokenizers` backend.
+      ids: token ids of a response.
 
     Raises:
       ValueError: the tokenizer has no such backend.
@@ -250,14 +255,14 @@ def token_offsets(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} has no tokenizers backend, so the characters "
-            "of a token are unknown; load a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} has no tokenizers backend, which spans need; "
+            "load a fast tokenizer (tokenizer.json)"
         )
     pieces, offsets, end = [], [], 0
-    # tokenizers' own DecodeStream does the same but gives up where a byte-fallback
-    # decoder takes back a character because bytes that fit no character follow it.
-    context: list[int] = []  # what was decoded last: spacing depends on what precedes
-    pending: list[int] = []
+    # The DecodeStream of tokenizers does the same, but it fails where a byte-fallback
+    # decoder revokes a character because invalid bytes follow it.
+    context: list[int] = []  # last decoded tokens: white space depends on them
+    pending: list[int] = []  # tokens that have not completed a character
     for token in ids:
         pending.append(int(token))
         before = backend.decode(context, skip_special_tokens=True)

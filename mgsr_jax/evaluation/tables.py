@@ -112,7 +112,7 @@ def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -
     scores = {}
     for number, (path, result) in enumerate(results.items(), 1):
         values = dataclasses.asdict(result)
-        responses = values.pop("answers")
+        responses = values.pop("responses")
         scores[path] = values
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in responses]
         name = f"{number}-{Path(path).stem}.jsonl"

@@ -20,7 +20,8 @@ from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
 from mgsr_jax.data.spans import Chunker
-from mgsr_jax.data.teacher_cache import Origin, TeacherCache
+from mgsr_jax.data.teacher_cache import TeacherCache
+from mgsr_jax.data.teacher_manifest import Origin
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.config_checks import check_config

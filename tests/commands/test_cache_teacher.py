@@ -16,7 +16,7 @@ from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.commands import cache_teacher as command
 from mgsr_jax.commands.cache_teacher import make_top_k_step, write_teacher_cache
-from mgsr_jax.data import teacher_cache
+from mgsr_jax.data import teacher_shards
 from mgsr_jax.data.batches import eval_batches, train_batches
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.losses import top_k_teacher
@@ -194,7 +194,7 @@ def test_unscored_positions_are_neither_projected_nor_kept(monkeypatch):
 def test_a_stopped_command_goes_on_to_the_same_bytes(project, made, monkeypatch):
     """Whatever ended it, what is written is kept; the second half alone is run."""
     settings = config(project, "stopped")
-    write, written = teacher_cache.write_shard, []
+    write, written = teacher_shards.write_shard, []
 
     def stop_before_the_second(folder, recipe, number, examples):
         if written and not resumed:
@@ -202,7 +202,7 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(project, made, monkeypatch)
         written.append((number, len(examples)))
         write(folder, recipe, number, examples)
 
-    monkeypatch.setattr(teacher_cache, "write_shard", stop_before_the_second)
+    monkeypatch.setattr(teacher_shards, "write_shard", stop_before_the_second)
     resumed = False
     with pytest.raises(KeyboardInterrupt):
         make(settings)

@@ -1,4 +1,4 @@
-"""Batches: a fixed order for any number of hosts, and rows no wider than they need."""
+"""Batches: one order for any number of hosts, and rows no wider than necessary."""
 
 import json
 
@@ -17,7 +17,7 @@ COUNT, BUCKETS = 22, (8, 16, 32)
 
 
 def table(sizes):
-    """An example of every size: a prompt of one token, and the response."""
+    """One example per size: a prompt of one token and a response."""
     responses = [[i + 2] * (size - 1) for i, size in enumerate(sizes)]
     return datasets.Dataset.from_dict(
         {
@@ -31,29 +31,29 @@ def table(sizes):
 @pytest.fixture(scope="module")
 def dataset():
     sizes = np.random.default_rng(0).integers(3, 33, COUNT + 3)
-    # As `data.load` leaves it: some records of the table are not used.
+    # A selection of a table, as `dataset.load` returns it.
     return table(sizes).select(range(3, COUNT + 3))
 
 
 def share(process, processes):
-    """What one of several equal processes takes of a batch of 8."""
+    """Rows of a batch of 8 that one of several processes takes."""
     return np.arange(8).reshape(processes, -1)[process]
 
 
 def global_batches(dataset, processes, count, *, widths=(32,), **options):
-    """Examples of the first batches, and how wide their rows are."""
+    """Example indices and widths of the first batches."""
     iterators = [
         train_batches(dataset, 8, widths=widths, share=share(p, processes), **options)
         for p in range(processes)
     ]
-    found = [[next(it) for it in iterators] for _ in range(count)]
-    seen = [{rows.tokens.shape[1] for rows in parts} for parts in found]
-    assert all(len(every) == 1 for every in seen)
-    examples = [np.concatenate([rows.example for rows in parts]) for parts in found]
-    return examples, [width for (width,) in seen]
+    batches = [[next(it) for it in iterators] for _ in range(count)]
+    sizes = [{rows.tokens.shape[1] for rows in parts} for parts in batches]
+    assert all(len(of_batch) == 1 for of_batch in sizes)
+    examples = [np.concatenate([rows.example for rows in parts]) for parts in batches]
+    return examples, [width for (width,) in sizes]
 
 
-def test_lengths_are_those_of_the_examples_that_are_used(dataset):
+def test_lengths_are_those_of_the_selected_examples(dataset):
     expected = [1 + len(response) for response in dataset["response"]]
     assert lengths(dataset).tolist() == expected
 
@@ -62,15 +62,15 @@ def test_lengths_are_those_of_the_examples_that_are_used(dataset):
 def test_order_does_not_depend_on_the_number_of_hosts(dataset, widths):
     expected = global_batches(dataset, 1, 5, seed=3, widths=widths)
     for processes in (2, 4):
-        found = global_batches(dataset, processes, 5, seed=3, widths=widths)
-        np.testing.assert_array_equal(found[0], expected[0])
-        assert found[1] == expected[1]
+        batches = global_batches(dataset, processes, 5, seed=3, widths=widths)
+        np.testing.assert_array_equal(batches[0], expected[0])
+        assert batches[1] == expected[1]
     other, _ = global_batches(dataset, 1, 5, seed=4, widths=widths)
     assert not np.array_equal(other, expected[0])
 
 
 @pytest.mark.parametrize("widths", [(32,), BUCKETS])
-def test_an_epoch_shows_no_example_twice_and_the_next_is_shuffled_anew(dataset, widths):
+def test_an_epoch_repeats_no_example_and_has_a_new_order(dataset, widths):
     batches, _ = global_batches(dataset, 1, 4, seed=0, epochs=2, widths=widths)
     for epoch in (batches[:2], batches[2:]):
         assert len(set(np.concatenate(epoch).tolist())) == 16
@@ -79,40 +79,40 @@ def test_an_epoch_shows_no_example_twice_and_the_next_is_shuffled_anew(dataset, 
     assert len(list(iterator)) == 4
 
 
-def test_a_batch_is_as_wide_as_its_longest_row_needs():
+def test_a_batch_has_the_narrowest_width_that_fits():
     sizes = np.random.default_rng(1).integers(3, 33, 400)
     dataset = table(sizes)
     batches, widths = global_batches(dataset, 2, 50, seed=0, widths=BUCKETS)
     for examples, width in zip(batches, widths, strict=True):
         fitting = [w for w in BUCKETS if w >= sizes[examples].max()]
         assert width == fitting[0]
-    # Half of the examples are longer than 16: of random batches hardly any were narrow.
+    # Half of the examples are longer than 16, so few random batches would be narrow.
     assert set(widths) == set(BUCKETS) and widths.count(32) <= 35
-    # The batches of a window come in no order of their lengths.
+    # The batches of a window are not ordered by length.
     assert widths != sorted(widths)
     assert sorted(np.concatenate(batches).tolist()) == [*range(400)]
 
 
 @pytest.mark.parametrize("batches", [2, 3, 8, 30])
-def test_no_epoch_puts_the_same_examples_together(batches):
+def test_epochs_put_different_examples_into_a_batch(batches):
     sizes = np.random.default_rng(1).permutation(np.arange(8 * batches) % 30 + 3)
-    found, _ = global_batches(table(sizes), 1, 2 * batches, seed=0, widths=BUCKETS)
+    examples, _ = global_batches(table(sizes), 1, 2 * batches, seed=0, widths=BUCKETS)
     first, second = (
         {frozenset(batch.tolist()) for batch in epoch}
-        for epoch in (found[:batches], found[batches:])
+        for epoch in (examples[:batches], examples[batches:])
     )
     assert len(first & second) <= batches // 4
 
 
-def test_rows_of_a_batch_come_in_no_order_of_their_lengths():
+def test_rows_of_a_batch_are_not_ordered_by_length():
     sizes = np.arange(8 * 40) % 30 + 3
-    found, _ = global_batches(table(sizes), 1, 40, seed=0, widths=BUCKETS)
-    orders = [sizes[batch].tolist() for batch in found]
+    batches, _ = global_batches(table(sizes), 1, 40, seed=0, widths=BUCKETS)
+    orders = [sizes[batch].tolist() for batch in batches]
     mixed = [order for order in orders if len(set(order)) > 2]
     assert len(mixed) > 20 and not any(order == sorted(order) for order in mixed)
 
 
-def test_what_an_epoch_leaves_out_is_not_always_the_longest():
+def test_an_epoch_does_not_always_leave_out_the_longest_examples():
     dataset, left_out = table([*range(3, 15)]), set()
     for seed in range(10):
         batches, _ = global_batches(dataset, 1, 1, seed=seed, widths=BUCKETS)
@@ -121,7 +121,7 @@ def test_what_an_epoch_leaves_out_is_not_always_the_longest():
 
 
 @pytest.mark.parametrize("widths", [(32,), BUCKETS])
-def test_position_is_json_and_resumes_exactly(dataset, widths):
+def test_the_saved_position_is_json_and_resumes_exactly(dataset, widths):
     options = {"widths": widths, "seed": 1, "share": share(1, 2)}
     iterator = train_batches(dataset, 8, **options)
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_position_is_json_and_resumes_exactly(dataset, widths):
         jax.tree.map(np.testing.assert_array_equal, next(resumed), rows)
 
 
-def test_batches_that_cannot_be_made_raise(dataset):
+def test_too_large_batches_and_too_narrow_widths_raise(dataset):
     with pytest.raises(ValueError, match="22 examples do not fill a batch of 24"):
         train_batches(dataset, 24, widths=[32], seed=0)
     with pytest.raises(ValueError, match="fits into no width"):
@@ -169,7 +169,7 @@ def test_validation_counts_every_example_once(dataset, processes, widths):
     assert scored == sum(len(response) for response in dataset["response"])
 
 
-def test_prompt_batches():
+def test_prompt_batches_have_the_first_reference_or_no_response():
     prompts = [
         Prompt((1, 2), (3,) * (i + 1), ("three",), i, True, "some.jsonl:1")
         for i in range(5)

@@ -1,4 +1,4 @@
-"""Spans: offsets of sampled ids, phrases, and which tokens lie in them."""
+"""Spans: offsets of sampled ids, phrases, and the tokens in each phrase."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def byte_level_tokenizer():
 
 
 def byte_fallback_tokenizer():
-    """As LLaMA's: words begin with a mark for the space, unknown bytes are tokens."""
+    """A tokenizer as LLaMA's: a mark stands for a space, and a byte may be a token."""
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "l"), ("▁", "d")]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *"abcdefghijklmnopqrstuvwxyz", *map("".join, merges)]
@@ -77,28 +77,28 @@ def test_offsets_partition_the_decoded_text(tokenizer, text):
     ]
 
 
-def test_last_byte_of_a_character_owns_it(tokenizer):
+def test_a_character_belongs_to_the_token_of_its_last_byte(tokenizer):
     ids = tokenizer("a 😀", add_special_tokens=False).input_ids
     text, offsets = spans.token_offsets(tokenizer, ids)
     assert text[slice(*offsets[-1])].strip() == "😀"
-    owners = [i for i, (a, b) in enumerate(offsets) if "😀" in text[a:b]]
-    assert owners == [len(ids) - 1]
+    with_emoji = [i for i, (a, b) in enumerate(offsets) if "😀" in text[a:b]]
+    assert with_emoji == [len(ids) - 1]
     assert sum(a == b for a, b in offsets) >= 2  # the bytes before the last
 
 
-def test_special_tokens_own_nothing(tokenizer):
+def test_special_tokens_add_no_character(tokenizer):
     eos = tokenizer.eos_token_id
     ids = tokenizer("the dog", add_special_tokens=False).input_ids
     text, offsets = spans.token_offsets(tokenizer, [eos, *ids, eos])
     assert text == "the dog"
     assert offsets[0] == (0, 0) and offsets[-1] == (7, 7)
-    (found,) = spans.chunk([text], [offsets], lambda t: [(0, len(t))])
-    assert found[0] == found[-1] == -1 and (found[1:-1] == 0).all()
+    (span_ids,) = spans.chunk([text], [offsets], lambda t: [(0, len(t))])
+    assert span_ids[0] == span_ids[-1] == -1 and (span_ids[1:-1] == 0).all()
 
 
-def test_any_sampled_ids_have_offsets(tokenizer):
+def test_random_ids_have_offsets_that_partition_their_text(tokenizer):
     rng = np.random.default_rng(0)
-    proper = 0
+    valid = 0
     for _ in range(300):
         ids = rng.integers(0, len(tokenizer), rng.integers(1, 12)).tolist()
         text, offsets = spans.token_offsets(tokenizer, ids)
@@ -106,11 +106,11 @@ def test_any_sampled_ids_have_offsets(tokenizer):
         decoded = tokenizer.decode(ids, skip_special_tokens=True)
         if "\ufffd" not in decoded:
             assert text == decoded
-            proper += 1
-    assert proper > 20
+            valid += 1
+    assert valid > 20
 
 
-def test_character_that_later_bytes_take_back():
+def test_a_character_stays_although_later_bytes_revoke_it():
     tokenizer = byte_fallback_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["<0xD1>", "<0xB4>", "<0xFF>", "a"])
     assert "\u0474" not in tokenizer.decode(ids)
@@ -118,13 +118,13 @@ def test_character_that_later_bytes_take_back():
     assert (text, offsets[:2]) == ("\u0474\ufffda", [(0, 0), (0, 1)])
 
 
-def test_incomplete_last_character_is_left_out():
+def test_an_incomplete_last_character_is_left_out():
     tokenizer = byte_level_tokenizer()
     ids = tokenizer("ab😀").input_ids[:-1]
     assert spans.token_offsets(tokenizer, ids)[0] == "ab"
 
 
-def test_tokenizer_without_backend_is_refused():
+def test_a_tokenizer_without_backend_raises():
     with pytest.raises(ValueError, match="object has no tokenizers backend"):
         spans.token_offsets(object(), [1])
 
@@ -141,7 +141,7 @@ def test_textblob_finds_noun_verb_and_prepositional_phrases():
     ]
 
 
-def test_textblob_phrases_end_with_line_and_sentence():
+def test_textblob_phrases_do_not_cross_lines_or_sentences():
     assert phrases("the old dog\nthe cat. The mat") == [
         "the old dog",
         "the cat",
@@ -149,7 +149,7 @@ def test_textblob_phrases_end_with_line_and_sentence():
     ]
 
 
-def test_textblob_contractions_and_symbols():
+def test_textblob_splits_contractions_and_ignores_symbols():
     assert phrases("The king won't see the dog — 😀 it’s") == [
         "The king",
         "won't see",
@@ -170,14 +170,14 @@ def test_textblob_phrases_are_disjoint_words_of_the_text(text):
         last = end
 
 
-def test_textblob_needs_no_corpus(monkeypatch):
+def test_textblob_needs_no_download(monkeypatch):
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
     assert phrases("the old dog") == ["the old dog"]
 
 
-def test_textblob_missing_names_the_extra(monkeypatch):
+def test_the_error_without_textblob_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "textblob.en", None)
     spans._textblob_parser.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'mgsr_jax\[train\]'"):
@@ -185,62 +185,62 @@ def test_textblob_missing_names_the_extra(monkeypatch):
     spans._textblob_parser.cache_clear()
 
 
-def chunk_one(text, offsets, found):
-    return spans.chunk([text], [offsets], lambda _: found)[0].tolist()
+def chunk_one(text, offsets, phrases):
+    return spans.chunk([text], [offsets], lambda _: phrases)[0].tolist()
 
 
-def test_leading_space_of_a_token_is_ignored():
-    # "a red car": the phrase starts at "red", the token at the space before it.
+def test_the_leading_space_of_a_token_is_ignored():
+    # The phrase "red car" starts at "red"; the token starts at the space before it.
     assert chunk_one("a red car", [(0, 1), (1, 5), (5, 9)], [(2, 9)]) == [-1, 0, 0]
 
 
-def test_token_that_sticks_out_of_the_phrase_is_in_none():
+def test_a_token_that_exceeds_the_phrase_is_in_none():
     assert chunk_one("a red car.", [(0, 1), (1, 5), (5, 10)], [(2, 9)]) == [-1, 0, -1]
 
 
-def test_white_space_between_words_of_a_phrase_belongs_to_it():
+def test_white_space_between_the_words_of_a_phrase_belongs_to_it():
     tokens = [(0, 1), (1, 2), (2, 3), (3, 6), (6, 7)]
     assert chunk_one("a  red ", tokens, [(0, 6)]) == [0, 0, 0, 0, -1]
 
 
-def test_neighbouring_phrases_differ_and_come_in_any_order():
+def test_phrases_in_any_order_get_ids_in_the_order_of_the_text():
     tokens = [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert chunk_one("aabbccdd", tokens, [(4, 8), (0, 4)]) == [0, 0, 1, 1]
 
 
-def test_chunk_gives_int32_of_each_texts_own_length():
-    found = spans.chunk(["a dog", ""], [[(0, 1), (1, 5)], []])
-    assert [f.dtype for f in found] == [np.int32, np.int32]
-    assert [f.tolist() for f in found] == [[0, 0], []]
+def test_chunk_returns_one_int32_id_a_token():
+    span_ids = spans.chunk(["a dog", ""], [[(0, 1), (1, 5)], []])
+    assert [ids.dtype for ids in span_ids] == [np.int32, np.int32]
+    assert [ids.tolist() for ids in span_ids] == [[0, 0], []]
 
 
-@pytest.mark.parametrize("found", [[(0, 3), (2, 5)], [(0, 6)], [(2, 2)], [(-1, 2)]])
-def test_bad_phrases_of_a_chunker_raise(found):
+@pytest.mark.parametrize("phrases", [[(0, 3), (2, 5)], [(0, 6)], [(2, 2)], [(-1, 2)]])
+def test_invalid_phrases_of_a_chunker_raise(phrases):
     with pytest.raises(ValueError, match="must return disjoint phrases"):
-        chunk_one("abcde", [(0, 5)], found)
+        chunk_one("abcde", [(0, 5)], phrases)
 
 
-def test_bad_arguments_raise():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="chunker 'nltk' is unknown"):
         spans.chunk(["a"], [[(0, 1)]], "nltk")
-    with pytest.raises(ValueError, match="1 texts but offsets of 2"):
+    with pytest.raises(ValueError, match="got 1 texts and 2 lists of offsets"):
         spans.chunk(["a"], [[(0, 1)], []])
 
 
-def test_spacy_missing_names_the_extra(monkeypatch):
+def test_the_error_without_spacy_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "spacy", None)
     spans._spacy_pipeline.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'mgsr_jax\[spacy\]'"):
         spans.chunk(["a"], [[(0, 1)]], "spacy")
 
 
-def test_spacy_model_missing_names_the_download():
+def test_the_error_without_the_spacy_model_names_the_download():
     pytest.importorskip("spacy", reason="spaCy (the extra mgsr_jax[spacy]) is missing")
     with pytest.raises(ImportError, match="python -m spacy download no_such_model"):
         spans.chunk(["a"], [[(0, 1)]], "spacy", spacy_model="no_such_model")
 
 
-def test_spacy_phrases():
+def test_spacy_finds_noun_verb_and_prepositional_phrases():
     spacy = pytest.importorskip(
         "spacy", reason="spaCy (the extra mgsr_jax[spacy]) is missing"
     )

@@ -1,4 +1,7 @@
-"""Evaluation of a tiny model: responses, scores and loss."""
+"""Evaluation of a tiny model: responses, scores and loss.
+
+The tokenizer has fewer words than the model has columns, as padded vocabularies do.
+"""
 
 import dataclasses
 import json
@@ -17,18 +20,25 @@ from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import ANCESTRAL, GREEDY
 from mgsr_jax.evaluation.evaluate import evaluate
+from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
 from mgsr_jax.rows import from_lists
+
+WORDS, WIDTH = 20, 14
+CONFIG = EvaluationConfig(
+    seeds=(3, 4), max_prompt_length=4, max_length=WIDTH, batch_size=4
+)
 
 
 @pytest.fixture(scope="module")
 def student():
-    return tiny.llama(scale=3.0)
+    return tiny.llama(scale=3.0, num_hidden_layers=1)
 
 
-def make_tokenizer(size=tiny.VOCAB):
-    """One word a token; id 1 is the end of sequence and padding."""
-    words = {f"w{i}": i for i in range(size)}
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One word a token; id 1 is end-of-sequence and padding."""
+    words = {f"w{i}": i for i in range(WORDS)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.Fuse()
@@ -41,53 +51,67 @@ def make_prompts(count=5):
     rng = np.random.default_rng(0)
     prompts = []
     for i in range(count):
-        tokens = tuple(rng.integers(2, tiny.VOCAB, 1 + i % 4).tolist())
-        answer = rng.integers(2, tiny.VOCAB, 3 + i % 3).tolist()
-        text = "".join(f"w{token}" for token in answer)
-        prompts.append(Prompt(tokens, (*answer, 1), (text, "w5"), i, True, f"f:{i}"))
+        tokens = tuple(rng.integers(2, WORDS, 1 + i % 4).tolist())
+        response = rng.integers(2, WORDS, 3 + i % 3).tolist()
+        text = "".join(f"w{token}" for token in response)
+        prompts.append(Prompt(tokens, (*response, 1), (text, "w5"), i, True, f"f:{i}"))
     return prompts
 
 
-OPTIONS = {"max_prompt_length": 4, "max_length": 14, "batch_size": 4}
-
-
 @pytest.fixture(scope="module")
-def result(student):
-    return evaluate(*student, make_tokenizer(), make_prompts(), seeds=(3, 4), **OPTIONS)
+def result(student, tokenizer):
+    return evaluate(*student, tokenizer, make_prompts(), CONFIG)
 
 
-def by_hand(student, prompts, seed):
-    """All prompts in one batch, scores by the functions tested above."""
+@pytest.fixture(scope="module", params=[3, 4, None])
+def by_hand(student, request):
+    """Seed, token ids and texts, from batches that are composed differently."""
     model, params = student
-    rows = from_lists([list(p.tokens) for p in prompts], [[]] * len(prompts), width=14)
-    rows = generate(
-        model,
-        params,
-        jax.tree.map(jnp.asarray, rows),
-        key=jax.random.key(seed or 0),
-        decoding=Decoding(14, (1,), GREEDY if seed is None else ANCESTRAL),
-    )
-    ids = [
-        [token for token in tokens[start:end].tolist() if token != 1]
-        for tokens, start, end in zip(
-            rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+    ids, prompts = {}, make_prompts()[::-1]
+    for batch in (prompts[:4], prompts[1:]):
+        rows = from_lists(
+            [list(prompt.tokens) for prompt in batch],
+            [[]] * 4,
+            width=WIDTH,
+            examples=[prompt.example for prompt in batch],
         )
-    ]
-    texts = ["".join(f"w{token}" for token in answer) for answer in ids]
-    scores = [rouge_l(t, p.references) for t, p in zip(texts, prompts, strict=True)]
-    return ids, texts, statistics.fmean(scores)
+        rows = generate(
+            model,
+            params,
+            jax.tree.map(jnp.asarray, rows),
+            key=jax.random.key(request.param or 0),
+            decoding=Decoding(
+                max_length=WIDTH,
+                eos_ids=(1,),
+                sampling=GREEDY if request.param is None else ANCESTRAL,
+                vocab_size=WORDS,
+            ),
+            prefill_width=4,
+        )
+        for example, tokens, start, end in zip(
+            rows.example, rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+        ):
+            response = [token for token in tokens[start:end].tolist() if token != 1]
+            assert ids.setdefault(int(example), response) == response
+    ids = [ids[example] for example in range(5)]
+    return request.param, ids, ["".join(f"w{token}" for token in row) for row in ids]
 
 
-@pytest.mark.parametrize("seed", [3, 4, None])
-def test_answers_and_their_scores(student, result, seed):
-    ids, texts, rouge = by_hand(student, make_prompts(), seed)
-    answers = [answer for answer in result.answers if answer.seed == seed]
-    assert [answer.response for answer in answers] == texts
-    assert [answer.length for answer in answers] == [len(answer) for answer in ids]
+def test_responses_and_scores_equal_those_by_hand(result, by_hand):
+    seed, ids, texts = by_hand
+    responses = [response for response in result.responses if response.seed == seed]
+    assert [response.response for response in responses] == texts
+    assert [response.length for response in responses] == [len(row) for row in ids]
     scores = result.greedy if seed is None else result.by_seed[seed]
-    assert scores.rouge_l == pytest.approx(rouge)
+    rouge = [
+        rouge_l(text, prompt.references)
+        for text, prompt in zip(texts, make_prompts(), strict=True)
+    ]
+    assert scores.rouge_l == pytest.approx(statistics.fmean(rouge))
+    assert scores.distinct_1 == distinct_n(ids, 1)
     assert scores.distinct_2 == distinct_n(ids, 2)
-    assert scores.length == statistics.fmean(len(answer) for answer in ids)
+    assert scores.distinct_4 == distinct_n(ids, 4)
+    assert scores.length == statistics.fmean(len(row) for row in ids)
 
 
 def test_mean_and_deviation_over_seeds(result):
@@ -95,23 +119,33 @@ def test_mean_and_deviation_over_seeds(result):
     assert result.sampled.rouge_l == pytest.approx(sum(values) / 2)
     assert result.rouge_l_std == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert result.by_seed[3] != result.by_seed[4] and result.examples == 5
-    assert len(result.answers) == 15
+    assert len(result.responses) == 15
 
 
-def test_answers_are_lines_of_json(result):
-    for answer in result.answers:
-        line = json.loads(json.dumps(dataclasses.asdict(answer)))
-        assert line["response"] == answer.response
+def test_responses_convert_to_lines_of_json(result):
+    for response in result.responses:
+        line = json.loads(json.dumps(dataclasses.asdict(response)))
+        assert line["response"] == response.response
+
+
+def test_tokens_beyond_the_tokenizers_vocabulary_are_not_sampled(result):
+    words = {w for r in result.responses for w in r.response.split("w")[1:]}
+    assert len(words) > 5 and max(map(int, words)) < WORDS < tiny.VOCAB
 
 
 def test_loss_is_the_mean_over_all_response_tokens(student, result):
+    """The columns beyond the tokenizer's vocabulary have probability 0."""
     prompts = make_prompts()
     rows = from_lists(
-        [list(p.tokens) for p in prompts], [list(p.response) for p in prompts], width=14
+        [list(prompt.tokens) for prompt in prompts],
+        [list(prompt.response) for prompt in prompts],
+        width=WIDTH,
     )
-    found = tiny.log_probs(*student, rows.tokens)
+    log_probs = tiny.log_probs(*student, rows.tokens)[..., :WORDS]
+    assert np.exp(log_probs).sum(-1).min() < 0.9
+    log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
     values = [
-        -found[b, t - 1, rows.tokens[b, t]]
+        -log_probs[b, t - 1, rows.tokens[b, t]]
         for b in range(5)
         for t in range(rows.prompt_lengths[b], rows.lengths[b])
     ]
@@ -119,58 +153,27 @@ def test_loss_is_the_mean_over_all_response_tokens(student, result):
     assert result.loss == pytest.approx(statistics.fmean(values), rel=1e-5)
 
 
-def test_mesh_changes_nothing(student, result):
-    model, params = student
-    mesh = sharding.make_mesh(data=4, fsdp=2)
-    options = OPTIONS | {"batch_size": 8, "mesh": mesh}
-    found = evaluate(
-        model, params, make_tokenizer(), make_prompts(), seeds=(3, 4), **options
-    )
-    assert found.answers == result.answers
-    assert found.loss == pytest.approx(result.loss, rel=1e-6)
+def test_a_mesh_and_another_batch_size_do_not_change_the_result(
+    student, tokenizer, result
+):
+    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    config = dataclasses.replace(CONFIG, batch_size=8)
+    on_mesh = evaluate(*student, tokenizer, make_prompts(), config, mesh=mesh)
+    assert on_mesh.responses == result.responses
+    assert on_mesh.loss == pytest.approx(result.loss, rel=1e-6)
 
 
-def test_only_scored_prompts_count_and_progress_is_told(student, result):
+def test_only_scored_prompts_count_and_progress_is_reported(student, tokenizer, result):
     prompts = make_prompts(6)
     prompts[5] = dataclasses.replace(prompts[5], scored=False)
-    seen = []
-    found = evaluate(
+    calls = []
+    greedy_only = evaluate(
         *student,
-        make_tokenizer(),
+        tokenizer,
         prompts,
-        seeds=(),
-        progress=lambda done, total: seen.append((done, total)),
-        **OPTIONS,
+        dataclasses.replace(CONFIG, seeds=()),
+        progress=lambda done, total: calls.append((done, total)),
     )
-    assert (found.examples, found.greedy) == (5, result.greedy)
-    assert found.sampled is None and found.rouge_l_std is None
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_padded_vocabulary_is_neither_drawn_nor_scored(student):
-    tokenizer = make_tokenizer(tiny.VOCAB - 9)
-    prompts = [
-        dataclasses.replace(p, tokens=(2,), response=(3, 1)) for p in make_prompts(3)
-    ]
-    found = evaluate(*student, tokenizer, prompts, seeds=(3,), **OPTIONS)
-    words = {w for answer in found.answers for w in answer.response.split("w")[1:]}
-    assert max(map(int, words)) < tiny.VOCAB - 9
-    row = [tiny.log_probs(*student, [[2, 3]])[0, t, : tiny.VOCAB - 9] for t in (0, 1)]
-    expected = [
-        np.log(np.exp(p).sum()) - p[label] for p, label in zip(row, (3, 1), strict=True)
-    ]
-    assert found.loss == pytest.approx(np.mean(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "changes", "reason"),
-    [
-        ([], {}, "none of the 0 examples is scored"),
-        (make_prompts(4), {"max_prompt_length": 3}, "f:3: a prompt of 4 tokens, at m"),
-        (make_prompts(2) + make_prompts(2), {}, "an example index occurs twice"),
-        (make_prompts(2), {"seeds": (1, 1)}, "an entry of seeds occurs twice"),
-    ],
-)
-def test_bad_examples_raise(student, prompts, changes, reason):
-    with pytest.raises(ValueError, match=reason):
-        evaluate(*student, make_tokenizer(), prompts, **OPTIONS | changes)
+    assert (greedy_only.examples, greedy_only.greedy) == (5, result.greedy)
+    assert greedy_only.sampled is None and greedy_only.rouge_l_std is None
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]

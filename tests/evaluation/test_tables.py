@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from mgsr_jax.evaluation.evaluate import Answer, EvaluationResult, TextScores
+from mgsr_jax.evaluation.evaluate import EvaluationResult, ScoredResponse, TextScores
 from mgsr_jax.evaluation.tables import markdown_table, score_table, write_scores
 
 
@@ -37,7 +37,7 @@ def result():
         by_seed={10: scores},
         greedy=TextScores(20.0, 0.4, 0.5, 0.9, 6.0),
         loss=2.34567,
-        answers=(Answer(10, "a.jsonl:1", "Größe", ("size",), 12.5, 4),),
+        responses=(ScoredResponse(10, "a.jsonl:1", "Größe", ("size",), 12.5, 4),),
     )
 
 
