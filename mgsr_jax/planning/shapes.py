@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mgsr_jax import sharding
-from mgsr_jax.data.teacher_cache import MANIFEST, Origin, Recipe, read_manifest
+from mgsr_jax.data.teacher_manifest import MANIFEST, Origin, Recipe, read_manifest
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.models import LanguageModel, quantized
 from mgsr_jax.planning.compiled import with_shardings
