@@ -16,21 +16,34 @@ _FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse settings that cannot work together.
+    """Refuse settings of a run that cannot work together.
 
     Raises:
       ValueError: names the setting, its value and the values that are allowed.
     """
+    check_programs(config)
+    check_folder("output", config.output)
+    _check_size_of_run(config, required=True)
+    _check_validation(config)
+
+
+def check_programs(config: TrainConfig) -> None:
+    """Refuse settings that the run's programs cannot be compiled for.
+
+    The output folder, the data files and the number of steps may be missing.
+
+    Raises:
+      ValueError: see `check_config`.
+    """
     _check_choices(config)
-    for name in ("student", "teacher", "teacher_cache", "output"):
+    for name in ("student", "teacher", "teacher_cache"):
         check_folder(name, getattr(config, name))
     config.data.encoding  # noqa: B018  the record checks itself
-    _check_size_of_run(config)
+    _check_size_of_run(config, required=False)
     _check_signs(config)
     _check_widths(config.data)
     _check_micro_batches(config)
     _check_rollout(config.rollout)
-    _check_validation(config)
     _check_replay(config)
     _check_chunker(config.data)
     _check_objective(config)
@@ -53,8 +66,9 @@ def _check_choices(section: object, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}={value!r}; expected one of {choices}")
 
 
-def _check_size_of_run(config: TrainConfig) -> None:
-    if (config.steps is None) == (config.epochs is None):
+def _check_size_of_run(config: TrainConfig, *, required: bool) -> None:
+    sizes = sum(size is not None for size in (config.steps, config.epochs))
+    if sizes > 1 or (required and sizes == 0):
         raise ValueError(
             f"set exactly one of steps and epochs, got steps={config.steps}, "
             f"epochs={config.epochs}"
