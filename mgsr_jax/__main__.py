@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line; a missing extra is one clear line."""
+    """Run the command line; a missing extra is one line."""
     try:
         from mgsr_jax.commands import parser
     except ModuleNotFoundError as error:

@@ -1,16 +1,18 @@
-"""Every file in configs/ is one that `mgsr train` takes, every shape a model's."""
+"""Every recipe in configs/ is accepted by `mgsr train` and `mgsr plan`."""
 
 import dataclasses
 import math
 import pathlib
+import shlex
 
 import jax
 import pytest
 
 from mgsr_jax import models
 from mgsr_jax.commands.parser import COMMANDS, main
+from mgsr_jax.commands.plan import PlanConfig
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.config_checks import check_config
+from mgsr_jax.training.config_checks import check_config, check_programs
 from mgsr_jax.training.model_pair import read_models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -42,35 +44,54 @@ def test_every_shape_is_counted():
     assert {file.stem for file in (CONFIGS / "shapes").iterdir()} == set(PARAMETERS)
 
 
+def command_of_header(file, name):
+    """Arguments of the command `name` in the comments at the head of a recipe."""
+    lines = file.read_text().splitlines()
+    header = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
+    commands = header.replace("\\\n", " ").splitlines()
+    for line in commands:
+        if line.startswith(f"mgsr {name} "):
+            return shlex.split(line)[1:]
+    return None
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_config_is_read_and_can_work(file, monkeypatch):
-    """With the models that its own header plans with, where it plans."""
-    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    words = " ".join(header).split()
-    folders = {"student": "models/student", "teacher": "models/teacher"}
-    for role in folders:
-        given = [
-            w for flag, w in zip(words, words[1:], strict=False) if flag == f"--{role}"
-        ]
-        shapes = [w for w in given if w.startswith("configs/shapes/")]
-        if shapes or not given:
-            folders[role] = str(CONFIGS.parent / shapes[0]) if shapes else None
-    arguments = ["train", "--config", str(file), "--output=o", "--data.train=a.jsonl"]
-    arguments += ["--data.valid=b.jsonl"]
-    arguments += [f"--{role}={folder}" for role, folder in folders.items() if folder]
-    found = []
+def test_a_recipe_can_be_trained(file, monkeypatch):
+    """With the command in its own header."""
+    arguments = command_of_header(file, "train")
+    assert arguments is not None
+    configs = []
 
     def train(config: TrainConfig) -> int:
-        """Keeps the settings."""
-        found.append(config)
+        """Keep the settings."""
+        configs.append(config)
         return 0
 
     monkeypatch.setitem(COMMANDS, "train", train)
+    monkeypatch.chdir(CONFIGS.parent)
     assert main(arguments) == 0
-    (config,) = found
-    check_config(config)
-    if "shapes" in str(config.teacher):
-        sizes = dataclasses.replace(config.mesh, tensor=1)
-        student, teacher = read_models(dataclasses.replace(config, mesh=sizes))
-        assert student.vocab_rows == teacher.vocab_rows
-        assert student.config.max_length >= config.data.max_length
+    check_config(configs[0])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_can_be_planned(file, monkeypatch):
+    """With the command in its own header, and models that fit each other."""
+    arguments = command_of_header(file, "plan")
+    if arguments is None:
+        pytest.skip("this recipe needs no plan: it fits one device")
+    configs = []
+
+    def plan(config: PlanConfig, *, target: str) -> int:
+        """Keep the settings."""
+        configs.append(config)
+        return 0
+
+    monkeypatch.setitem(COMMANDS, "plan", plan)
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(arguments) == 0
+    (config,) = configs
+    check_programs(config)
+    sizes = dataclasses.replace(config.mesh, tensor=1)
+    student, teacher = read_models(dataclasses.replace(config, mesh=sizes))
+    assert student.vocab_rows == teacher.vocab_rows
+    assert student.config.max_length >= config.data.max_length

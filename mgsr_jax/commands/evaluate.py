@@ -1,8 +1,10 @@
 """`mgsr evaluate`: scores of a checkpoint on one or several data sets."""
 
+import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,10 +19,16 @@ from mgsr_jax.commands.loaded import (
     load,
     new_folder,
 )
+from mgsr_jax.training.config import MeshConfig
+from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from mgsr_jax.data.prompts import Prompt
     from mgsr_jax.evaluation.evaluate import EvaluationResult
+    from mgsr_jax.evaluation.responses import EvaluationConfig
+    from mgsr_jax.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,12 @@ class EvaluateConfig:
       temperature: sampling temperature; greedy responses do not use it.
       top_k: sample from the k most probable tokens; 0: from all.
       top_p: sample from the fewest most probable tokens whose mass reaches top_p.
+      exposure_bias: also measure ExAccErr (MiniLLM, arXiv 2306.08543, section 3.3): the
+        excess of KL(teacher || model) on the model's own samples over that on the
+        teacher's samples, in percent. Both sample the same prompts with the same seeds
+        at temperature 1, whatever the settings of sampling are. Needs teacher.
+      teacher: folder of the teacher's checkpoint, for exposure_bias; must have the same
+        tokenizer.
       template: "alpaca", or "chat" for the tokenizer's chat template.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.
@@ -49,6 +63,8 @@ class EvaluateConfig:
       batch_size: prompts decoded at a time.
       limit: score only the first examples of each set, at most this many.
       dtype: precision of weights and cache.
+      mesh: devices that share the work; by default one device. Scores do not depend on
+        it.
       output: folder for all responses (JSONL) and the scores (JSON); must be new.
     """
 
@@ -59,6 +75,8 @@ class EvaluateConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    exposure_bias: bool = False
+    teacher: str | None = None
     template: Literal["alpaca", "chat"] = "alpaca"
     add_special_tokens: bool = True
     max_prompt_length: int = 256
@@ -67,7 +85,25 @@ class EvaluateConfig:
     batch_size: int = 32
     limit: int | None = None
     dtype: Dtype = "float32"
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
     output: str | None = None
+
+    def protocol(self) -> "EvaluationConfig":
+        """The settings of sampling and decoding."""
+        import jax.numpy as jnp
+
+        from mgsr_jax.decoding.sampling import Sampling
+        from mgsr_jax.evaluation.responses import EvaluationConfig
+
+        return EvaluationConfig(
+            seeds=self.seeds,
+            sampling=Sampling(self.temperature, self.top_k, self.top_p),
+            max_prompt_length=self.max_prompt_length,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            no_repeat_ngram=self.no_repeat_ngram,
+            dtype=jnp.dtype(self.dtype),
+        )
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -76,8 +112,25 @@ def evaluate(config: EvaluateConfig) -> int:
     ROUGE-L is the F1 with stemming against the best reference, times 100: the mean over
     the examples for each seed, then mean and standard deviation over the seeds.
     """
-    from mgsr_jax.evaluation.tables import score_table
+    from mgsr_jax.evaluation.tables import score_table, write_scores
 
+    _check(config)
+    folder, mesh = new_folder(config.output), _make_mesh(config.mesh)
+    loaded, teacher = load(config.model, mesh=mesh), None
+    if config.teacher is not None:
+        teacher = load(config.teacher, mesh=mesh)
+        _check_same_tokenizer(loaded, teacher)
+    paths = [config.data] if isinstance(config.data, str) else config.data
+    sets = {path: _load_prompts(config, loaded, path) for path in paths}
+    results: dict[str, EvaluationResult] = {}
+    for path, result in _score_sets(config, loaded, teacher, sets):
+        results[path] = result
+        write_scores(folder, results)
+    Console().print(score_table(results))
+    return DONE
+
+
+def _check(config: EvaluateConfig) -> None:
     check_sampling(
         config.temperature,
         config.top_k,
@@ -85,13 +138,49 @@ def evaluate(config: EvaluateConfig) -> int:
         batch_size=config.batch_size,
         limit=config.limit,
     )
-    folder = new_folder(config.output)
-    loaded = load(config.model)
-    paths = [config.data] if isinstance(config.data, str) else config.data
-    sets = {path: _load_prompts(config, loaded, path) for path in paths}
-    results = _score_sets(config, loaded, sets, folder)
-    Console().print(score_table(results))
-    return DONE
+    if config.exposure_bias and config.teacher is None:
+        raise ValueError(
+            "exposure_bias compares the model with its teacher, and there is none; set "
+            "--teacher to the teacher's folder"
+        )
+    if config.exposure_bias and not config.seeds:
+        raise ValueError(
+            "exposure_bias is measured on samples, but seeds is empty; give at least "
+            "one seed"
+        )
+    if config.teacher is not None and not config.exposure_bias:
+        raise ValueError(
+            f"teacher={config.teacher} is read only by exposure_bias; set "
+            "--exposure_bias true, or leave teacher out"
+        )
+
+
+def _check_same_tokenizer(student: LoadedModel, teacher: LoadedModel) -> None:
+    from mgsr_jax.checkpoint.tokenizer import tokenizer_fingerprint
+
+    first, second = student.tokenizer, teacher.tokenizer
+    if tokenizer_fingerprint(first) != tokenizer_fingerprint(second):
+        raise ValueError(
+            f"teacher {teacher.folder} ({len(second)} tokens) and model "
+            f"{student.folder} ({len(first)} tokens) have different tokenizers; "
+            "exposure_bias compares distributions over one vocabulary, so give a "
+            "teacher with the same tokenizer"
+        )
+
+
+def _make_mesh(sizes: MeshConfig) -> "Mesh | None":
+    """A mesh of the first devices, as many as the sizes need; None for one device."""
+    import jax
+
+    from mgsr_jax import sharding
+
+    shape = dataclasses.astuple(sizes)
+    if shape == (1, 1, 1):
+        return None
+    devices = jax.devices()
+    if min(shape) > 0:
+        devices = devices[: math.prod(shape)]
+    return sharding.make_mesh(*shape, devices=devices)
 
 
 def _load_prompts(
@@ -121,44 +210,83 @@ def _load_prompts(
 def _score_sets(
     config: EvaluateConfig,
     loaded: LoadedModel,
+    teacher: LoadedModel | None,
     sets: dict[str, list["Prompt"]],
-    folder: Path | None,
-) -> dict[str, "EvaluationResult"]:
-    """Evaluate each set; the scores so far are written after each."""
-    import jax.numpy as jnp
-
-    from mgsr_jax.checkpoint.tokenizer import eos_ids
-    from mgsr_jax.decoding.sampling import Sampling
+) -> Iterator[tuple[str, "EvaluationResult"]]:
+    """Evaluate each set; a set comes again when its exposure bias is known."""
     from mgsr_jax.evaluation.evaluate import evaluate
-    from mgsr_jax.evaluation.responses import EvaluationConfig
-    from mgsr_jax.evaluation.tables import write_scores
 
-    protocol = EvaluationConfig(
-        seeds=config.seeds,
-        sampling=Sampling(config.temperature, config.top_k, config.top_p),
-        max_prompt_length=config.max_prompt_length,
-        max_length=config.max_length,
-        batch_size=config.batch_size,
-        no_repeat_ngram=config.no_repeat_ngram,
-        dtype=jnp.dtype(config.dtype),
-    )
-    params, results = loaded.params(config.dtype), {}
+    protocol, params = config.protocol(), loaded.params(config.dtype)
+    models = [(loaded, params)]
+    if teacher is not None:
+        models.append((teacher, teacher.params(config.dtype)))
     for path, prompts in sets.items():
-        with _progress_bar(Path(path).name) as progress:
-            results[path] = evaluate(
+        name = Path(path).name
+        with _progress_bar(name) as progress:
+            result = evaluate(
                 loaded.model,
                 params,
                 loaded.tokenizer,
                 prompts,
                 protocol,
-                eos_ids=eos_ids(loaded.tokenizer, loaded.model),
+                eos_ids=loaded.eos_ids(),
+                mesh=loaded.mesh,
                 progress=progress,
             )
-        write_scores(folder, results)
-    return results
+        yield path, result
+        if teacher is not None:
+            with _progress_bar(f"exposure bias on {name}") as progress:
+                bias = _measure_exposure_bias(models, prompts, protocol, progress)
+            yield path, dataclasses.replace(result, exposure_bias=bias)
 
 
-@contextmanager
+def _measure_exposure_bias(
+    models: list[tuple[LoadedModel, Params]],
+    prompts: list["Prompt"],
+    protocol: "EvaluationConfig",
+    progress: Callable[[int, int], None],
+) -> float:
+    """ExAccErr in percent of the first model with the second as its teacher."""
+    import jax
+
+    from mgsr_jax.decoding.sampling import ANCESTRAL
+    from mgsr_jax.evaluation.exposure_bias import exposure_bias
+    from mgsr_jax.evaluation.responses import sample_responses, scored_prompts
+
+    protocol = dataclasses.replace(protocol, sampling=ANCESTRAL, no_repeat_ngram=0)
+    scored = scored_prompts(prompts, protocol)
+    vocab_size = len(models[0][0].tokenizer)
+    batches = -(-len(scored) // protocol.batch_size)
+    total = len(models) * len(protocol.seeds) * batches
+    done = 0
+
+    def samples(loaded: LoadedModel, params: Params) -> Iterator["Rows"]:
+        nonlocal done
+        decoding = protocol.decoding(loaded.eos_ids(), vocab_size)
+        sample = functools.partial(
+            sample_responses, loaded.model, params, scored, protocol, decoding=decoding
+        )
+        for seed in protocol.seeds:
+            for rows in sample(seed=seed, mesh=loaded.mesh):
+                yield rows
+                done += 1
+                progress(done, total)
+
+    (student, student_params), (teacher, teacher_params) = models
+    mesh = student.mesh
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return exposure_bias(
+            student.model,
+            student_params,
+            teacher.model,
+            teacher_params,
+            samples(student, student_params),
+            samples(teacher, teacher_params),
+            vocab_size=vocab_size,
+        )
+
+
+@contextlib.contextmanager
 def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as a function of (done, total)."""
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -46,7 +46,6 @@ def generate(config: GenerateConfig) -> int:
     import jax.numpy as jnp
 
     from mgsr_jax import rows
-    from mgsr_jax.checkpoint.tokenizer import eos_ids
     from mgsr_jax.decoding import decode
     from mgsr_jax.decoding.sampling import Sampling
 
@@ -64,7 +63,7 @@ def generate(config: GenerateConfig) -> int:
         key=jax.random.key(config.seed),
         decoding=decode.Decoding(
             max_length=config.max_length,
-            eos_ids=eos_ids(loaded.tokenizer, loaded.model),
+            eos_ids=loaded.eos_ids(),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             vocab_size=len(loaded.tokenizer),
         ),

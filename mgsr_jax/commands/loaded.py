@@ -1,6 +1,7 @@
 """What `generate` and `evaluate` share: a loaded checkpoint and checks of settings."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,38 +23,49 @@ class LoadedModel:
       folder: folder of the Hugging Face checkpoint.
       model: the model as pure functions.
       tokenizer: the checkpoint's tokenizer.
+      mesh: device mesh for the weights; None for one device.
     """
 
     folder: str
     model: "LanguageModel"
     tokenizer: "PreTrainedTokenizerFast"
+    mesh: "Mesh | None" = None
 
     def params(self, dtype: Dtype) -> Params:
         """Read the weights and cast them to `dtype`."""
-        import jax.numpy as jnp
-
         from mgsr_jax.checkpoint import hf
 
-        return hf.load_params(self.folder, self.model, dtype=jnp.dtype(dtype))
+        return hf.load_params(self.folder, self.model, mesh=self.mesh, dtype=dtype)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        from mgsr_jax.checkpoint.tokenizer import eos_ids
+
+        return eos_ids(self.tokenizer, self.model)
 
 
-def load(folder: str) -> LoadedModel:
+def load(folder: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
     """Read config.json and the tokenizer of a checkpoint.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the embedding has rows.
+      ValueError: the tokenizer has more tokens than the embedding has rows; the model
+        does not divide over the mesh.
       FileNotFoundError: the folder or one of its files is missing.
     """
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf
 
     model, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
-    if len(tokenizer) > model.config.vocab_size:
+    rows = model.config.vocab_size
+    if len(tokenizer) > rows:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the embedding "
-            f"has only {model.config.vocab_size} rows; use the model's own tokenizer"
+            f"has only {rows} rows; use the model's own tokenizer"
         )
-    return LoadedModel(folder, model, tokenizer)
+    if mesh is not None and (tensor := mesh.shape["tensor"]) > 1:
+        padded = tensor * math.ceil(rows / tensor)
+        model = dataclasses.replace(model, vocab_rows=padded, tensor=tensor)
+    return LoadedModel(folder, model, tokenizer, mesh)
 
 
 def check_sampling(

@@ -1,13 +1,13 @@
-"""The real programs, compiled by the real TPU and GPU compilers; no device is there.
+"""A run's programs, compiled by the TPU and GPU compilers; no device is attached.
 
-`make test-aot` runs this in an environment with both compilers.
+`make test-aot` runs these tests in an environment with both compilers.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ import pytest
 from mgsr_jax.commands import parser
 from mgsr_jax.objective import Objective
 from mgsr_jax.planning import machines
-from mgsr_jax.planning.plan import plan
+from mgsr_jax.planning.plan import plan_run
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
 VOCAB, WIDTH, LENGTH, BATCH, CHUNK = 1400, 256, 64, 128, 16
-PADDED = 1408  # 11 x 128: the size of nothing else
+PADDED = 1408  # 11 x 128; no other dimension has this size
 SHAPE = {
     "model_type": "llama",
     "vocab_size": VOCAB,
@@ -50,17 +50,17 @@ def installed(target):
     return importlib.util.find_spec(compiler) is not None
 
 
-@contextmanager
-def said_to(file):
-    """What the compiler, which is no Python, writes to the standard error."""
-    kept = os.dup(2)
+@contextlib.contextmanager
+def stderr_to(file):
+    """Redirect the file descriptor: the compiler does not write through Python."""
+    original = os.dup(2)
     with open(file, "w") as stream:
         os.dup2(stream.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
 
 
 def settings(folder, tpu, teacher_dtype, mesh):
@@ -80,77 +80,77 @@ def settings(folder, tpu, teacher_dtype, mesh):
         objective=Objective(num_candidates=64),
         rollout=RolloutConfig("on"),
         mesh=MeshConfig(**mesh),
-        # A kernel that the partitioner cannot split, where the mesh splits everything.
+        # The partitioner cannot split this kernel, on a mesh that splits everything.
         attention="flash" if tpu else "xla",
     )
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda t: f"{t[0]}*{t[1]}")
 def planned(request, tmp_path_factory):
-    """The plan, and what the compiler said meanwhile."""
+    """The plan, and the compiler's messages."""
     name, slices, mesh, teacher_dtype = request.param
     if not installed(name):
-        pytest.skip(f"no compiler for {name}; make test-aot brings it")
+        pytest.skip(f"no compiler for {name}; make test-aot installs it")
     folder = tmp_path_factory.mktemp("plan")
     machines.use_no_device()
-    with said_to(folder / "stderr"):
-        found = plan(
+    with stderr_to(folder / "stderr"):
+        plan = plan_run(
             settings(folder, not name.startswith("h"), teacher_dtype, mesh),
             machines.describe(name, slices=slices),
         )
-    return found, (folder / "stderr").read_text()
+    return plan, (folder / "stderr").read_text()
 
 
-def test_it_fits_and_says_where_memory_goes(planned):
-    found, _ = planned
-    assert found.failure is None and found.fits
-    assert [program.name for program in found.programs] == ["rollout", "train step"]
-    assert all(0 < program.peak < found.target.memory for program in found.programs)
-    assert found.parts["optimizer"] >= 2 * found.parts["student, float32"]
-    # At least what the compiler counts of them as arguments.
-    step = found.programs[1]
-    stays = ("student, float32", "optimizer", "clip network", "teacher, ")
-    parts = [size for name, size in found.parts.items() if name.startswith(stays)]
+def test_the_run_fits_and_the_plan_names_the_parts_of_memory(planned):
+    plan, _ = planned
+    assert plan.failure is None and plan.fits
+    assert [program.name for program in plan.programs] == ["rollout", "train step"]
+    assert all(0 < program.peak < plan.machine.memory for program in plan.programs)
+    assert plan.parts["optimizer"] >= 2 * plan.parts["student, float32"]
+    # The compiler counts at least these parts as arguments.
+    step = plan.programs[1]
+    resident = ("student, float32", "optimizer", "clip network", "teacher, ")
+    parts = [size for name, size in plan.parts.items() if name.startswith(resident)]
     assert len(parts) == 4 and step.arguments >= sum(parts)
 
 
 def test_the_state_is_updated_in_place(planned):
-    found, _ = planned
+    plan, _ = planned
     state = ("student, float32", "optimizer", "clip network")
-    assert found.programs[1].aliased >= sum(found.parts[name] for name in state)
+    assert plan.programs[1].aliased >= sum(plan.parts[name] for name in state)
 
 
-def test_no_array_of_tokens_times_vocabulary(planned):
-    """Logits exist for a chunk on one device: its tokens and the overlap."""
-    found, _ = planned
-    columns = PADDED // found.mesh.shape["tensor"]
-    for program in found.programs:
+def test_no_array_has_the_size_of_tokens_times_vocabulary(planned):
+    """Logits exist for one chunk per device: its tokens and the overlap."""
+    plan, _ = planned
+    columns = PADDED // plan.mesh.shape["tensor"]
+    for program in plan.programs:
         for dimensions in re.findall(r"[a-z]+\d+\[([\d,]+)\]", program.text):
             sizes = [int(n) for n in dimensions.split(",")]
             if columns in sizes and WIDTH not in sizes:
                 sizes.remove(columns)
-                tokens = BATCH * LENGTH // found.mesh.size
+                tokens = BATCH * LENGTH // plan.mesh.size
                 assert int(np.prod(sizes)) < tokens, (program.name, dimensions)
 
 
-def test_nothing_goes_through_the_host(planned):
-    found, _ = planned
-    slices = len({getattr(d, "slice_index", 0) for d in found.mesh.devices.flat})
-    for program in found.programs:
+def test_no_program_uses_the_host(planned):
+    plan, _ = planned
+    slices = len({getattr(d, "slice_index", 0) for d in plan.mesh.devices.flat})
+    for program in plan.programs:
         assert "callback" not in program.text
-        if slices == 1:  # two slices talk through their hosts
+        if slices == 1:  # two slices communicate through their hosts
             assert "is_host_transfer=true" not in program.text
 
 
-def test_the_partitioner_never_gives_up(planned):
-    found, said = planned
-    assert "Involuntary full rematerialization" not in said, said[-2000:]
-    assert found.mesh.size == 1 or found.programs[1].collectives
+def test_the_partitioner_finds_a_sharding_for_every_operation(planned):
+    plan, messages = planned
+    assert "Involuntary full rematerialization" not in messages, messages[-2000:]
+    assert plan.mesh.size == 1 or plan.programs[1].collectives
 
 
-def test_a_program_that_is_too_large_says_so_in_one_line(tmp_path, capsys):
+def test_a_run_that_is_too_large_is_reported_in_one_line(tmp_path, capsys):
     if not installed("v5e:1x1"):
-        pytest.skip("no compiler for v5e; make test-aot brings it")
+        pytest.skip("no compiler for v5e; make test-aot installs it")
     large = SHAPE | {"hidden_size": 8192, "intermediate_size": 32768}
     (tmp_path / "large.json").write_text(json.dumps(large))
     status = parser.main(
@@ -160,7 +160,6 @@ def test_a_program_that_is_too_large_says_so_in_one_line(tmp_path, capsys):
             f"--student={tmp_path / 'large.json'}",
             "--objective.token=0",
             "--objective.span=0",
-            "--steps=9",
             "--batch_size=64",
             f"--data.max_length={LENGTH}",
             "--data.max_prompt_length=16",

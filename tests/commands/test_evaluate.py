@@ -1,0 +1,131 @@
+"""`mgsr evaluate`: scores, exposure bias, several devices."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+
+from mgsr_jax.commands.evaluate import EvaluateConfig, _load_prompts
+from mgsr_jax.commands.exit_status import DONE, MISTAKE
+from mgsr_jax.commands.loaded import load
+from mgsr_jax.commands.parser import main
+from mgsr_jax.decoding.sampling import ANCESTRAL
+from mgsr_jax.evaluation.exposure_bias import exposure_bias
+from mgsr_jax.evaluation.responses import EvaluationConfig, sample_responses
+
+LENGTHS = {"max_prompt_length": 40, "max_length": 56, "batch_size": 12}
+
+
+def command(project, *more):
+    arguments = ["evaluate", "--model", str(project / "student")]
+    arguments += ["--data", str(project / "valid.jsonl"), "--seeds", "[1, 2]"]
+    lengths = [f"--{name}={value}" for name, value in LENGTHS.items()]
+    return [*arguments, *lengths, *more]
+
+
+def scores_in(project, folder):
+    scores = json.loads((folder / "scores.json").read_text())
+    responses = (folder / "1-valid.jsonl").read_text().splitlines()
+    return scores[str(project / "valid.jsonl")], list(map(json.loads, responses))
+
+
+@pytest.fixture(scope="module")
+def evaluated(project, tmp_path_factory):
+    """Scores with exposure bias, responses, and the table."""
+    output = tmp_path_factory.mktemp("evaluated") / "scores"
+    bias = ["--exposure_bias", "true", "--teacher", str(project / "teacher")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            arguments = command(
+                project, *bias, "--temperature", "0.8", "--top_p", "0.9"
+            )
+            assert main([*arguments, "--output", str(output)]) == DONE
+    return *scores_in(project, output), out.getvalue()
+
+
+def test_scores_and_responses_are_written_and_printed(evaluated):
+    scores, responses, table = evaluated
+    assert set(scores["by_seed"]) == {"1", "2"} and scores["loss"] > 0
+    assert len(responses) == 36 and {r["seed"] for r in responses} == {1, 2, None}
+    assert "valid.jsonl: 12 prompts (0 not scored)" in table
+    row = next(line for line in table.splitlines() if line.startswith("│ valid"))
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == ["valid.jsonl", "12"] and " ± " in cells[2]
+    assert "ExAccErr %" in table and cells[-1] == f"{scores['exposure_bias']:.1f}"
+
+
+def test_exposure_bias_is_measured_on_samples_at_temperature_1(evaluated, project):
+    student, teacher = load(str(project / "student")), load(str(project / "teacher"))
+    config = EvaluateConfig(model=student.folder, data="", **LENGTHS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prompts = _load_prompts(config, student, str(project / "valid.jsonl"))
+    protocol = EvaluationConfig(seeds=(1, 2), sampling=ANCESTRAL, **LENGTHS)
+    size = len(student.tokenizer)
+
+    def samples(loaded):
+        decoding = protocol.decoding(loaded.eos_ids(), size)
+        params = loaded.params("float32")
+        for seed in (1, 2):
+            yield from sample_responses(
+                *(loaded.model, params, prompts, protocol),
+                decoding=decoding,
+                seed=seed,
+            )
+
+    models = [(loaded.model, loaded.params("float32")) for loaded in (student, teacher)]
+    both = samples(student), samples(teacher)
+    want = exposure_bias(*models[0], *models[1], *both, vocab_size=size)
+    assert evaluated[0]["exposure_bias"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axis", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)]
+)
+def test_scores_do_not_depend_on_the_mesh(evaluated, project, tmp_path, axis):
+    output = tmp_path / "scores"
+    more = ["--exposure_bias", "true", "--teacher", str(project / "teacher")]
+    more += ["--temperature", "0.8", "--top_p", "0.9", f"--mesh.{axis}", "2"]
+    assert main([*command(project, *more), "--output", str(output)]) == DONE
+    scores, responses = scores_in(project, output)
+    assert responses == evaluated[1]
+    for name in ("loss", "exposure_bias"):
+        assert scores[name] == pytest.approx(evaluated[0][name], rel=1e-4)
+    for name in ("greedy", "by_seed", "sampled", "rouge_l_std"):
+        assert scores[name] == evaluated[0][name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exposure_bias", "true"], "set --teacher to the teacher's folder"),
+        (["--teacher", "folder"], "set --exposure_bias true, or leave teacher out"),
+        (
+            ["--exposure_bias", "true", "--teacher", "folder", "--seeds", "[]"],
+            "give at least one seed",
+        ),
+        (["--top_p", "2"], "0 < top_p <= 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--mesh.data", "3"], "mesh data=3"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(project, capsys, arguments, message):
+    assert main(command(project, *arguments)) == MISTAKE
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mgsr: error: ") and message in error
+    assert "\n" not in error
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(project, capsys, tmp_path):
+    teacher = shutil.copytree(project / "teacher", tmp_path / "teacher")
+    file = teacher / "tokenizer.json"
+    text = json.loads(file.read_text())
+    vocab = text["model"]["vocab"]
+    vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
+    file.write_text(json.dumps(text))
+    more = ["--exposure_bias", "true", "--teacher", str(teacher)]
+    assert main(command(project, *more)) == MISTAKE
+    assert "have different tokenizers" in capsys.readouterr().err
