@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,26 +251,18 @@ def _measure_exposure_bias(
 
     from mgsr_jax.decoding.sampling import ANCESTRAL
     from mgsr_jax.evaluation.exposure_bias import exposure_bias
-    from mgsr_jax.evaluation.responses import sample_responses, scored_prompts
+    from mgsr_jax.evaluation.responses import scored_prompts
 
     protocol = dataclasses.replace(protocol, sampling=ANCESTRAL, no_repeat_ngram=0)
     scored = scored_prompts(prompts, protocol)
     vocab_size = len(models[0][0].tokenizer)
     batches = -(-len(scored) // protocol.batch_size)
-    total = len(models) * len(protocol.seeds) * batches
-    done = 0
+    total, done = len(models) * len(protocol.seeds) * batches, itertools.count(1)
 
     def samples(loaded: LoadedModel, params: Params) -> Iterator["Rows"]:
-        nonlocal done
-        decoding = protocol.decoding(loaded.eos_ids(), vocab_size)
-        sample = functools.partial(
-            sample_responses, loaded.model, params, scored, protocol, decoding=decoding
-        )
-        for seed in protocol.seeds:
-            for rows in sample(seed=seed, mesh=loaded.mesh):
-                yield rows
-                done += 1
-                progress(done, total)
+        for rows in _samples(loaded, params, scored, protocol, vocab_size):
+            yield rows
+            progress(next(done), total)
 
     (student, student_params), (teacher, teacher_params) = models
     mesh = student.mesh
@@ -283,6 +275,29 @@ def _measure_exposure_bias(
             samples(student, student_params),
             samples(teacher, teacher_params),
             vocab_size=vocab_size,
+        )
+
+
+def _samples(
+    loaded: LoadedModel,
+    params: Params,
+    prompts: list["Prompt"],
+    protocol: "EvaluationConfig",
+    vocab_size: int,
+) -> Iterator["Rows"]:
+    """The model's samples of all prompts, batch by batch, once per seed."""
+    from mgsr_jax.evaluation.responses import sample_responses
+
+    decoding = protocol.decoding(loaded.eos_ids(), vocab_size)
+    for seed in protocol.seeds:
+        yield from sample_responses(
+            loaded.model,
+            params,
+            prompts,
+            protocol,
+            decoding=decoding,
+            seed=seed,
+            mesh=loaded.mesh,
         )
 
 

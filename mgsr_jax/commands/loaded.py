@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
     from mgsr_jax.models import LanguageModel

@@ -19,7 +19,8 @@ import numpy as np
 from mgsr_jax.typing import Tokenizer
 
 Offset = tuple[int, int]
-Doc = Token = Any  # of spaCy, which is an extra
+Doc = Any  # spaCy's; spaCy is an extra
+Token = Any
 Chunker = str | Callable[[str], Iterable[Offset]]
 """A name ("textblob" or "spacy") or a function from a text to its phrases."""
 

@@ -9,11 +9,13 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
 
 from mgsr_jax import losses, sharding
+from mgsr_jax.data.encoding import eos_id
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.evaluation.responses import (
     MINILLM,
@@ -126,7 +128,7 @@ def evaluate(
       ValueError: see `scored_prompts`; or a batch does not divide over the mesh.
     """
     scored = scored_prompts(prompts, config)
-    stop_ids = (tokenizer.eos_token_id,) if eos_ids is None else eos_ids
+    stop_ids = (eos_id(tokenizer),) if eos_ids is None else eos_ids
     vocab_size = min(len(tokenizer), model.config.vocab_size)
     decoding = config.decoding(stop_ids, vocab_size)
     batches = -(-len(scored) // config.batch_size)
@@ -181,8 +183,11 @@ def _score(
     responses = []
     for prompt in prompts:
         ids = tokens[prompt.example]
-        text = tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = cast(
+            str,  # one sequence: not a list
+            tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
         )
         responses.append(
             ScoredResponse(
