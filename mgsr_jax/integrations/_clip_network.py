@@ -1,8 +1,8 @@
 """DAC-KL's clip network inside a student that another trainer optimises.
 
 Tunix and MaxText differentiate and update the variables of one nnx module, so the
-network becomes part of the student: checkpoints hold it, and the forward function
-hands it to the loss beside the logits.
+network becomes part of the student: checkpoints contain it, and the forward function
+returns it with the logits.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ NAME = "mgsr_clip_network"
 def attach_clip_network(
     student: nnx.Module, key: PRNGKey, *, num_candidates: int = 512, hidden: int = 128
 ) -> None:
-    """Adds the clip network to the student's variables; call it before the trainer is.
+    """Add the clip network to the student's variables, before the trainer is made.
 
-    With LoRA these trainers update `nnx.LoRAParam` alone, so the network's variables
-    are of that kind in a student that has any, and `nnx.Param` in one that has none.
+    With LoRA these trainers update only `nnx.LoRAParam`, so the network's variables are
+    of that kind in a student that has LoRA variables, and `nnx.Param` in any other.
 
     Args:
       student: changed in place; gains the attribute `mgsr_clip_network`.
@@ -45,7 +45,7 @@ def attach_clip_network(
             "the student has a clip network already; detach_clip_network(student) "
             "takes it out"
         )
-    # Never LoRAParam otherwise: Tunix takes one for a sign that all else is frozen.
+    # LoRAParam only then: Tunix freezes all other variables where it finds one.
     lora = any(isinstance(v, nnx.LoRAParam) for _, v in nnx.iter_graph(student))
     params = init_clip_network(key, num_candidates=num_candidates, hidden=hidden)
     variables = jax.tree.map(nnx.LoRAParam if lora else nnx.Param, params)
@@ -53,7 +53,7 @@ def attach_clip_network(
 
 
 def clip_network_params(student: nnx.Module) -> Params:
-    """The clip network as `mgsr_jax.losses.dac_kl` takes it.
+    """The clip network's parameters for `mgsr_jax.losses.dac_kl`.
 
     Raises:
       ValueError: the student has none.
@@ -67,7 +67,7 @@ def clip_network_params(student: nnx.Module) -> Params:
 
 
 def detach_clip_network(student: nnx.Module) -> Params:
-    """Takes the clip network out again, for export; returns its parameters.
+    """Detach the clip network, for export, and return its parameters.
 
     Raises:
       ValueError: the student has none.
@@ -95,7 +95,7 @@ def clip_network_optimizer(
 
     Args:
       optimizer: updates everything but the clip network.
-      learning_rate: of the clip network.
+      learning_rate: learning rate of the clip network.
     """
 
     def owner(path: Any, _: Any) -> str:

@@ -1,15 +1,15 @@
-"""The trainer that an adapter is for, or one clear line that it is not installed."""
+"""The import of another trainer, or one clear line that it is not installed."""
 
 import importlib
 from typing import Any
 
 
 def peer(module: str, *, install: str) -> Any:
-    """Imports `module`, a part of a package that mgsr_jax does not depend on.
+    """Import `module`, a part of a package that mgsr_jax does not depend on.
 
     Args:
-      module: its full name.
-      install: the command that would help where it cannot be imported.
+      module: full name of the module.
+      install: the command that installs it, for the error message.
 
     Raises:
       ImportError: it cannot be imported.

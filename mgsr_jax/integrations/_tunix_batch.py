@@ -1,4 +1,4 @@
-"""What Tunix's trainers are fed with: tokens, masks, spans, and what to divide by."""
+"""Batches for Tunix's trainers: tokens, masks, spans, and the counts to divide by."""
 
 import dataclasses
 import itertools
@@ -20,14 +20,14 @@ _distillation = peer("tunix.distillation", install=INSTALL)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingInput(_distillation.TrainingInput):
-    """A batch: Tunix's own fields, and what MGSR's losses read beside them.
+    """A batch: Tunix's own fields, and those that MGSR's losses read in addition.
 
     Attributes:
       input_tokens: prompt, response, padding. int [B, S]
       input_mask: not 0 at tokens to learn: the response, its end included. [B, S]
-      images: passed on; for models that see. [B, ...] or None
-      teacher_output: logits [B, S, V] or a TopKTeacher; with `peft_loss` it comes with
-        the batch, with `MgsrDistillationTrainer` the teacher fills it in.
+      images: passed on, for multimodal models. [B, ...] or None
+      teacher_output: logits [B, S, V] or a TopKTeacher. For `peft_loss` the batch
+        contains it; `MgsrDistillationTrainer` fills it in.
       span_ids: the phrase of each token, -1 for none. int [B, S] or None
       counts: set by `count_accumulated`. float [B, 2] or None
     """
@@ -41,10 +41,9 @@ class TrainingInput(_distillation.TrainingInput):
 
 
 def model_inputs(batch: TrainingInput) -> dict[str, Any]:
-    """A batch's tokens, mask, span ids and counts: what labels are made of.
+    """Tokens, mask, span ids and counts of a batch: all that labels are made from.
 
-    The inputs of a model that needs no more. Else add to it, for a trainer's
-    `with_gen_model_input_fn`:
+    A model that needs more inputs gets them in a trainer's `with_gen_model_input_fn`:
 
         lambda batch: model_inputs(batch) | {"positions": ..., "attention_mask": ...}
     """
@@ -55,16 +54,16 @@ def model_inputs(batch: TrainingInput) -> dict[str, Any]:
 def count_accumulated(
     batches: Iterable[TrainingInput], steps: int
 ) -> Iterator[TrainingInput]:
-    """Makes accumulation over `steps` micro-batches exact, whatever their lengths.
+    """Make accumulation over `steps` micro-batches exact, whatever their lengths.
 
     L = 1/steps sum_i (total_i / (N / steps)) = sum_i total_i / N
 
-    Tunix's mean of the micro-batches' means would weigh a short one as much as a long
-    one. Here each carries N / steps, N the scored positions of its whole step, shared
-    out over its rows: rows of other hosts add theirs.
+    Tunix averages the means of micro-batches, so a short one counts as much as a long
+    one. Here each micro-batch carries N / steps, where N is the number of scored
+    positions of its whole step, spread over its rows: rows of other hosts add theirs.
 
     Args:
-      batches: micro-batches; a step that is not full is not yielded.
+      batches: micro-batches; an incomplete step at the end is dropped.
       steps: the training config's `gradient_accumulation_steps`.
     """
     batches = iter(batches)
@@ -77,7 +76,7 @@ def count_accumulated(
 
 
 def _scored(batch: TrainingInput) -> np.ndarray:
-    """Scored positions, and pairs of neighbours in a span. [2]"""
+    """Scored positions, and pairs of adjacent tokens in a span. [2]"""
     labels = next_token_labels(batch.input_tokens, batch.input_mask, batch.span_ids)
     pairs = 0
     if labels.span_ids is not None:

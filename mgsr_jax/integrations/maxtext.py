@@ -1,7 +1,7 @@
 """MGSR in MaxText (the protocol of maxtext 0.2.5): a distillation strategy.
 
-MaxText's `build_training_components` names its own strategy, so construct the trainer
-with this one. The clip network goes into the student before:
+MaxText's `build_training_components` creates its own strategy, so construct the trainer
+with this one. Attach the clip network to the student first:
 
     attach_clip_network(student_model, jax.random.key(0))
     strategy = MgsrStrategy(student_forward, teacher_forward, config.vocab_size)
@@ -12,18 +12,18 @@ with this one. The clip network goes into the student before:
         ...
     )
 
-`detach_clip_network(student_model)` takes it out again, for export.
+`detach_clip_network(student_model)` detaches it again, for export.
 
-What MaxText does, and what follows from it:
+Behaviour of MaxText, and the consequences:
 - Targets are shifted already, so nothing is shifted here.
-- `targets_segmentation` says what is scored (prompts, padding, packing). Token ids are
-  not looked at: an end-of-sequence token that is also the padding id counts wherever
-  its segmentation is not 0. (MaxText's own padding of unpacked rows does compare ids:
-  give it a padding id that is not the end of sequence.)
-- `student_freeze_param_filter` must leave `mgsr_clip_network` free.
-- It hands over no span ids, so `objective.span` stays 0.
-- The step counts micro-batches, not updates, where gradients are accumulated; each
-  micro-batch is a mean of its own.
+- `targets_segmentation` marks the scored targets (not prompts, padding, packing). Token
+  ids are not compared: an end-of-sequence token with the padding id counts wherever its
+  segmentation is not 0. (MaxText's own padding of unpacked rows does compare ids: set a
+  padding id that is not the end of sequence.)
+- `student_freeze_param_filter` must not match `mgsr_clip_network`.
+- MaxText passes no span ids, so `objective.span` stays 0.
+- With accumulated gradients the step counts micro-batches, not updates, and each
+  micro-batch has its own mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,18 +62,19 @@ _maxtext = peer(
 )
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""(sum, count) by name: MaxText's trainer adds them up and divides once."""
+"""(sum, count) by name; MaxText's trainer adds them up and divides once."""
 
 
 class MgsrStrategy(_maxtext.DistillationStrategy):
-    """DAC-KL and cross-entropy: what `mgsr_loss` minimises.
+    """DAC-KL and cross-entropy, as `mgsr_loss` adds them up.
 
     Args:
       student_forward_fn: MaxText's `create_forward_fn(student_config)`.
-      teacher_forward_fn: likewise; offline runs (saved top-k logits) never call it.
-      vocab_size: the tokenizer's, if the models' is padded; columns at or beyond it
-        have probability 0.
-      pad_id: MaxText's; not used.
+      teacher_forward_fn: the same for the teacher; runs on saved top-k logits never
+        call it.
+      vocab_size: tokens of the tokenizer; padded columns at or beyond it have
+        probability 0.
+      pad_id: MaxText's padding id; not used.
       objective: weights of the losses, and their settings.
       schedule: step -> factors on the weights by name, such as `{"sft": 0.5}`; the step
         is a traced int32 scalar.
@@ -89,7 +90,8 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         objective: Objective = DEFAULTS,
         schedule: Callable[[Any], Mapping[str, ScalarLike]] | None = None,
     ):
-        # MaxText shows a loss the student's output alone, so the network goes with it.
+        # MaxText passes only the student's output to a loss, so the output includes the
+        # network.
         student_forward_fn = with_clip_network(student_forward_fn)
         super().__init__(student_forward_fn, teacher_forward_fn, vocab_size, pad_id)
         self.objective, self.schedule = objective, schedule
@@ -109,9 +111,9 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         del kwargs
         if targets_segmentation is None:
             raise ValueError(
-                "targets_segmentation is None; expected an id a target, 0 where it is "
-                "not scored: let the input mapping hand it on. Padding is not told "
-                "from token ids, which may be those of the end of a sequence"
+                "targets_segmentation is None; expected one id per target, 0 where it "
+                "is not scored: let the input mapping pass it on. Token ids do not "
+                "identify padding: the end of a sequence may have the same id"
             )
         return Labels(targets, targets_segmentation != 0)
 
@@ -127,7 +129,7 @@ class MgsrStrategy(_maxtext.DistillationStrategy):
         Saved top-k logits hold no normaliser: the K classes then have all the mass.
 
         Raises:
-          ValueError: there is a schedule and no step; what `mgsr_loss` raises.
+          ValueError: there is a schedule but no step; the errors of `mgsr_loss`.
         """
         student, clip_params = student_output
         if self.schedule is not None and step is None:

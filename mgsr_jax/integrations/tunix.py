@@ -13,13 +13,13 @@ A forward function is called as `forward(model, **inputs)` with what `model_inpu
 [B, S, V] of all positions, not shifted. Fine-tuning of all weights and LoRA both
 train the clip network.
 
-What 0.1.7 does, and what follows from it:
-- It hands over unshifted tokens; `input_mask` marks the tokens to learn. The one shift
-  is `next_token_labels`; your own `labels_fn` returns `Labels` aligned with logits.
-- Its DistillationTrainer drops what a batch holds beside tokens and mask, and drops a
-  strategy's metrics. `MgsrDistillationTrainer` keeps both.
-- It averages the gradients of micro-batches whatever they hold; it has no weighted
-  losses. `count_accumulated` makes the average exact.
+Behaviour of 0.1.7, and the consequences:
+- It passes unshifted tokens; `input_mask` marks the tokens to learn. The only shift is
+  in `next_token_labels`; your own `labels_fn` returns `Labels` aligned with logits.
+- Its DistillationTrainer drops all fields of a batch except tokens and mask, and drops
+  a strategy's metrics. `MgsrDistillationTrainer` keeps both.
+- It averages the gradients of micro-batches with equal weights, whatever their number
+  of tokens. `count_accumulated` makes the average exact.
 - Evaluation runs no teacher: it reports the cross-entropy on the labels.
 """
 
@@ -73,22 +73,22 @@ _peft = peer("tunix.sft.peft_trainer", install=INSTALL)
 
 
 class MgsrStrategy(_strategies.BaseStrategy):
-    """DAC-KL, cross-entropy and span correlation: what `mgsr_loss` minimises.
+    """DAC-KL, cross-entropy and span correlation, as `mgsr_loss` adds them up.
 
-    The trainer's constructor puts the clip network into the student; its `close`, at
-    the end of `train`, takes it out again and leaves it in `clip_params`.
+    The trainer's constructor attaches the clip network to the student. Its `close`, at
+    the end of `train`, detaches the network again and stores it in `clip_params`.
 
     Args:
       student_forward_fn: (model, **inputs) -> logits [B, S, Vs], gradients flow.
       teacher_forward_fn: (model, **inputs) -> logits [B, S, Vt], or a TopKTeacher.
-      key: of the clip network's start.
+      key: random key for the clip network's initial parameters.
       objective: weights of the losses, and their settings.
       vocab_size: columns of logits at or beyond it are padding.
       vocab_axis: mesh axis that the logits' columns are sharded over.
       labels_fn: (**inputs) -> `Labels`, aligned with the logits.
 
     Raises:
-      ValueError: in the first step, what `mgsr_loss` raises.
+      ValueError: in the first step, the errors of `mgsr_loss`.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class MgsrStrategy(_strategies.BaseStrategy):
         vocab_axis: str | None = None,
         labels_fn: Callable[..., Labels] = next_token_labels,
     ):
-        # Tunix shows a loss the student's output alone, so the network goes with it.
+        # Tunix passes only the student's output to a loss, so the output includes the
+        # network.
         student_forward_fn = with_clip_network(student_forward_fn)
         super().__init__(student_forward_fn, teacher_forward_fn, labels_fn)
         self.objective, self.clip_params, self._key = objective, None, key
@@ -148,7 +149,7 @@ def peft_loss(
     vocab_axis: str | None = None,
     labels_fn: Callable[..., Labels] = next_token_labels,
 ) -> Callable[..., Any]:
-    """The same loss for a PeftTrainer, whose batches bring the teacher's output.
+    """The same loss for a PeftTrainer whose batches contain the teacher's output.
 
         attach_clip_network(student, key)  # before the trainer
         trainer = MgsrPeftTrainer(student, optimizer, config)
@@ -158,7 +159,7 @@ def peft_loss(
             }
         ).with_loss_fn(peft_loss(student_forward), has_aux=True)
 
-    Evaluation has the same loss; its batches bring the teacher's output too.
+    Evaluation uses the same loss; its batches contain the teacher's output too.
     """
     forward = with_clip_network(student_forward_fn)
 
@@ -179,7 +180,7 @@ def peft_loss(
 
 
 class _LogsMetrics:
-    """Tunix drops what a loss returns beside its scalar; this puts it in the log."""
+    """Logs the metrics that a loss returns with its scalar; Tunix drops them."""
 
     _buffered_train_metrics: Any
     _buffered_eval_metrics: Any
@@ -198,15 +199,15 @@ def _buffer(buffer: Any, sums: dict[str, Sum]) -> None:
 
 
 def _mean(sums: list[Sum]) -> np.float32:
-    """One division for all micro-batches of a step."""
+    """The mean over all micro-batches of a step, divided once."""
     total, count = np.sum(np.asarray(sums, np.float32), axis=0)
     return total / max(count, np.float32(1))
 
 
 class MgsrDistillationTrainer(_LogsMetrics, _distillation.DistillationTrainer):
-    """Tunix's DistillationTrainer; metrics are logged, batches keep all their fields.
+    """Tunix's DistillationTrainer, with metrics logged and all fields of batches kept.
 
-    Takes what Tunix's own takes. Its batches are of `TrainingInput`.
+    It takes the arguments of Tunix's own. Its batches are `TrainingInput`s.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
