@@ -12,7 +12,6 @@ import datasets
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import __version__, sharding
 from mgsr_jax.checkpoint import hf
@@ -27,6 +26,7 @@ from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.training.model_pair import check_sizes, read_models, shared_vocabulary
 from mgsr_jax.training.run_folder import check_output
+from mgsr_jax.typing import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunInputs:
     config: TrainConfig
     student: LanguageModel
     teacher: LanguageModel | None
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     vocab_size: int
     eos_ids: tuple[int, ...]
     mesh: Mesh
@@ -220,7 +220,7 @@ def resolve_chunker(name: str) -> Chunker:
 
 
 def _load_data(
-    config: TrainConfig, path: str, split: str, tokenizer: PreTrainedTokenizerFast
+    config: TrainConfig, path: str, split: str, tokenizer: Tokenizer
 ) -> tuple[datasets.Dataset, dataset.DataReport]:
     data = config.data
     return dataset.load(

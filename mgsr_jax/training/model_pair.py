@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.typing import Tokenizer
 
 _VOCABULARY_MULTIPLE = 128
 """Divisible by every tensor axis that is a power of two, and by accelerators' tiles."""
@@ -51,7 +51,7 @@ def shared_vocabulary(
     config: TrainConfig,
     student: LanguageModel,
     teacher: LanguageModel | None,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
 ) -> int:
     """Number of tokens of the one tokenizer that both models use.
 

@@ -1,12 +1,15 @@
 """AdamW for the student and Adam for the clip network."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Leaf, Params
+
+_DECAYED = ("kernel", "embedding", "a", "b")
+"""Names of the matrices. Ranks do not tell them: stacked biases are matrices too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,14 +17,16 @@ class OptimizerConfig:
     """AdamW with a cosine schedule for the student, Adam for the clip network.
 
     Attributes:
-      learning_rate: the student's, at its highest.
-      final_learning_rate: where the cosine ends.
-      warmup_steps: linear warm-up from 0.
-      weight_decay: on matrices, adapters and embeddings; not on norms and biases.
-      beta1: Adam's decay of the gradient's mean.
-      beta2: Adam's decay of its square.
+      learning_rate: the student's highest learning rate.
+      final_learning_rate: learning rate at the end of the cosine.
+      warmup_steps: steps of linear warm-up from 0.
+      weight_decay: decay of matrices, adapters and embeddings; norms and biases do not
+        decay.
+      beta1: decay of Adam's mean of the gradient.
+      beta2: decay of Adam's mean of the squared gradient.
       clip_norm: the student's gradient is scaled down to this global norm.
-      clip_network_learning_rate: constant; without weight decay.
+      clip_network_learning_rate: constant learning rate of the clip network, which has
+        no weight decay.
     """
 
     learning_rate: float = 5e-4
@@ -35,7 +40,7 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to `final_learning_rate` after `steps`."""
+    """Linear warm-up from 0, then a cosine to `final_learning_rate` at step `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
@@ -46,7 +51,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The two optimizers, by the top-level name in the parameters."""
+    """The optimizers of both models, selected by the parameters' top-level keys."""
     student = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -66,13 +71,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def decayed(params: Params) -> Any:
-    """True for the matrices: weight decay leaves norms and biases alone.
+def decayed(params: Params) -> PyTree[bool]:
+    """True for the parameters that decay: matrices, but not norms or biases."""
 
-    By name, since a stack of biases has the rank of a matrix.
-    """
-
-    def is_matrix(path: Any, leaf: Leaf) -> bool:
-        return path[-1].key in ("kernel", "embedding", "a", "b")
+    def is_matrix(path: tuple[jax.tree_util.DictKey, ...], leaf: Leaf) -> bool:
+        return path[-1].key in _DECAYED
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,20 +1,21 @@
-"""The compiled programs of a run: what `mgsr train` runs and `mgsr plan` compiles."""
+"""The jitted programs of a run: `mgsr train` runs them, `mgsr plan` compiles them."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from mgsr_jax import sharding
 from mgsr_jax.losses import default_chunk_size, init_clip_network
 from mgsr_jax.models import LanguageModel, lora
 from mgsr_jax.models.lora import LORA
 from mgsr_jax.rollout import Rollout, make_rollout
+from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import (
     Metrics,
     TrainState,
@@ -29,18 +30,18 @@ from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Jitted; they are compiled where they are first called, or lowered.
+    """The jitted programs; each is compiled at its first call or when it is lowered.
 
     Attributes:
-      optimizer: of the train state.
-      train_step: see `make_train_step`.
-      validation_step: see `make_validation_step`.
-      rollout: see `make_rollout`; None where the student never generates.
+      optimizer: the optimizer of the train state.
+      train_step: result of `make_train_step`.
+      validation_step: result of `make_validation_step`.
+      rollout: result of `make_rollout`; None if the student never generates.
     """
 
     optimizer: optax.GradientTransformation
     train_step: TrainStep
-    validation_step: Callable[..., Metrics]
+    validation_step: Callable[[Params, Params | None, Rows], Metrics]
     rollout: Rollout | None
 
 
@@ -55,9 +56,16 @@ def make_programs(
     steps: int,
     teacher_validates: bool = True,
 ) -> Programs:
-    """The programs of `config` for a mesh of `steps` steps in all.
+    """Make the programs of a run of `steps` steps.
 
-    `teacher_validates` says whether the teacher's weights are there at validations.
+    Args:
+      config: settings.
+      student, teacher: the models.
+      mesh: device mesh; its platform sets the default chunk size.
+      vocab_size: columns of logits at or beyond it are padding.
+      eos_ids: tokens that end a response.
+      steps: length of the learning rate's schedule.
+      teacher_validates: whether validation has the teacher's weights.
     """
     dtype, columns = jnp.dtype(config.dtype), _columns_per_device(student)
     platform = mesh.devices.flat[0].platform
@@ -113,25 +121,25 @@ def _columns_per_device(student: LanguageModel) -> int:
 
 
 def init_trained(config: TrainConfig, student: LanguageModel, steps: int) -> Params:
-    """What is trained beside a student's own weights, or, with LoRA, in their place.
+    """Initial values of all trained parameters except the student's own weights.
 
-    The adapters under the student's name, and the clip network where limits are
-    learned. Their keys are none of a step's.
+    These are the adapters, under the student's key, and the clip network if its limits
+    are learned. Their random keys are folded from numbers that no step has.
     """
-    run, found = jax.random.key(config.seed), {}
+    run, params = jax.random.key(config.seed), {}
     if config.lora.rank:
         key = jax.random.fold_in(run, steps + 1)
-        found[STUDENT] = {LORA: lora.init(key, student, config.lora)}
+        params[STUDENT] = {LORA: lora.init(key, student, config.lora)}
     if config.objective.needs_clip_network:
         candidates = config.objective.num_candidates
-        found[CLIP_NETWORK] = init_clip_network(
+        params[CLIP_NETWORK] = init_clip_network(
             jax.random.fold_in(run, steps), num_candidates=candidates
         )
-    return found
+    return params
 
 
 def partition_rules(student: LanguageModel, trained: Params) -> sharding.Rules:
-    """Rows for a student, and for what `init_trained` gave."""
+    """Sharding rules of a student and of the parameters from `init_trained`."""
     rules = student.partition_rules
     if LORA in trained.get(STUDENT, {}):
         rules = (*lora.partition_rules(rules, trained[STUDENT][LORA]), *rules)
@@ -140,9 +148,11 @@ def partition_rules(student: LanguageModel, trained: Params) -> sharding.Rules:
     return rules
 
 
-def state_shardings(mesh: Mesh, student: LanguageModel, state: TrainState) -> Any:
-    """Where every leaf of a train state, or of its shapes, lives.
+def state_shardings(
+    mesh: Mesh, student: LanguageModel, state: TrainState
+) -> PyTree[NamedSharding]:
+    """The sharding of every leaf of a train state, or of its shapes.
 
-    Moments lie as their parameters do.
+    The optimizer's moments are sharded as their parameters are.
     """
     return sharding.shardings(mesh, partition_rules(student, state.params), state)

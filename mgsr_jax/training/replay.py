@@ -1,4 +1,4 @@
-"""The choice of a step's source of rows, and the state of the replay policy.
+"""The source of a step's rows, and the state of the replay policy.
 
 off      the data
 on       with probability `probability` generate, else the data
@@ -26,11 +26,11 @@ Source = Literal["data", "generate", "replay"]
 
 @dataclasses.dataclass
 class ReplayBuffer:
-    """The latest `capacity` generated rows, on the host; the oldest makes room.
+    """The latest `capacity` generated rows, on the host; a new row replaces the oldest.
 
     Attributes:
       rows: numpy Rows of `capacity` rows.
-      pushed: rows ever pushed; the next one goes to `pushed % capacity`.
+      pushed: rows ever pushed; the next one goes to index `pushed % capacity`.
     """
 
     rows: Rows
@@ -52,7 +52,7 @@ class ReplayBuffer:
 
     @property
     def capacity(self) -> int:
-        """Rows that fit."""
+        """Maximum number of rows."""
         return self.rows.lengths.shape[0]
 
     @property
@@ -61,21 +61,21 @@ class ReplayBuffer:
         return self.pushed >= self.capacity
 
     def push(self, rows: Rows) -> None:
-        """Adds a batch of host rows."""
+        """Add a batch of host rows."""
         size = rows.lengths.shape[0]
-        slots = (self.pushed + np.arange(size)) % self.capacity
+        index = (self.pushed + np.arange(size)) % self.capacity
         for field in dataclasses.fields(Rows):
-            getattr(self.rows, field.name)[slots] = getattr(rows, field.name)
+            getattr(self.rows, field.name)[index] = getattr(rows, field.name)
         self.pushed += size
 
     def sample(self, key: PRNGKey, size: int) -> Rows:
-        """`size` rows, uniformly, with replacement.
+        """Draw `size` rows, uniformly, with replacement.
 
         Raises:
           ValueError: the buffer is empty.
         """
         if not self.pushed:
-            raise ValueError("nothing was pushed to the replay buffer yet")
+            raise ValueError("the replay buffer is empty; push rows before sampling")
         held = min(self.pushed, self.capacity)
         index = np.asarray(jax.random.randint(key, (size,), 0, held))
         return jax.tree.map(lambda leaf: leaf[index], self.rows)
@@ -83,18 +83,18 @@ class ReplayBuffer:
 
 @dataclasses.dataclass
 class AdaptiveRatio:
-    """phi of the replay policy and the validation loss that it compares with.
+    """phi of the replay policy, and the validation loss that new ones are compared to.
 
     Attributes:
       ratio: phi, the share of steps on the student's text.
-      reference: None until the first validation.
+      reference: the loss to compare to; None until the first validation.
     """
 
     ratio: float
     reference: float | None = None
 
     def update(self, loss: float, epsilon: float) -> None:
-        """Raises the ratio when validation got worse by `epsilon`."""
+        """Raise the ratio if the validation loss rose by at least `epsilon`."""
         if self.reference is None:
             self.reference = loss
         elif loss >= self.reference + epsilon:
@@ -111,7 +111,7 @@ def choose_source(
     ratio: float = 0.0,
     buffer_full: bool = False,
 ) -> Source:
-    """Where step `step` of `steps` takes its rows from; one draw for all hosts.
+    """Draw the source of the rows of `step` out of `steps`; the same on every host.
 
     >>> choose_source(RolloutConfig("on", 0.0), jax.random.key(0), step=0, steps=9)
     'data'

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.losses import TopKTeacher
@@ -25,7 +24,7 @@ from mgsr_jax.training.replay import (
     Source,
     choose_source,
 )
-from mgsr_jax.typing import Params, PRNGKey
+from mgsr_jax.typing import Params, PRNGKey, Tokenizer
 
 Lookup = Callable[[Rows], TopKTeacher]
 
@@ -258,7 +257,7 @@ class RowSource:
 
 def with_spans(
     rows: Rows,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     chunker: Chunker,
     *,
     spacy_model: str,
