@@ -1,30 +1,31 @@
-"""Seconds, and how much of the machine other programs had meanwhile."""
+"""Elapsed seconds, and the share of the machine that other programs used."""
 
 import os
 import time
 
 
 class Clock:
-    """Runs from its making."""
+    """A clock that runs from its construction."""
 
     def __init__(self):
         self._start = self._now()
 
     def read(self) -> dict[str, float]:
-        """Seconds so far, and others' share of all cores' time in them.
+        """Seconds so far, and the share of all cores' time that others used.
 
-        A share of more than a few hundredths means that the ratio is not worth much: a
-        library whose threads wait for each other in a loop loses more than its share.
+        If that share is more than a few hundredths, a ratio means little: a library
+        whose threads wait for one another in a loop loses more than the share.
         """
-        wall, own, all_of_them = (
+        wall, own, busy = (
             now - start for now, start in zip(self._now(), self._start, strict=True)
         )
         available = wall * (os.cpu_count() or 1)
-        others = min(1.0, max(0.0, (all_of_them - own) / available))
+        others = min(1.0, max(0.0, (busy - own) / available))
         return {"seconds": wall, "others": others}
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
+        """Wall time, CPU time of this process and its children, of all programs."""
         return time.perf_counter(), sum(os.times()[:4]), _busy()
 
 

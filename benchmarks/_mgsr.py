@@ -1,4 +1,4 @@
-"""This project's side: checkpoints, rows, and a step as the trainer's loop makes it."""
+"""This project's side: checkpoints, rows, and steps as in the trainer's loop."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from _sizes import Batch
 
 from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
@@ -19,11 +20,11 @@ from mgsr_jax.training.row_source import BatchLayout, RowSource, StepRows
 from mgsr_jax.typing import Params
 
 FORWARD_KL = Objective(sft=0.0, token=1.0, span=0.0, divergence="forward_kl")
-STEPS = 1_000_000  # no benchmark comes to the end of a schedule
+STEPS = 1_000_000  # no benchmark reaches the end of a schedule
 
 
 class Pair(NamedTuple):
-    """Two models and their weights."""
+    """A student and a teacher with their weights."""
 
     student: LanguageModel
     teacher: LanguageModel
@@ -32,38 +33,40 @@ class Pair(NamedTuple):
 
 
 def load(folder: Path) -> tuple[LanguageModel, Params]:
-    """A checkpoint that the peer wrote."""
+    """Model and weights of a checkpoint that the other side saved."""
     model = models.from_config(folder)
     return model, hf.load_params(folder, model, mesh=sharding.make_mesh())
 
 
 def load_pair(folder: Path) -> Pair:
-    """Student and teacher."""
+    """Student and teacher that the other side saved."""
     student, student_params = load(folder / "student")
     teacher, teacher_params = load(folder / "teacher")
     return Pair(student, teacher, student_params, teacher_params)
 
 
 def prompt_rows(prompts: np.ndarray, *, width: int) -> Rows:
-    """Host rows to be written on."""
+    """Host rows with prompts and no responses yet."""
     empty = [[] for _ in prompts]
     return from_lists(prompts.tolist(), empty, width=width, ground_truth=False)
 
 
 def constant_rate(learning_rate: float) -> OptimizerConfig:
-    """AdamW as the peers have it: no schedule."""
+    """AdamW without a schedule, as on the other side."""
     return OptimizerConfig(learning_rate, final_learning_rate=learning_rate)
 
 
 class Training:
-    """A run's state, and one turn of the trainer's loop after the other.
+    """The state of a run; `step` makes one turn of the trainer's loop.
 
     Args:
       pair: the models.
-      batches: host rows of `batch_size`, without end.
-      rollouts: by a name of our own, where a step's rows may come from.
+      batches: endless iterator of host rows, `batch.size` at a time.
+      rollouts: rollout settings by a name; `step` chooses one.
+      batch: sizes of a step.
+      params: trained parameters besides the student's.
       eos_ids: tokens that end a row; none for rows of full length.
-      add_spans: marks phrases in generated host rows.
+      add_spans: marks the phrases of generated host rows.
     """
 
     def __init__(
@@ -71,33 +74,31 @@ class Training:
         pair: Pair,
         batches: Iterator[Rows],
         rollouts: Mapping[str, RolloutConfig],
+        batch: Batch,
         *,
-        batch_size: int,
-        micro_batches: int,
-        prompt_width: int,
-        width: int,
         objective: Objective = FORWARD_KL,
         params: Params | None = None,
         eos_ids: tuple[int, ...] = (),
         add_spans: Callable[[Rows], Rows] = lambda rows: rows,
     ):
         optimizer = make_optimizer(constant_rate(1e-6), STEPS)
-        two = (pair.student, pair.teacher)
-        self._train_step = make_train_step(*two, optimizer, objective)
+        both = (pair.student, pair.teacher)
+        self._train_step = make_train_step(*both, optimizer, objective)
         self._teacher_params = pair.teacher_params
-        mesh = sharding.make_mesh()
-        self._mesh, self._step = mesh, 0
+        self._mesh, self._step = sharding.make_mesh(), 0
         self._state = jax.jit(
             lambda params: init_state(params, optimizer, seed=0),
-            out_shardings=sharding.replicated(mesh),
+            out_shardings=sharding.replicated(self._mesh),
         )({"student": pair.student_params} | (params or {}))
+        layout = BatchLayout(self._mesh, batch.size, batch.parts, [batch.width])
+        prefill = batch.prompt
         self._sources = {
             name: RowSource(
                 batches,
                 config,
-                make_rollout(*two, config, eos_ids=eos_ids, prefill_width=prompt_width),
+                make_rollout(*both, config, eos_ids=eos_ids, prefill_width=prefill),
                 add_spans,
-                layout=BatchLayout(mesh, batch_size, micro_batches, [width]),
+                layout=layout,
                 steps=STEPS,
                 keep_ground_truth=objective.sft > 0,
             )
@@ -105,7 +106,7 @@ class Training:
         }
 
     def step(self, name: str) -> tuple[StepRows, float]:
-        """Rows by the rollout `name`, then the update; the loss is there at the end."""
+        """Make rows with the rollout `name`, update, wait, and return rows and loss."""
         with jax.set_mesh(self._mesh):
             rows = self._sources[name].next(
                 self._step,

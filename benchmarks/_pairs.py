@@ -1,10 +1,10 @@
-"""A peer and this project in turn, each a process of its own; a bound on their ratio.
+"""Run two sides in turn, each in its own process, and compare their ratio to a bound.
 
-One machine gives the same program other speeds within minutes, so a time alone says
-little: every pair is one repetition of each side, right after one another, and the
-median of the pairs' ratios is what is held against a bound. torch and JAX in one
-process would fight for the cores, and a process has one peak of memory; so a script of
-this folder is its own sides too, and runs itself again as each of them (`_side.py`).
+The same program runs at different speeds on one machine within minutes, so a time by
+itself means little. A pair is one repetition of each side, one right after the other,
+and the median of the pairs' ratios is compared with the bound. torch and JAX in one
+process would compete for the cores, and a process has only one memory peak. Therefore a
+script of this folder starts itself again for each side (`_side.py`).
 """
 
 import argparse
@@ -23,8 +23,8 @@ Answer = dict[str, Any]
 Options = argparse.Namespace
 SideOf = Callable[[Options], None]
 
-# On the CPU, which the bounds are about; without a network; nothing compiled before.
-# JAX reads this when it is imported: a script that does so imports this file first.
+# The bounds are about the CPU, without a network and without a compilation cache. JAX
+# reads these variables when it is imported, so a script imports this file first.
 os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
@@ -36,13 +36,13 @@ os.environ |= {
 
 
 class Bound(NamedTuple):
-    """What is claimed.
+    """A claim about a ratio.
 
     Attributes:
-      id: its name in the table.
+      id: name in the table.
       what: the ratio in words, with the sizes.
-      number: the claim itself.
-      at_least: whether the ratio must reach the number, or stay below it.
+      number: the bound.
+      at_least: True: the ratio must be at least `number`; False: at most.
     """
 
     id: str
@@ -50,8 +50,8 @@ class Bound(NamedTuple):
     number: float
     at_least: bool = False
 
-    def verdict(self, ratios: Sequence[float], **beside: Any) -> Answer:
-        """The record of measured ratios, which hold or do not; `beside` goes with it.
+    def verdict(self, ratios: Sequence[float], **details: object) -> Answer:
+        """Record of the measured ratios and whether the bound holds, with `details`.
 
         >>> Bound("P0", "a / b", 2.0, at_least=True).verdict([3.0, 1.0, 2.5])["holds"]
         True
@@ -67,43 +67,43 @@ class Bound(NamedTuple):
             "at": "least" if self.at_least else "most",
             "holds": ratio >= self.number if self.at_least else ratio <= self.number,
             "pairs": len(ratios),
-            **beside,
+            **details,
         }
 
 
 class Side:
-    """A process that does what it is asked for, one action after the other.
+    """A process of one side, which runs one action after the other.
 
     Args:
-      name: which side of the script that is running.
-      options: the script's own, and a folder that all sides share.
+      name: name of the side in the script.
+      options: options of the script, and the folder that all sides share.
     """
 
     def __init__(self, name: str, options: Options):
         self._name, self._log = name, tempfile.TemporaryFile(mode="w+")
-        itself = [sys.executable, *sys.argv, "--side", name]
+        script = [sys.executable, *sys.argv, "--side", name]
         self._process = subprocess.Popen(
-            [*itself, "--shared", options.shared],
+            [*script, "--shared", options.shared],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
-        say(f"{name}: starting")
+        report(f"{name}: starting")
         self.ready = self._answer()
 
     def __call__(self, action: str) -> Answer:
-        """Does `action` once; the answer has its seconds and whatever it returned."""
+        """Run `action` once; the answer has its seconds and its return values."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(action + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer, which does not come, tells why
+            pass  # _answer reports why the process ended
         return self._answer()
 
     def close(self) -> None:
-        """Ends the process; it hears of it at its next wait."""
+        """End the process, by the end of its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -116,38 +116,38 @@ class Side:
         self._log.seek(0)
         tail = "".join(self._log.readlines()[-30:])
         status = self._process.wait()
-        sys.exit(f"{tail}\nthe side {self._name!r} ended with status {status}")
+        sys.exit(f"{tail}\nside {self._name!r} ended with status {status}")
 
 
 class Sides:
-    """Starts sides, each once, and ends them."""
+    """All sides of a script; each is started once."""
 
     def __init__(self, options: Options):
         self._options, self._open = options, {}
 
     def __call__(self, name: str) -> Side:
-        """The side of that name, ready."""
+        """The side `name`, started if necessary."""
         if name not in self._open:
             self._open[name] = Side(name, self._options)
         return self._open[name]
 
     def close(self, name: str | None = None) -> None:
-        """Ends one of them, or all."""
-        for each in [name] if name else list(self._open):
-            self._open.pop(each).close()
+        """End the side `name`, or all sides."""
+        for side in [name] if name else list(self._open):
+            self._open.pop(side).close()
 
 
 def alternate(
     pairs: int, runs: Mapping[str, Callable[[], Answer]], *, warm: int = 1
 ) -> list[dict[str, Answer]]:
-    """Every run once in turn, `pairs` times; before that `warm` times, not counted."""
+    """Do every run in turn, `pairs` times, after `warm` times that are not counted."""
     rounds = []
     for number in range(1 - warm, pairs + 1):
         answers = {}
         for name, run in runs.items():
             answers[name] = run()
             which = f"pair {number} of {pairs}" if number > 0 else "warm-up"
-            say(f"{which}: {name} {spent(answers[name])}")
+            report(f"{which}: {name} {spent(answers[name])}")
         rounds.append(answers)
     return rounds[warm:]
 
@@ -155,26 +155,27 @@ def alternate(
 def ratios(
     rounds: Sequence[Mapping[str, Answer]], above: str, below: str, key: str = "seconds"
 ) -> list[float]:
-    """`key` of the run `above` over that of `below`, of every round."""
-    return [each[above][key] / each[below][key] for each in rounds]
+    """`key` of the run `above` divided by that of the run `below`, for every round."""
+    return [answers[above][key] / answers[below][key] for answers in rounds]
 
 
 def medians(rounds: Sequence[Mapping[str, Answer]], key: str) -> dict[str, float]:
-    """Of each run alone, for the record."""
+    """Median of `key` for each run."""
     return {
-        name: round(statistics.median(each[name][key] for each in rounds), 3)
+        name: round(statistics.median(answers[name][key] for answers in rounds), 3)
         for name in rounds[0]
     }
 
 
 def times(rounds: Sequence[Mapping[str, Answer]]) -> Answer:
-    """Seconds of each run, and the share of the machine that other programs had."""
-    others = statistics.median(x["others"] for each in rounds for x in each.values())
+    """Seconds of each run, and the share of the machine that other programs used."""
+    shares = [answer["others"] for answers in rounds for answer in answers.values()]
+    others = statistics.median(shares)
     return {"seconds": medians(rounds, "seconds"), "others": round(others, 3)}
 
 
-def timed(run: Callable[[], Any]) -> Callable[[], Answer]:
-    """`run` in this process, as a run of `alternate`."""
+def timed(run: Callable[[], object]) -> Callable[[], Answer]:
+    """Wrap `run`, which runs in this process, as a run of `alternate`."""
 
     def answer() -> Answer:
         clock = Clock()
@@ -185,21 +186,21 @@ def timed(run: Callable[[], Any]) -> Callable[[], Answer]:
 
 
 def require_close(what: str, ours: float, theirs: float, relative: float) -> None:
-    """Ends the benchmark where two sides do not compute the same."""
+    """End the benchmark if the two sides do not compute the same."""
     if not abs(ours - theirs) <= relative * abs(theirs):
         sys.exit(f"{what}: ours {ours:.8g}, theirs {theirs:.8g}; not the same work")
-    say(f"checked: {what} ours {ours:.8g}, theirs {theirs:.8g}")
+    report(f"checked: {what} ours {ours:.8g}, theirs {theirs:.8g}")
 
 
 def spent(answer: Answer) -> str:
-    """How long, and where that was not all its own doing."""
+    """Seconds as text, and the share of other programs if it is large."""
     others = answer["others"]
-    busy = f", {others:.0%} of the machine was others'" if others > 0.05 else ""
+    busy = f", {others:.0%} of the machine used by others" if others > 0.05 else ""
     return f"{answer['seconds']:.2f} s{busy}"
 
 
-def say(text: str) -> None:
-    """Progress; standard output is for the records."""
+def report(text: str) -> None:
+    """Print progress to stderr; stdout is for the records."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -209,9 +210,10 @@ def main(
     sides: Mapping[str, SideOf] | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> int:
-    """The command line of a script: a JSON line for each bound, 1 if one fails.
+    """Run a script: print a JSON line per bound; return 1 if a bound does not hold.
 
-    `compare(options, sides)` yields the records; `sides` has what each process runs.
+    `compare(options, sides)` yields the records. `sides` maps names of sides to what
+    their processes run.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,7 +224,7 @@ def main(
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="tiny models: shows in seconds that everything runs, and measures nothing",
+        help="tiny models: checks in seconds that everything runs, measures nothing",
     )
     add_options(parser)
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)

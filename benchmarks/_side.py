@@ -1,4 +1,4 @@
-"""One side of a pair: a process that waits for an action, does it once and answers."""
+"""One side of a comparison: a process that runs actions on request and answers."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 from _clock import Clock
 
-Action = Callable[[], dict[str, Any] | None]
+Action = Callable[[], Mapping[str, Any] | None]
 
 
 class Driver:
-    """The process that asks; what libraries print goes to standard error."""
+    """The connection to the parent process; prints of libraries go to stderr."""
 
     def __init__(self):
         self._answers = os.fdopen(os.dup(1), "w")
@@ -20,17 +20,17 @@ class Driver:
         os.dup2(2, 1)
 
     def wait(self) -> str:
-        """The next action, which begins now; ends the process where there is none."""
+        """Wait for the next action and start its clock; end the process without one."""
         action = sys.stdin.readline().strip()
         if not action:
-            # Wherever this is called from: a trainer's loop goes no further.
+            # Not sys.exit: this may be called from inside a trainer's loop.
             os._exit(0)
         _reset_peak()
         self._clock = Clock()
         return action
 
-    def answer(self, **values: Any) -> None:
-        """What the action came to, which ends now; at first, that the side is ready."""
+    def answer(self, **values: object) -> None:
+        """Send the result of the action that ends now; the first call means ready."""
         if self._clock is not None:
             values |= self._clock.read()
         values |= {"peak_mib": _memory("VmHWM"), "resident_mib": _memory("VmRSS")}
@@ -38,10 +38,10 @@ class Driver:
         self._answers.flush()
 
 
-def serve(actions: Mapping[str, Action], **ready: Any) -> None:
-    """Does what it is asked for; `ready` is its first answer.
+def serve(actions: Mapping[str, Action], **ready: object) -> None:
+    """Run requested actions by name; `ready` is the first answer.
 
-    What an action computes must be there when it returns.
+    An action must return only when its result has been computed.
     """
     driver = Driver()
     driver.answer(**ready)
@@ -50,13 +50,13 @@ def serve(actions: Mapping[str, Action], **ready: Any) -> None:
 
 
 def _reset_peak() -> None:
-    """Begins a new peak at the memory that is held now (Linux)."""
+    """Reset the process's memory peak to what it holds now (Linux)."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
 
 def _memory(name: str) -> float:
-    """MiB of this process, by its name in Linux's status."""
+    """MiB of this process, by the name in /proc/self/status."""
     with open("/proc/self/status", encoding="ascii") as lines:
         fields = dict(line.split(":", 1) for line in lines)
     return int(fields[name].split()[0]) / 1024

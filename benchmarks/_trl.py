@@ -1,14 +1,15 @@
-"""TRL's on-policy trainers, one optimizer step for each time that they are asked."""
+"""TRL's on-policy trainers: one optimizer step per request."""
 
-# TRL exports its names when they are asked for, which pyright does not see.
+# TRL exports its names lazily, which pyright does not see.
 # pyright: reportPrivateImportUsage=false
 
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _side import Driver
+from _sizes import Batch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -18,27 +19,18 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
 _FRAME = "[user] \n[assistant] "  # what the template adds to a prompt
-_SPARE = 4  # steps for warming up and checking, beside those that are timed
-
-
-class Batch(NamedTuple):
-    """What a step trains on: `parts` micro-batches of `rows`, each prompt + new."""
-
-    rows: int
-    prompt: int
-    new: int
-    parts: int = 1
+_SPARE = 4  # steps for warm-up and checks, besides the timed ones
 
 
 def serve_gkd(student: Any, teacher: Any, batch: Batch, pairs: int) -> None:
-    """`GKDTrainer`: all logits at once."""
+    """Serve steps of `GKDTrainer`, which forms all logits at once."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     config = GKDConfig(
         **_settings(batch, pairs),
         lmbda=1.0,
         max_new_tokens=batch.new,
-        max_length=batch.prompt + batch.new + 16,
+        max_length=batch.width + 16,
     )
     answer = {"role": "assistant", "content": "y" * batch.new}
     trainer = GKDTrainer(
@@ -55,7 +47,7 @@ def serve_gkd(student: Any, teacher: Any, batch: Batch, pairs: int) -> None:
 
 
 def serve_distillation(student: Any, teacher: Any, batch: Batch, pairs: int) -> None:
-    """`DistillationTrainer`: the divergence in chunks."""
+    """Serve steps of `DistillationTrainer`, which forms the divergence in chunks."""
     from trl import DistillationConfig, DistillationTrainer
 
     config = DistillationConfig(
@@ -74,7 +66,7 @@ def serve_distillation(student: Any, teacher: Any, batch: Batch, pairs: int) -> 
 
 
 class _Steps(TrainerCallback):
-    """A step is from one on_step_end to the next, whatever the trainer does there."""
+    """A step lasts from one on_step_end to the next, with all that TRL does."""
 
     def __init__(self, driver: Driver, step: dict[str, Any]):
         self._driver, self._step = driver, step
@@ -89,29 +81,29 @@ def _serve(trainer: Any, batch: Batch) -> None:
     step: dict[str, Any] = {"loss": 0.0, "rows": 0, "lengths": []}
     _watch(trainer, step)
     trainer.add_callback(_Steps(Driver(), step))
-    trainer.train()  # the driver ends it; where it ends by itself, no answer tells so
+    trainer.train()  # the driver ends the process before this returns
 
 
 def _watch(trainer: Any, step: dict[str, Any]) -> None:
-    """Notes the losses that a step adds up, and what was generated for it."""
+    """Record the losses that a step adds up, and the lengths of what it generates."""
     kind = type(trainer.model)
     generate, train = kind.generate, trainer.training_step
 
-    def noted_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        found = generate(self, *args, **kwargs)
-        tokens = found if torch.is_tensor(found) else found.sequences
-        step["lengths"] = [given.shape[1], tokens.shape[1]]
+    def recorded_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        output = generate(self, *args, **kwargs)
+        tokens = output if torch.is_tensor(output) else output.sequences
+        step["lengths"] = [prompts.shape[1], tokens.shape[1]]
         step["rows"] += len(tokens)
-        return found
+        return output
 
-    def noted_train(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def recorded_train(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = train(*args, **kwargs)
         step["loss"] += loss.item()
         return loss
 
-    kind.generate = noted_generate
-    trainer.training_step = noted_train
+    kind.generate = recorded_generate
+    trainer.training_step = recorded_train
 
 
 def _settings(batch: Batch, pairs: int) -> dict[str, Any]:
@@ -139,14 +131,14 @@ def _settings(batch: Batch, pairs: int) -> dict[str, Any]:
 def _dataset(
     batch: Batch, pairs: int, record: Callable[[dict[str, str]], Any]
 ) -> Dataset:
-    """Prompts of exactly `batch.prompt` tokens, one a byte."""
+    """Prompts of exactly `batch.prompt` tokens, one token per byte."""
     user = {"role": "user", "content": "x" * (batch.prompt - len(_FRAME))}
-    count = batch.rows * batch.parts * (pairs + _SPARE)
+    count = batch.size * (pairs + _SPARE)
     return Dataset.from_list([record(user)] * count)
 
 
 def _byte_tokenizer(batch: Batch) -> PreTrainedTokenizerFast:
-    """A token a byte, behind those of padding and end of sequence."""
+    """One token per byte, after those for padding and end of sequence."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     tokenizer = Tokenizer(models.BPE(ids, merges=[]))
@@ -157,7 +149,7 @@ def _byte_tokenizer(batch: Batch) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         padding_side="left",
-        model_max_length=batch.prompt + batch.new,
+        model_max_length=batch.width,
     )
     fast.chat_template = _TEMPLATE
     return fast

@@ -1,9 +1,9 @@
-"""What length buckets save: an epoch of distillation steps with them and without.
+"""Time an epoch of distillation steps with length buckets and without.
 
-Examples are about as long as Dolly's: log-normal, median 137 tokens, a seventh beyond
-288, none beyond 512. Both sides see the same examples, in batches of their own order;
-each is timed over whole epochs, in turn, after its programs are compiled. The median of
-the ratios is printed.
+Examples are about as long as Dolly's: log-normal, median 137 tokens, a seventh longer
+than 288, none longer than 512. Both sides see the same examples, each in its own order
+of batches. Whole epochs are timed in turn, after compilation. The median of the ratios
+is printed.
 
     python benchmarks/buckets.py        # about six minutes on two CPU cores
 """
@@ -38,7 +38,7 @@ SHAPE = {
 
 
 def examples() -> datasets.Dataset:
-    """As many as an epoch has, with responses of random tokens."""
+    """The examples of an epoch, with responses of random tokens."""
     rng = np.random.default_rng(0)
     sizes = np.exp(
         rng.normal(np.log(129), np.log(288 / 129) / 1.2816, 4 * BATCH * STEPS)
@@ -55,7 +55,7 @@ def examples() -> datasets.Dataset:
 
 
 class Side:
-    """A student in training on rows of some widths."""
+    """A student that trains on rows of the given widths."""
 
     def __init__(self, dataset: datasets.Dataset, widths: tuple[int, ...]):
         self.mesh, self.dataset, self.widths = sharding.make_mesh(), dataset, widths
@@ -69,21 +69,22 @@ class Side:
         self.state = init_state(params, optimizer, seed=0)
 
     def batches(self) -> Iterable[Rows]:
-        """One epoch's, the same every time."""
+        """Batches of one epoch, the same every time."""
         settings: Any = dict(widths=self.widths, seed=0, epochs=1)
         return train_batches(self.dataset, BATCH, **settings)
 
     def epoch(self) -> float:
-        """Seconds for all steps, and for making their rows."""
+        """Seconds for all steps of an epoch, making their rows included."""
         began = time.perf_counter()
-        for rows in self.batches():
-            given = (sharding.put_batch(self.mesh, rows),)
-            self.state, _ = self.step(self.state, self.teacher_params, given)
+        for host_rows in self.batches():
+            rows = (sharding.put_batch(self.mesh, host_rows),)
+            self.state, _ = self.step(self.state, self.teacher_params, rows)
         jax.block_until_ready(self.state)
         return time.perf_counter() - began
 
 
 def main() -> None:
+    """Print the seconds of every epoch and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3, help="epochs of each side")
     pairs = parser.parse_args().pairs
@@ -97,9 +98,11 @@ def main() -> None:
         padded = sum(height * width for height, width in shapes)
         print(f"{name}: {padded} positions in {len(shapes)} batches")
         side.epoch()  # compiles
-    found = [{name: side.epoch() for name, side in sides.items()} for _ in range(pairs)]
-    ratios = [times["one width"] / times["buckets"] for times in found]
-    for times in found:
+    rounds = [
+        {name: side.epoch() for name, side in sides.items()} for _ in range(pairs)
+    ]
+    ratios = [times["one width"] / times["buckets"] for times in rounds]
+    for times in rounds:
         print({name: round(seconds, 2) for name, seconds in times.items()})
     print(f"buckets {BUCKETS}: {statistics.median(ratios):.2f} x as fast as one width")
 

@@ -1,13 +1,14 @@
-"""Compilations: none after the second step, and how long the two large programs take.
+"""Count compilations after the second step, and time those of the two large programs.
 
   P8recompile  compilations after step 2 of 50 on-policy steps: prompts of 1 to 24
-               tokens, responses that end anywhere, SCRG, the whole loss; a tiny model,
-               since the shapes decide and not the sizes
+               tokens, responses of any length, SCRG, the whole loss; a tiny model,
+               because only shapes matter, not sizes
   P8decode     seconds to trace and compile the decoder of a GPT-2 of 124 million
                parameters, 8 x (64 + 128)
-  P8step       the same of a training step, the whole loss, 124 million from as many
+  P8step       seconds to trace and compile a training step with the whole loss,
+               student and teacher of 124 million parameters
 
-Nothing is read from a compilation cache.
+No compilation cache is used.
 
     python benchmarks/compilation.py        # about three minutes on two CPU cores
     python benchmarks/compilation.py --tiny --pairs 1
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from _clock import Clock
 from _mgsr import STEPS, Pair, Training, constant_rate
-from _pairs import Bound, Options, Sides
+from _pairs import Answer, Bound, Options, Sides
+from _sizes import Batch
 
 from mgsr_jax import models
 from mgsr_jax.decoding.decode import Decoding, generate
@@ -47,83 +49,76 @@ RAGGED_STEPS, SETTLED = 50, 2
 ROWS, PROMPT, NEW = 8, 64, 128
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """Counts, then times."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """The count, then the times."""
     del start
     yield RECOMPILED.verdict([_compilations_after(SETTLED)])
     for bound, lower in ((DECODE, _lower_decoder), (STEP, _lower_step)):
-        found = []
+        rounds = []
         for number in range(options.pairs):
             jax.clear_caches()
             clock = Clock()
             lower(_gpt2(_sizes.models(options))).compile()
-            found.append({bound.id: clock.read()})
-            spent = _pairs.spent(found[-1][bound.id])
-            _pairs.say(f"{bound.id}: {number + 1} of {options.pairs}: {spent}")
-        seconds = [each[bound.id]["seconds"] for each in found]
-        yield bound.verdict(seconds, others=_pairs.times(found)["others"])
+            rounds.append({bound.id: clock.read()})
+            spent = _pairs.spent(rounds[-1][bound.id])
+            _pairs.report(f"{bound.id}: {number + 1} of {options.pairs}: {spent}")
+        seconds = [answers[bound.id]["seconds"] for answers in rounds]
+        yield bound.verdict(seconds, others=_pairs.times(rounds)["others"])
 
 
 def _compilations_after(settled: int) -> int:
-    """Of XLA programs, small ones too, in the steps behind the first `settled`."""
-    seen: list[str] = []
+    """Number of XLA programs that are compiled after the first `settled` steps."""
+    events: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: seen.append(event) if event == COMPILED else None
+        lambda event, *_, **__: events.append(event) if event == COMPILED else None
     )
     training, counts = _ragged_training(), []
     for step in range(RAGGED_STEPS):
         training.step("scrg")
-        counts.append(len(seen))
-        if len(seen) > counts[max(0, step - 1)] or step == 0:
-            _pairs.say(f"step {step + 1}: {len(seen)} programs compiled so far")
+        counts.append(len(events))
+        if step == 0 or counts[step] > counts[step - 1]:
+            _pairs.report(f"step {step + 1}: {len(events)} programs compiled so far")
     return counts[-1] - counts[settled - 1]
 
 
 def _ragged_training() -> Training:
-    """One token in twenty ends a row."""
-    prompt, width, parts = 24, 64, 2
+    """A run on ragged rows, in which one token in twenty ends a row."""
+    batch = Batch(rows=ROWS // 2, prompt=24, new=40, parts=2)
     sizes = _sizes.Models(
         _sizes.Size(1, 32, 2), _sizes.Size(2, 64, 2), vocabulary := 1000
     )
     student, teacher = (_gpt2(sizes, size) for size in sizes[:2])
     objective = Objective()
-    pair = Pair(
-        student,
-        teacher,
-        student.init(jax.random.key(0)),
-        teacher.init(jax.random.key(1)),
-    )
+    weights = student.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    pair = Pair(student, teacher, *weights)
     network = init_clip_network(jax.random.key(2))
     return Training(
         pair,
-        _ragged_rows(ROWS, prompt, width, vocabulary),
+        _ragged_rows(batch, vocabulary),
         {"scrg": RolloutConfig(policy="on", rounds=1)},
+        batch,
         objective=objective,
         params={"clip_network": network},
-        batch_size=ROWS,
-        micro_batches=parts,
-        prompt_width=prompt,
-        width=width,
         eos_ids=tuple(range(vocabulary // 20)),
         add_spans=_thirds,
     )
 
 
-def _ragged_rows(size: int, prompt: int, width: int, vocabulary: int) -> Iterator[Rows]:
-    """Host rows without end, as the data's own."""
+def _ragged_rows(batch: Batch, vocabulary: int) -> Iterator[Rows]:
+    """Endless batches of ground-truth host rows."""
     rng = np.random.default_rng(0)
 
     def text(least: int, most: int) -> list[int]:
         return rng.integers(0, vocabulary, rng.integers(least, most + 1)).tolist()
 
     while True:
-        prompts = [text(1, prompt) for _ in range(size)]
-        responses = [text(1, width - len(tokens)) for tokens in prompts]
-        yield _thirds(from_lists(prompts, responses, width=width))
+        prompts = [text(1, batch.prompt) for _ in range(batch.size)]
+        responses = [text(1, batch.width - len(tokens)) for tokens in prompts]
+        yield _thirds(from_lists(prompts, responses, width=batch.width))
 
 
 def _thirds(rows: Rows) -> Rows:
-    """Phrases of three tokens."""
+    """Mark phrases of three tokens."""
     index = np.broadcast_to(np.arange(rows.tokens.shape[1]), rows.tokens.shape)
     return dataclasses.replace(rows, span_ids=(index // 3).astype(np.int32))
 
@@ -144,7 +139,7 @@ def _gpt2(sizes: _sizes.Models, size: _sizes.Size | None = None) -> LanguageMode
 
 def _lower_decoder(model: LanguageModel) -> Any:
     rows = jax.eval_shape(_full_rows)
-    return cast(Any, generate).lower(  # jitted, which its type does not tell
+    return cast(Any, generate).lower(  # jitted, which its type does not show
         model,
         model.abstract_params(),
         rows,

@@ -1,26 +1,31 @@
-"""Generation against transformers: tokens a second, greedy, sampled, and at its best.
+"""Generation against transformers: tokens per second, greedy, sampled and at its best.
 
-A GPT-2 of 124 million parameters with the same random weights on both sides writes 128
-tokens after each of 8 prompts of 64; nothing ends a row. Greedy tokens are compared one
-by one first. The peer is `generate` with its key/value cache in float32; for P1c the
-fastest of its settings on this machine (static cache, torch.compile, bfloat16), which a
-probe of a few tokens finds: one whose prompt alone takes twice as long as all of
-another is probed no further, and the rate in the record is then more than it has. This
-project runs in float32 in all three.
+A GPT-2 of 124 million parameters, with the same random weights on both sides, writes
+128 tokens after each of 8 prompts of 64 tokens; nothing ends a row. The greedy tokens
+of the two sides are compared first. The other side is `generate` with its key/value
+cache in float32. For P1c it is the fastest of its settings on this machine (static
+cache, torch.compile, bfloat16), found by a probe of a few tokens. A setting whose
+prompt by itself takes twice as long as all tokens of another is not probed further, so
+its recorded rate is too high. This project runs in float32 in all three.
 
     python benchmarks/decode.py             # about 15 minutes on two CPU cores
     python benchmarks/decode.py --tiny --pairs 1
 """
 
 import copy
+import functools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _pairs
 import _sizes
 from _pairs import Answer, Bound, Options, Sides
+
+if TYPE_CHECKING:
+    import torch
 
 ROWS, PROMPT, NEW = 8, 64, 128
 OF = f"decode tokens/s, 124M, {ROWS} x ({PROMPT} + {NEW}): ours / transformers"
@@ -37,94 +42,119 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16, dynamic cache": ("bfloat16", {}),
 }
 PROBED = 8  # tokens, after the first
-HOPELESS = 2.0  # the prompt alone takes that many times as long as all of another
+HOPELESS = 2.0  # a prompt that takes this many times all tokens of another setting
 
 
-def transformers_side(options: Options) -> None:
-    """`generate`, called as a user would."""
-    import torch
-    from _side import serve
-    from _torch_models import gpt2
-    from transformers import StoppingCriteria
+class Transformers:
+    """`generate` of transformers as a user calls it, and a probe of its settings."""
 
-    class After(StoppingCriteria):
-        """Stops early; the static cache has the size that it has in earnest."""
+    def __init__(self, options: Options):
+        import torch
+        from _torch_models import gpt2
 
-        def __init__(self, new: int):
-            self._length = PROMPT + new
+        sizes, folder = _sizes.models(options), Path(options.shared)
+        model = gpt2(sizes.teacher, sizes.vocabulary, seed=0, folder=folder).eval()
+        self._models: dict[str, Any] = {"float32": model}
+        tokens = _sizes.random_tokens(options, ROWS, PROMPT)
+        self._prompts = torch.from_numpy(tokens)
+        self._best = ""
 
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            return torch.full((len(input_ids),), input_ids.shape[1] >= self._length)
+    def greedy(self) -> Answer:
+        """Write greedily in float32."""
+        return {"tokens": self._new_tokens("float32").tolist()}
 
-    sizes, folder = _sizes.models(options), Path(options.shared)
-    model = gpt2(sizes.teacher, sizes.vocabulary, seed=0, folder=folder).eval()
-    models: dict[str, Any] = {"float32": model}
-    prompts = torch.from_numpy(_sizes.random_tokens(options, ROWS, PROMPT))
-    best: list[str] = []
+    def sample(self) -> None:
+        """Sample in float32."""
+        self._new_tokens("float32", do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
-    def write(kind: str = "float32", **settings: Any) -> torch.Tensor:
+    def choose(self) -> Answer:
+        """Find the setting that writes all tokens in the shortest time."""
+        import torch
+
+        model = self._models["float32"]
+        compiled = copy.deepcopy(model)
+        compiled.forward = torch.compile(compiled.forward)
+        self._models["compiled"] = compiled
+        self._models["bfloat16"] = copy.deepcopy(model).to(torch.bfloat16)
+        seconds: dict[str, float] = {}
+        for name in CANDIDATES:
+            shortest = min(seconds.values(), default=float("inf"))
+            seconds[name] = self._expected_seconds(name, shortest)
+        self._best = min(seconds, key=lambda name: seconds[name])
+        rates = {name: round(ROWS * NEW / s, 1) for name, s in seconds.items()}
+        return {"best": self._best, "probed_tokens_per_second": rates}
+
+    def best(self) -> None:
+        """Write greedily with the setting that `choose` found."""
+        kind, settings = CANDIDATES[self._best]
+        self._new_tokens(kind, **settings)
+
+    def _expected_seconds(self, candidate: str, shortest: float) -> float:
+        """Seconds for all tokens, extrapolated from a few; too few if hopeless."""
+        first = self._seconds(candidate, 1)
+        if "compile" not in candidate and first > HOPELESS * shortest:
+            return first
+        for new in (1 + PROBED, 1 + PROBED, 1):
+            self._seconds(candidate, new)  # compiles
+        first = self._seconds(candidate, 1)
+        rest = self._seconds(candidate, 1 + PROBED) - first
+        return first + (NEW - 1) * rest / PROBED
+
+    def _seconds(self, candidate: str, new: int) -> float:
+        """Seconds for `new` tokens; the static cache has its full size."""
+        kind, settings = CANDIDATES[candidate]
+        start = time.perf_counter()
+        self._write(kind, stopping_criteria=[_stop_at(PROMPT + new)], **settings)
+        return time.perf_counter() - start
+
+    def _new_tokens(self, kind: str, **settings: Any) -> "torch.Tensor":
+        tokens = self._write(kind, **settings)
+        assert tokens.shape == (ROWS, PROMPT + NEW), tokens.shape
+        return tokens[:, PROMPT:]
+
+    def _write(self, kind: str, **settings: Any) -> "torch.Tensor":
+        import torch
+
         with torch.inference_mode():
-            return models[kind].generate(
-                input_ids=prompts,
-                attention_mask=torch.ones_like(prompts),
+            return self._models[kind].generate(
+                input_ids=self._prompts,
+                attention_mask=torch.ones_like(self._prompts),
                 max_new_tokens=NEW,
                 min_new_tokens=NEW,
                 use_cache=True,
                 **{"do_sample": False} | settings,
             )
 
-    def new_tokens(*args: Any, **settings: Any) -> torch.Tensor:
-        tokens = write(*args, **settings)
-        assert tokens.shape == (ROWS, PROMPT + NEW), tokens.shape
-        return tokens[:, PROMPT:]
 
-    def seconds(candidate: str, new: int) -> float:
-        kind, settings = CANDIDATES[candidate]
-        start = time.perf_counter()
-        write(kind, stopping_criteria=[After(new)], **settings)
-        return time.perf_counter() - start
+def _stop_at(length: int) -> Any:
+    """A stopping criterion at `length` tokens."""
+    import torch
+    from transformers import StoppingCriteria
 
-    def expected(candidate: str, least: float) -> float:
-        """Seconds for all tokens, from those for a few."""
-        first = seconds(candidate, 1)
-        if "compile" not in candidate and first > HOPELESS * least:
-            return first  # less than it takes, and too long already
-        for new in (1 + PROBED, 1 + PROBED, 1):
-            seconds(candidate, new)  # what compiles does so now
-        first = seconds(candidate, 1)
-        return first + (NEW - 1) * (seconds(candidate, 1 + PROBED) - first) / PROBED
+    class StopAt(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= length)
 
-    def choose() -> Answer:
-        """The setting that would write all tokens soonest."""
-        models["compiled"] = copy.deepcopy(model)
-        models["compiled"].forward = torch.compile(models["compiled"].forward)
-        models["bfloat16"] = copy.deepcopy(model).to(torch.bfloat16)
-        found: dict[str, float] = {}
-        for name in CANDIDATES:
-            found[name] = expected(name, min(found.values(), default=float("inf")))
-        best.append(min(found, key=lambda name: found[name]))
-        rate = {name: round(ROWS * NEW / s, 1) for name, s in found.items()}
-        return {"best": best[-1], "probed_tokens_per_second": rate}
+    return StopAt()
 
-    def write_best() -> None:
-        kind, settings = CANDIDATES[best[-1]]
-        new_tokens(kind, **settings)
 
-    def sample() -> None:
-        new_tokens(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+def transformers_side(options: Options) -> None:
+    """Serve `Transformers`."""
+    from _side import serve
 
+    peer = Transformers(options)
     serve(
         {
-            "greedy": lambda: {"tokens": new_tokens().tolist()},
-            "sample": sample,
-            "choose": choose,
-            "best": write_best,
+            "greedy": peer.greedy,
+            "sample": peer.sample,
+            "choose": peer.choose,
+            "best": peer.best,
         }
     )
 
 
 def mgsr_side(options: Options) -> None:
-    """`mgsr_jax.decoding.decode.generate`; `best` is its greedy float32 again."""
+    """Serve `mgsr_jax.decoding.decode.generate`; `best` is greedy float32 again."""
     import jax
     import numpy as np
     from _mgsr import load, prompt_rows
@@ -160,27 +190,27 @@ def mgsr_side(options: Options) -> None:
     serve({"greedy": greedy, "sample": sample, "best": greedy})
 
 
-def compare(options: Options, start: Sides) -> Any:
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
     """One record for each way of writing."""
     peer, ours = start("transformers"), start("mgsr_jax")
     if peer("greedy")["tokens"] != ours("greedy")["tokens"]:
         sys.exit("greedy tokens differ between the two sides; not the same model")
-    _pairs.say("checked: the two sides' greedy tokens are the same")
+    _pairs.report("checked: greedy tokens are the same on both sides")
     for action, bound in BOUNDS.items():
-        beside = {}
+        details = {}
         if action == "best":
-            chosen = peer("choose")
-            beside = {k: chosen[k] for k in ("best", "probed_tokens_per_second")}
-            _pairs.say(f"transformers' settings: {beside}")
+            answer = peer("choose")
+            details = {k: answer[k] for k in ("best", "probed_tokens_per_second")}
+            _pairs.report(f"settings of transformers: {details}")
         runs = {
-            "transformers": lambda action=action: peer(action),
-            "mgsr_jax": lambda action=action: ours(action),
+            "transformers": functools.partial(peer, action),
+            "mgsr_jax": functools.partial(ours, action),
         }
         rounds = _pairs.alternate(options.pairs, runs, warm=action != "greedy")
         yield bound.verdict(
             _pairs.ratios(rounds, "transformers", "mgsr_jax"),
             **_pairs.times(rounds),
-            **beside,
+            **details,
         )
 
 

@@ -1,11 +1,11 @@
-"""Forward KL alone against plain torch: extra memory and time, value and gradient.
+"""Forward KL, value and gradient, against plain torch: extra memory and time.
 
 2,048 tokens, 50,257 classes, hidden states of width 384 (student) and 768 (teacher),
-float32: both heads are multiplied, the loss is the mean over tokens, gradients are
-those of the student's hidden states and head. Value and gradient norms are compared
-first. The peer holds all logits; its memory is the peak above what the process held at
-the start. Ours is XLA's plan beyond the gradients, which are a result; the process's
-own peak, with them, is beside it in the record.
+float32. Both heads are multiplied, the loss is the mean over tokens, and the gradients
+are those of the student's hidden states and head. Value and gradient norms are compared
+first. torch holds all logits; its memory is the process's peak above its start. Ours is
+XLA's plan without the gradients, which are a result; the record also has the process's
+peak, which includes them.
 
     python benchmarks/forward_kl.py         # about a minute on two CPU cores
     python benchmarks/forward_kl.py --tiny --pairs 1
@@ -14,6 +14,7 @@ own peak, with them, is beside it in the record.
 import argparse
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import _pairs
@@ -28,15 +29,15 @@ SAME = 1e-4  # relative
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Beside those of every script."""
+    """Options besides those of every script."""
     parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
     parser.add_argument(
-        "--chunk", type=int, help="tokens at once (default: what training takes)"
+        "--chunk", type=int, help="tokens at once (default: as in training)"
     )
 
 
 def arrays(options: Options) -> list[np.ndarray]:
-    """Hidden states and heads, of the student and of the teacher."""
+    """Hidden states and head of the student, then of the teacher."""
     (student, teacher, vocabulary), rng = (
         _sizes.models(options),
         np.random.default_rng(0),
@@ -56,12 +57,12 @@ def arrays(options: Options) -> list[np.ndarray]:
 
 
 def norm(gradient: Any) -> float:
-    """In float64: a float32 sum of 19 million squares has three digits."""
+    """Norm in float64: a float32 sum of 19 million squares has three right digits."""
     return float(np.linalg.norm(np.asarray(gradient, np.float64)))
 
 
 def torch_side(options: Options) -> None:
-    """The loss as one writes it down."""
+    """Serve the loss in its textbook form."""
     import torch
     from _side import serve
     from torch.nn import functional
@@ -87,24 +88,41 @@ def torch_side(options: Options) -> None:
 
     def check() -> Answer:
         loss = run()
-        return {"found": [loss, *(norm(x.grad) for x in trained)]}
+        return {"values": [loss, *(norm(x.grad) for x in trained)]}
 
     serve({"check": check, "run": lambda: {"loss": run()}})
 
 
 def mgsr_side(options: Options) -> None:
-    """`losses.chunked` of hidden states, and within it of logits: as training does."""
+    """Serve the loss as training computes it."""
     import jax
     import jax.numpy as jnp
     from _side import serve
+
+    arguments = tuple(map(jnp.asarray, arrays(options)))
+    gradient = jax.jit(jax.value_and_grad(_chunked_loss(options), (0, 1)))
+    compiled: Any = gradient.lower(*arguments).compile()
+    plan = compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    def run() -> Any:
+        return jax.block_until_ready(compiled(*arguments))
+
+    def check() -> Answer:
+        value, gradients = run()
+        return {"values": [float(value), *(norm(x) for x in gradients)]}
+
+    serve({"check": check, "run": lambda: {"loss": float(run()[0])}}, plan_mib=plan)
+
+
+def _chunked_loss(options: Options) -> Callable[..., Any]:
+    """`losses.chunked` over hidden states, and inside a chunk over its logits."""
+    import jax.numpy as jnp
 
     from mgsr_jax import losses
     from mgsr_jax.losses import default_chunk_size
     from mgsr_jax.step_loss import LOGIT_PARTS
 
-    hidden, head, *teacher = map(jnp.asarray, arrays(options))
-
-    def of_logits(shared: Any, student: Any, aux: Any) -> Any:
+    def logits_loss(shared: Any, student: Any, aux: Any) -> Any:
         values = losses.forward_kl(student, aux["teacher"], where=aux["where"])
         return jnp.sum(values) / options.tokens, ()
 
@@ -114,7 +132,7 @@ def mgsr_side(options: Options) -> None:
         logits = {"teacher": teacher, "where": aux["where"]}
         part = -(-len(hidden) // LOGIT_PARTS)
         return losses.chunked(
-            of_logits, (), student, logits, chunk_size=part, overlap=0
+            logits_loss, (), student, logits, chunk_size=part, overlap=0
         )
 
     def loss(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any) -> Any:
@@ -123,41 +141,27 @@ def mgsr_side(options: Options) -> None:
         size = options.chunk or default_chunk_size(len(head))
         return losses.chunked(fn, shared, hidden, aux, chunk_size=size, overlap=0)[0]
 
-    arguments = (hidden, head, *teacher)
-    compiled: Any = (
-        jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
-    )
-    plan = compiled.memory_analysis().temp_size_in_bytes / 2**20
-
-    def run() -> Any:
-        return jax.block_until_ready(compiled(*arguments))
-
-    def check() -> Answer:
-        value, gradients = run()
-        return {"found": [float(value), *(norm(x) for x in gradients)]}
-
-    serve({"check": check, "run": lambda: {"loss": float(run()[0])}}, plan_mib=plan)
+    return loss
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """Memory and time of the same repetitions."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """Records of memory and time, from the same repetitions."""
     sides = {"torch": start("torch"), "mgsr_jax": start("mgsr_jax")}
-    found = {name: side("check")["found"] for name, side in sides.items()}
+    values = {name: side("check")["values"] for name, side in sides.items()}
     names = ("value", "gradient norm, hidden states", "gradient norm, head")
     for what, ours, theirs in zip(
-        names, found["mgsr_jax"], found["torch"], strict=True
+        names, values["mgsr_jax"], values["torch"], strict=True
     ):
         _pairs.require_close(what, ours, theirs, SAME)
     runs = {name: functools.partial(side, "run") for name, side in sides.items()}
     rounds = _pairs.alternate(options.pairs, runs)
     plan = sides["mgsr_jax"].ready["plan_mib"]
-    for each in rounds:
+    for answers in rounds:
         for name, side in sides.items():
-            each[name]["extra_mib"] = (
-                each[name]["peak_mib"] - side.ready["resident_mib"]
-            )
+            peak = answers[name]["peak_mib"]
+            answers[name]["extra_mib"] = peak - side.ready["resident_mib"]
     yield MEMORY.verdict(
-        [plan / each["torch"]["extra_mib"] for each in rounds],
+        [plan / answers["torch"]["extra_mib"] for answers in rounds],
         plan_mib=round(plan, 1),
         peak_above_start_mib=_pairs.medians(rounds, "extra_mib"),
     )

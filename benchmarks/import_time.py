@@ -1,7 +1,7 @@
-"""What importing the losses costs beside importing jax: in turn, each in a new process.
+"""Time importing the losses against importing jax, each in a new process, in turn.
 
-Run it in an environment that has jax and jaxtyping alone to see what a user of the
-losses gets. Packages of the trainer that come along are named, and then it fails too.
+To measure what a user of the losses sees, run it in an environment that has only jax
+and jaxtyping. If packages of the trainer are imported too, it names them and fails.
 
     python benchmarks/import_time.py
 """
@@ -9,23 +9,23 @@ losses gets. Packages of the trainer that come along are named, and then it fail
 import functools
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterator
 
 import _pairs
-from _pairs import Bound, Options, Sides
+from _pairs import Answer, Bound, Options, Sides
 
 BOUND = Bound("import", "seconds to import: mgsr_jax.losses / jax", 1.5)
 HEAVY = ("flax", "optax", "orbax", "transformers", "datasets", "torch", "grain")
 
 
 def python(code: str) -> str:
-    """What a new process prints."""
+    """Output of a new Python process."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """One record."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """One record of the ratio and of heavy packages that were imported."""
     del start
     heavy = f"import sys, mgsr_jax.losses; print(*(set(sys.modules) & set({HEAVY})))"
     loaded = python(heavy).split()

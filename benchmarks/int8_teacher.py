@@ -1,4 +1,4 @@
-"""What int8 does to a teacher: KL from its float32 self, and the most probable tokens.
+"""Compare an int8 teacher with its float32 form: KL, and the share of equal top tokens.
 
 python benchmarks/int8_teacher.py FOLDER DATA.jsonl
 """
@@ -25,15 +25,16 @@ FORMS = {
 
 
 def main() -> None:
+    """Print one line for each form of the teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a Hugging Face checkpoint")
     parser.add_argument("data", help="instruction data")
     args = parser.parse_args()
     model, tokenizer = models.from_config(args.folder), hf.load_tokenizer(args.folder)
     texts = [
-        tokenizer(f"{found.instruction}\n{found.references[0]}")["input_ids"]
-        for found in itertools.islice(records.read_examples(args.data), RECORDS)
-        if isinstance(found, records.Example)
+        tokenizer(f"{record.instruction}\n{record.references[0]}")["input_ids"]
+        for record in itertools.islice(records.read_examples(args.data), RECORDS)
+        if isinstance(record, records.Example)
     ]
     rows = [ids[:LONGEST] for ids in texts if len(ids) >= SHORTEST]
     tokens = np.array([ids + [0] * (LONGEST - len(ids)) for ids in rows], np.int32)
@@ -49,14 +50,16 @@ def main() -> None:
         return [np.asarray(logits(params, row)) for row in tokens]
 
     print(f"{real.sum()} tokens")
-    before = all_logits(FORMS["float32"])
+    exact_logits = all_logits(FORMS["float32"])
     for name, form in FORMS.items():
         kl, same = [], []
-        for row, (old, new) in enumerate(zip(before, all_logits(form), strict=True)):
-            kl.append(np.asarray(losses.forward_kl(new, old))[real[row]])
-            same.append((new.argmax(-1) == old.argmax(-1))[real[row]])
+        for where, exact, rounded in zip(
+            real, exact_logits, all_logits(form), strict=True
+        ):
+            kl.append(np.asarray(losses.forward_kl(rounded, exact))[where])
+            same.append((rounded.argmax(-1) == exact.argmax(-1))[where])
         mean, kept = np.concatenate(kl).mean(), np.concatenate(same).mean()
-        print(f"{name}: KL {mean:.5f} nats a token, {kept:.1%} of the top tokens stay")
+        print(f"{name}: KL {mean:.5f} nats per token, {kept:.1%} of top tokens stay")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What each loss costs beside forward KL: value and gradient, on dense logits.
+"""Time value and gradient of each loss against forward KL, on dense logits.
 
-Every loss is timed in turn with `forward_kl` on the same logits; the median of the
-ratios is printed. The models and heads that make the logits are not in it.
+Every loss is timed in turn with `forward_kl` on the same logits. The median of the
+ratios is printed. Models and heads, which make the logits, are not included.
 
     python benchmarks/loss_cost.py      # a few minutes on two CPU cores
 """
@@ -22,12 +22,12 @@ CLIP = losses.init_clip_network(jax.random.key(0))
 
 
 def top_k(student: Any, teacher: Any) -> Any:
-    """A teacher of 256 classes, made on the way: what reading a cache leaves out."""
+    """The top-K loss with 256 classes, the reduction of the teacher included."""
     return losses.forward_kl_top_k(student, losses.top_k_teacher(teacher, 256))
 
 
 def spans(student: Any, teacher: Any) -> Any:
-    """Phrases of three tokens."""
+    """Span correlation with phrases of three tokens."""
     return losses.span_correlation(student, teacher, jnp.arange(len(student)) // 3)
 
 
@@ -51,17 +51,17 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def gradient_of(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled value and gradient of the sum."""
+    """Compiled value and gradient of the summed loss."""
     return jax.jit(jax.value_and_grad(lambda s, t: jnp.sum(loss(s, t))))
 
 
 def call(run: Callable[..., Any], *arguments: Any) -> None:
-    """Until the result is there."""
+    """Call `run` and wait for its result."""
     jax.block_until_ready(run(*arguments))
 
 
 def main() -> None:
-    """Prints a line a loss."""
+    """Print one line per loss."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,7 +74,7 @@ def main() -> None:
     plain = gradient_of(losses.forward_kl)
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens, "
-        f"V = {args.vocabulary}: time of forward_kl, median (min-max)"
+        f"V = {args.vocabulary}: time / that of forward_kl, median (min-max)"
     )
     for name, loss in LOSSES.items():
         run = gradient_of(loss)

@@ -1,9 +1,9 @@
-"""What `chunked` saves, and what it costs: memory plan and time against the dense form.
+"""Compare memory and time of `chunked` with the dense form of the same losses.
 
-Both sides are value and gradient (head, clip network, hidden states) of the same losses
-from the same hidden states; the dense side is what a trainer does without `chunked`:
-logits of all tokens at once. That they agree is checked first. Memory is XLA's own plan
-(`memory_analysis().temp_size_in_bytes`), the gradients not included.
+Both sides compute value and gradient (of head, clip network and hidden states) from the
+same hidden states. The dense side forms the logits of all tokens at once, as a trainer
+without `chunked` does. The results are compared first. Memory is XLA's plan
+(`memory_analysis().temp_size_in_bytes`) without the gradients.
 
     python benchmarks/loss_memory.py            # about 15 minutes on two CPU cores
     python benchmarks/loss_memory.py --tokens 256 --pairs 1
@@ -12,31 +12,32 @@ logits of all tokens at once. That they agree is checked first. Memory is XLA's 
 import argparse
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import _pairs
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _pairs import Bound, Options, Sides
+from _pairs import Answer, Bound, Options, Sides
 
 from mgsr_jax import losses
 
 STUDENT_WIDTH, TEACHER_WIDTH = 384, 768
 VOCABULARIES = (50_257, 151_936)
 MEMORY_BOUND, TIME_BOUND = 0.05, 1.0
-FITS = 0.8  # of the machine's free memory, for the dense form to be run
+FITS = 0.8  # share of the free memory that the dense form may need to be run
 
 
 def forward_kl(shared: Any, hidden: Any, aux: Any, own: Any) -> Any:
-    """The plain distillation loss."""
+    """Weighted sum of forward KL."""
     student, teacher = _logits(shared, hidden, aux)
     where = aux["where"] & own
     return jnp.sum(aux["weights"] * losses.forward_kl(student, teacher, where=where))
 
 
 def mgsr(shared: Any, hidden: Any, aux: Any, own: Any) -> Any:
-    """Cross-entropy, DAC-KL and span correlation."""
+    """Weighted sum of cross-entropy, DAC-KL and span correlation."""
     student, teacher = _logits(shared, hidden, aux)
     where = aux["where"] & own
     values = losses.cross_entropy(student, aux["labels"], where=where)
@@ -47,7 +48,7 @@ def mgsr(shared: Any, hidden: Any, aux: Any, own: Any) -> Any:
     return jnp.sum(aux["weights"] * values)
 
 
-# With the tokens a chunk that the memory bound has room for.
+# Each with the largest chunk within the memory bound.
 LOSSES = {"forward KL": (forward_kl, 64), "CE + DAC-KL + span": (mgsr, 88)}
 
 
@@ -59,7 +60,7 @@ def _logits(shared: Any, hidden: Any, aux: Any) -> Any:
 
 
 def dense(loss: Any, trained: Any, hidden: Any, teacher_head: Any, aux: Any) -> Any:
-    """All logits at once."""
+    """The loss on the logits of all tokens at once."""
     own = jnp.ones(hidden.shape[0], bool)
     return loss(trained | {"teacher_head": teacher_head}, hidden, aux, own)
 
@@ -67,7 +68,7 @@ def dense(loss: Any, trained: Any, hidden: Any, teacher_head: Any, aux: Any) -> 
 def chunked(
     chunk: int, loss: Any, trained: Any, hidden: Any, teacher_head: Any, aux: Any
 ) -> Any:
-    """`chunk` tokens at a time, and the one after them for the span."""
+    """The loss on `chunk` tokens at a time, which can read the next token too."""
 
     def fn(shared: Any, hidden: Any, aux: Any) -> Any:
         own = jnp.arange(hidden.shape[0]) < hidden.shape[0] - 1
@@ -79,7 +80,7 @@ def chunked(
 
 
 def problem(tokens: int, vocabulary: int) -> tuple[Any, ...]:
-    """Random weights and states; spans of three tokens; logits of deviation 2."""
+    """Random weights and states: logits of deviation 2, spans of three tokens."""
     keys = jax.random.split(jax.random.key(0), 5)
 
     def normal(key: Any, shape: tuple[int, ...], scale: float = 1.0) -> Any:
@@ -100,24 +101,26 @@ def problem(tokens: int, vocabulary: int) -> tuple[Any, ...]:
     return trained, normal(keys[4], (tokens, STUDENT_WIDTH)), teacher_head, aux
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """Memory, and where the dense form fits also time, of every loss and vocabulary."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """Memory, and time if the dense form fits, of every loss and vocabulary."""
     del start
     for vocabulary in VOCABULARIES:
         for name, (loss, chunk) in LOSSES.items():
             arguments = problem(options.tokens, vocabulary)
-            of_chunk = functools.partial(chunked, chunk)
+            in_chunks = functools.partial(chunked, chunk)
             sides = {
                 side: jax.jit(jax.value_and_grad(functools.partial(form, loss), (0, 1)))
                 .lower(*arguments)
                 .compile()
-                for side, form in (("dense", dense), ("chunked", of_chunk))
+                for side, form in (("dense", dense), ("chunked", in_chunks))
             }
             what = f"{name}, {options.tokens} tokens, V={vocabulary}, chunked / dense"
             yield from _records(what, chunk, sides, arguments, options.pairs)
 
 
-def _records(what: str, chunk: int, sides: Any, arguments: Any, pairs: int) -> Any:
+def _records(
+    what: str, chunk: int, sides: Any, arguments: Any, pairs: int
+) -> Iterator[Answer]:
     plan = {
         side: compiled.memory_analysis().temp_size_in_bytes / 2**20
         for side, compiled in sides.items()
@@ -128,7 +131,7 @@ def _records(what: str, chunk: int, sides: Any, arguments: Any, pairs: int) -> A
         plan_mib={side: round(mib, 1) for side, mib in plan.items()},
     )
     if plan["dense"] > FITS * _free_mib():
-        _pairs.say(f"{what}: the dense form does not fit this machine, so no times")
+        _pairs.report(f"{what}: the dense form does not fit in memory, so no times")
         return
     _check_equal(*(run(*arguments) for run in sides.values()))
     runs = {
@@ -149,14 +152,14 @@ def _check_equal(dense: Any, chunked: Any) -> None:
 
 
 def _free_mib() -> float:
-    """What the machine has left."""
+    """Free memory of the machine."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         kib = {line.split(":")[0]: line.split()[1] for line in lines}
     return int(kib["MemAvailable"]) / 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Beside those of every script."""
+    """Options besides those of every script."""
     parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
 
 

@@ -1,11 +1,11 @@
-"""An offline distillation step against plain torch: tokens a second, peak memory.
+"""An offline distillation step against plain torch: tokens per second, peak memory.
 
-Student of 30 million parameters, teacher of 124 million, 4 rows of 256 tokens, every
-position scored: teacher forward, student forward and backward, forward KL over the
-whole vocabulary, AdamW. Both sides have the same random weights and tokens, in float32;
-loss and gradient norm of the first step are compared first. The peer is what TRL's
-GKDTrainer and DistiLLM do: all logits at once. Memory is the most that a process holds
-in a repetition.
+A student of 30 million parameters, a teacher of 124 million, 4 rows of 256 tokens,
+every position scored: teacher forward, student forward and backward, forward KL over
+the whole vocabulary, AdamW. Both sides have the same random weights and tokens, in
+float32. Loss and gradient norm of the first step are compared first. The torch side
+forms all logits at once, as TRL's GKDTrainer and DistiLLM do. Memory is the peak of a
+process in a repetition.
 
     python benchmarks/offline_step.py       # about a minute on two CPU cores
     python benchmarks/offline_step.py --tiny --pairs 1
@@ -13,12 +13,16 @@ in a repetition.
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _pairs
 import _sizes
 from _pairs import Answer, Bound, Options, Sides
+
+if TYPE_CHECKING:
+    import torch
 
 ROWS, LENGTH, RATE = 4, 256, 1e-5
 OF = f"offline step, {ROWS} x {LENGTH}, 30M <- 124M"
@@ -28,53 +32,57 @@ SAME = 1e-4  # relative
 
 
 def torch_side(options: Options) -> None:
-    """The step as one writes it down."""
+    """Serve the step in its textbook form."""
     import torch
     from _side import serve
     from _torch_models import pair
-    from torch.nn import functional
 
     student, teacher = pair(_sizes.models(options), Path(options.shared))
     student.train()
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
     tokens = torch.from_numpy(_sizes.random_tokens(options, ROWS, LENGTH))
-    given = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "use_cache": False,
-    }
-
-    def loss_of() -> torch.Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher(**given).logits
-        student_logits = student(**given).logits
-        values = functional.kl_div(
-            functional.log_softmax(student_logits.float(), -1),
-            functional.log_softmax(teacher_logits.float(), -1),
-            reduction="none",
-            log_target=True,
-        )
-        return values.sum(-1).mean()
 
     def step() -> Answer:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of()
+        loss = _torch_loss(student, teacher, tokens)
         loss.backward()
         optimizer.step()
         return {"loss": loss.item()}
 
     def first_step() -> Answer:
         loss = step()["loss"]
-        # In float64: a float32 sum of millions of squares has few digits.
+        # In float64: a float32 sum of millions of squares has few right digits.
         gradients = [p.grad.double().norm() for p in student.parameters()]
         return {"loss": loss, "norm": torch.stack(gradients).norm().item()}
 
     serve({"first step": first_step, "step": step})
 
 
+def _torch_loss(student: Any, teacher: Any, tokens: "torch.Tensor") -> "torch.Tensor":
+    """Mean forward KL over all positions."""
+    import torch
+    from torch.nn import functional
+
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).logits
+    student_logits = student(**inputs).logits
+    values = functional.kl_div(
+        functional.log_softmax(student_logits.float(), -1),
+        functional.log_softmax(teacher_logits.float(), -1),
+        reduction="none",
+        log_target=True,
+    )
+    return values.sum(-1).mean()
+
+
 def mgsr_side(options: Options) -> None:
-    """The step of the trainer."""
+    """Serve the trainer's step."""
     import jax
     import numpy as np
     from _mgsr import FORWARD_KL, STEPS, constant_rate, load_pair
@@ -88,7 +96,7 @@ def mgsr_side(options: Options) -> None:
     pair, mesh = load_pair(Path(options.shared)), sharding.make_mesh()
     optimizer = make_optimizer(constant_rate(RATE), STEPS)
     train_step = make_train_step(pair.student, pair.teacher, optimizer, FORWARD_KL)
-    # One token more, which is only a label: 256 go through the models and are scored.
+    # One more token, which is only a label: 256 tokens are read and scored.
     tokens = _sizes.random_tokens(options, ROWS, LENGTH)
     tokens = np.pad(tokens, [(0, 0), (0, 1)], constant_values=2).tolist()
     prompts, responses = [row[:1] for row in tokens], [row[1:] for row in tokens]
@@ -105,14 +113,14 @@ def mgsr_side(options: Options) -> None:
         with jax.set_mesh(mesh):
             state, metrics = train_step(state, pair.teacher_params, rows)
         jax.block_until_ready(state)
-        found = {"loss": metrics["loss"], "norm": metrics["gradient_norm"]}
-        return {name: float(value.total) for name, value in found.items()}
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        return {"loss": float(loss.total), "norm": float(norm.total)}
 
     serve({"first step": step, "step": step})
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """Speed and memory of the same repetitions."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """Records of speed and memory, from the same repetitions."""
     sides = {"torch": start("torch"), "mgsr_jax": start("mgsr_jax")}
     first = {name: side("first step") for name, side in sides.items()}
     for what in ("loss", "norm"):

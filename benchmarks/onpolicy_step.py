@@ -1,10 +1,10 @@
 """An on-policy distillation step against TRL's two trainers.
 
 The student (30 million parameters) writes 64 tokens after each of 4 prompts of 64, the
-teacher (124 million) scores them, then forward KL over the whole vocabulary, backward
-and AdamW. Both sides have the same random weights, float32, rows of full length, and a
-step is all that a trainer does between two updates. Losses are of different samples;
-they are checked to be the same within what 256 tokens tell.
+teacher (124 million) scores them; then come forward KL over the whole vocabulary,
+backward and AdamW. Both sides have the same random weights in float32 and rows of full
+length. A step is everything that a trainer does between two updates. The losses are of
+different samples; they must agree within what 256 tokens allow.
 
     python benchmarks/onpolicy_step.py      # about three minutes on two CPU cores
     python benchmarks/onpolicy_step.py --tiny --pairs 1
@@ -13,14 +13,16 @@ they are checked to be the same within what 256 tokens tell.
 import functools
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import _pairs
 import _sizes
 from _pairs import Answer, Bound, Options, Sides
+from _sizes import Batch
 
-ROWS, PROMPT, NEW = 4, 64, 64
+BATCH = Batch(rows=4, prompt=64, new=64)
+ROWS, PROMPT, NEW, _ = BATCH
 OF = f"on-policy step, {ROWS} x ({PROMPT} + {NEW}), 30M <- 124M: seconds of TRL's"
 BOUNDS = {
     "GKDTrainer": Bound("P6a", f"{OF} GKDTrainer / ours", 1.8, at_least=True),
@@ -28,11 +30,11 @@ BOUNDS = {
         "P6b", f"{OF} DistillationTrainer / ours", 1.7, at_least=True
     ),
 }
-SAME_LOSS = 0.1  # relative; the samples are not the same
+SAME_LOSS = 0.1  # relative; the samples differ
 
 
 def trl_side(name: str, options: Options) -> None:
-    """One of TRL's trainers."""
+    """Serve one of TRL's trainers."""
     import _trl
     from _torch_models import pair
 
@@ -41,26 +43,22 @@ def trl_side(name: str, options: Options) -> None:
         "DistillationTrainer": _trl.serve_distillation,
     }[name]
     models = pair(_sizes.models(options), Path(options.shared))
-    serve(*models, _trl.Batch(ROWS, PROMPT, NEW), options.pairs)
+    serve(*models, BATCH, options.pairs)
 
 
 def mgsr_side(options: Options) -> None:
-    """What `mgsr train` does in a step of the policy "on", without SCRG."""
+    """Serve steps of `mgsr train` with the policy "on", without SCRG."""
     from _mgsr import Training, load_pair, prompt_rows
     from _side import serve
 
     from mgsr_jax.rollout import RolloutConfig
 
-    width = PROMPT + NEW
     prompts = _sizes.random_tokens(options, ROWS, PROMPT)
     training = Training(
         load_pair(Path(options.shared)),
-        itertools.repeat(prompt_rows(prompts, width=width)),
+        itertools.repeat(prompt_rows(prompts, width=BATCH.width)),
         {"plain": RolloutConfig(policy="on", rounds=0)},
-        batch_size=ROWS,
-        micro_batches=1,
-        prompt_width=PROMPT,
-        width=width,
+        BATCH,
     )
 
     def step() -> Answer:
@@ -72,8 +70,8 @@ def mgsr_side(options: Options) -> None:
     serve({"step": step})
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """One record for each of TRL's trainers."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """One record per trainer of TRL."""
     for name, bound in BOUNDS.items():
         peer, ours = start(name), start("mgsr_jax")
         runs = {name: functools.partial(peer, "step")}
@@ -88,7 +86,7 @@ def compare(options: Options, start: Sides) -> Any:
 
 
 def require_same_work(theirs: Answer, ours: Answer) -> None:
-    """The same rows and lengths, and a loss of the same kind."""
+    """Check that rows and lengths are equal and losses close."""
     assert theirs["lengths"] == [PROMPT, PROMPT + NEW], theirs
     assert ours["lengths"] == [PROMPT + NEW], ours
     assert theirs["rows"] == ours["rows"] == ROWS, (theirs, ours)

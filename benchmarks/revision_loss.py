@@ -1,18 +1,18 @@
-"""The whole loss of training: its memory plan, its time, and how the plan grows.
+"""The whole loss of training: its memory plan, its time, and the plan's growth.
 
 Cross-entropy, DAC-KL and span correlation in one pass, value and gradient, as training
-computes them (`micro_batch_loss`) with the transformers left out: hidden states, of
-width 384 (student) and 768 (teacher), are given. Gradients are those of the student's
-hidden states, its head (50,257 classes) and the clip network. Three questions:
+computes them (`micro_batch_loss`), without the transformers: hidden states of width 384
+(student) and 768 (teacher) are given. Gradients are those of the student's hidden
+states, its head (50,257 classes) and the clip network. Three bounds:
 
-  P3memory  XLA's plan beyond the gradients, at 4,096 tokens, against that of the dense
-            form, which is the same three losses on the logits of all tokens at once
-  P3time    time against forward KL alone, computed the same way
-  P4        how the plan grows from 512 to 8,192 tokens: at most by what the hidden
-            states of both models take in float32, twice
+  P3memory  XLA's plan without the gradients, at 4,096 tokens, relative to the dense
+            form: the same three losses on the logits of all tokens at once
+  P3time    time relative to forward KL, computed the same way
+  P4        growth of the plan from 512 to 8,192 tokens: at most twice the bytes of both
+            models' hidden states in float32
 
-The dense form is compared at 256 tokens, value and every gradient; at full size it is
-compiled and not run.
+At 256 tokens value and every gradient are compared with the dense form. At full size
+the dense form is only compiled.
 
     python benchmarks/revision_loss.py      # about two minutes on two CPU cores
     python benchmarks/revision_loss.py --tiny --pairs 1
@@ -20,6 +20,7 @@ compiled and not run.
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ import _pairs
 import _sizes
 import jax
 import jax.numpy as jnp
-from _pairs import Bound, Options, Sides
+from _pairs import Answer, Bound, Options, Sides
 
 from mgsr_jax import losses
 from mgsr_jax.objective import Objective, position_weights
@@ -39,10 +40,10 @@ REVISION = Objective()
 FORWARD_KL = Objective(sft=0.0, span=0.0, divergence="forward_kl")
 OF = "cross-entropy + DAC-KL + span, 4,096 tokens, V = 50,257"
 MEMORY = Bound("P3memory", f"{OF}: memory plan, chunked / dense", 0.015)
-TIME = Bound("P3time", f"{OF}: time a token, of chunked forward KL's", 1.8)
+TIME = Bound("P3time", f"{OF}: time, relative to chunked forward KL", 1.8)
 GROWTH = Bound(
     "P4",
-    "the loss's plan from 512 to 8,192 tokens: bytes a token / 2 (d + D) 4",
+    "the loss's plan from 512 to 8,192 tokens: bytes per token / 2 (d + D) 4",
     1.0,
 )
 SAME = 1e-4  # relative
@@ -50,7 +51,7 @@ SAME = 1e-4  # relative
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A language model without its transformer: the hidden states are a parameter."""
+    """A language model without its transformer; the hidden states are a parameter."""
 
     vocabulary: int
 
@@ -69,7 +70,7 @@ class Head:
 
 
 def problem(options: Options, tokens: int) -> tuple[Any, Any, Rows]:
-    """Parameters of both models and rows: logits of deviation 2, spans of 3 tokens."""
+    """Parameters of both models, and rows: logits of deviation 2, spans of 3 tokens."""
     sizes, columns = _sizes.models(options), tokens // ROWS
     keys = iter(jax.random.split(jax.random.key(0), 5))
 
@@ -82,7 +83,7 @@ def problem(options: Options, tokens: int) -> tuple[Any, Any, Rows]:
         "student": model(sizes.student.width),
         "clip_network": losses.init_clip_network(next(keys)),
     }
-    # One token more, which is only a label.
+    # One more token, which is only a label.
     index = jnp.broadcast_to(jnp.arange(columns + 1), (ROWS, columns + 1))
     rows = Rows(
         tokens=index * 7919 % sizes.vocabulary,
@@ -96,7 +97,7 @@ def problem(options: Options, tokens: int) -> tuple[Any, Any, Rows]:
 
 
 def chunked(objective: Objective, vocabulary: int) -> Any:
-    """Value and gradient as training has them."""
+    """Value and gradient as training computes them."""
 
     model: Any = Head(vocabulary)
 
@@ -115,7 +116,7 @@ def chunked(objective: Objective, vocabulary: int) -> Any:
 @jax.jit
 @jax.value_and_grad
 def dense(params: Any, teacher_params: Any, rows: Rows) -> Any:
-    """The same with all logits at once: what one writes without `chunked`."""
+    """Value and gradient from all logits at once, without `chunked`."""
     view = next_token_view(rows)
     student, teacher = (
         losses.project(model["hidden"], model["head"]["embedding"])
@@ -140,8 +141,8 @@ def dense(params: Any, teacher_params: Any, rows: Rows) -> Any:
     )
 
 
-def compare(options: Options, start: Sides) -> Any:
-    """Plans, then times."""
+def compare(options: Options, start: Sides) -> Iterator[Answer]:
+    """The plans, then the times."""
     del start
     vocabulary = _sizes.models(options).vocabulary
     revision = chunked(REVISION, vocabulary)
@@ -153,10 +154,10 @@ def compare(options: Options, start: Sides) -> Any:
         )
         for tokens in LENGTHS
     }
-    of_dense = _plan_mib(dense, jax.eval_shape(lambda: problem(options, TOKENS)))
+    dense_plan = _plan_mib(dense, jax.eval_shape(lambda: problem(options, TOKENS)))
     yield MEMORY.verdict(
-        [plans[TOKENS] / of_dense],
-        plan_mib={"chunked": round(plans[TOKENS], 1), "dense": round(of_dense, 1)},
+        [plans[TOKENS] / dense_plan],
+        plan_mib={"chunked": round(plans[TOKENS], 1), "dense": round(dense_plan, 1)},
     )
     yield _growth(options, plans)
 
@@ -173,15 +174,15 @@ def compare(options: Options, start: Sides) -> Any:
     )
 
 
-def _growth(options: Options, plans: dict[int, float]) -> Any:
-    """From each length to the next, and from the first to the last, which counts."""
+def _growth(options: Options, plans: dict[int, float]) -> Answer:
+    """Growth of the plan from the shortest length to the longest."""
     sizes, (first, *_, last) = _sizes.models(options), plans
     allowed = 2 * (sizes.student.width + sizes.teacher.width) * 4
     grown = (plans[last] - plans[first]) * 2**20 / (last - first)
     return GROWTH.verdict(
         [grown / allowed],
         plan_mib={tokens: round(plan, 1) for tokens, plan in plans.items()},
-        bytes_a_token={"plan": round(grown), "allowed": allowed},
+        bytes_per_token={"plan": round(grown), "allowed": allowed},
     )
 
 
@@ -191,16 +192,16 @@ def _plan_mib(function: Any, shapes: Any) -> float:
 
 
 def _require_equal(revision: Any, arguments: Any) -> None:
-    """Loss and every gradient, of chunks and of the dense form."""
-    found = (revision(*arguments), dense(*arguments))
-    norms = (jax.tree.map(lambda x: float(jnp.linalg.norm(x)), each) for each in found)
-    for (path, ours), theirs in zip(
-        jax.tree.leaves_with_path(next(norms)),
-        jax.tree.leaves(next(norms)),
-        strict=True,
+    """Compare loss and norm of every gradient of `chunked` and the dense form."""
+    ours, theirs = (
+        jax.tree.map(lambda x: float(jnp.linalg.norm(x)), run(*arguments))
+        for run in (revision, dense)
+    )
+    for (path, own), other in zip(
+        jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
     ):
         what = f"chunked and dense{jax.tree_util.keystr(path)}"
-        _pairs.require_close(what, ours, theirs, SAME)
+        _pairs.require_close(what, own, other, SAME)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Runs every script that has a bound, and writes RESULTS.md beside this file.
+"""Run every script that has a bound, and write RESULTS.md in this folder.
 
-The table says what was measured, the lines under it on which machine, with which
-versions and when. Ends with status 1 where a bound does not hold or a script fails; the
-table is written all the same. The machine should have nothing else to do.
+RESULTS.md has the table of ratios, the machine, the versions and the date. The exit
+status is 1 if a bound does not hold or a script fails; the table is written anyway. Run
+nothing else on the machine meanwhile.
 
-    make bench                                  # an hour or so on two CPU cores
-    python benchmarks/run.py --only P2 P5       # shows the table, writes no file
-    python benchmarks/run.py --tiny --pairs 1   # does everything run? the same
+    make bench                                  # about an hour on two CPU cores
+    python benchmarks/run.py --only P2 P5       # print the table, write no file
+    python benchmarks/run.py --tiny --pairs 1   # check that all run, write no file
 """
 
 import argparse
@@ -35,22 +35,22 @@ SHOWN = ("id", "what", "ratio", "min", "max", "bound", "at", "holds", "pairs")
 
 
 def records_of(script: str, arguments: list[str]) -> dict[str, Any]:
-    """What a script printed, by id; some may be missing where it failed."""
+    """Records that a script printed, by id; a script that failed may lack some."""
     command = [sys.executable, HERE / script, *arguments]
     print(f"== {script}", file=sys.stderr, flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        found = [json.loads(line) for line in process.stdout]
-    return {record["id"]: record for record in found}
+        records = [json.loads(line) for line in process.stdout]
+    return {record["id"]: record for record in records}
 
 
 def table(records: dict[str, Any]) -> str:
-    """One row a bound, then what is behind each of the ratios."""
+    """A table with one row per bound, and a table of the values behind each ratio."""
     lines = [
         "| id | what | ratio, median | min-max | bound | holds |",
         "| --- | --- | --: | --- | --- | --- |",
     ]
-    behind = ["| id | pairs | medians and other findings |", "| --- | --: | --- |"]
+    values = ["| id | pairs | medians and other values |", "| --- | --: | --- |"]
     for name, record in records.items():
         if record is None:
             lines.append(f"| {name} | not measured: the script failed | | | | no |")
@@ -65,39 +65,39 @@ def table(records: dict[str, Any]) -> str:
             "yes" if record["holds"] else "**no**",
         )
         lines.append(f"| {' | '.join(cells)} |")
-        beside = {key: x for key, x in record.items() if key not in SHOWN}
+        details = {key: x for key, x in record.items() if key not in SHOWN}
         text = "; ".join(
-            f"{key.replace('_', ' ')}: {_plain(x)}" for key, x in beside.items()
+            f"{key.replace('_', ' ')}: {_plain(x)}" for key, x in details.items()
         )
-        behind.append(f"| {name} | {record['pairs']} | {text} |")
-    return "\n".join([*lines, "", *behind])
+        values.append(f"| {name} | {record['pairs']} | {text} |")
+    return "\n".join([*lines, "", *values])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {x}" for key, x in value.items())
     return str(value)
 
 
 def page(records: dict[str, Any]) -> str:
-    """RESULTS.md."""
+    """Content of RESULTS.md."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in PACKAGES
     )
     return f"""# Results
 
-Written by `make bench`, which repeats it; `python benchmarks/decode.py` and the other
-scripts of this folder run alone too, and `--help` says what each of them does.
+Written by `make bench`; run it again to repeat the measurement. Each script of this
+folder, such as `python benchmarks/decode.py`, also runs by itself, and its `--help`
+explains it.
 
 {table(records)}
 
-One pair is one repetition of each side, right after one another, each in a process of
-its own that has warmed up; the ratio is the median over the pairs. P3 and P7ours
-compare this project with itself, in one process. Memory plans (P2, P3, P4) are XLA's
-own, the gradients not included, and are the same in every pair. P8 has no other side:
-the number itself stands for the ratio, and every repetition compiles anew. "Others" is
-the share of the machine's time that other programs had: what was measured beside much
-of that is not worth much.
+One pair is one repetition of each side, one right after the other, each in its own
+process after a warm-up. The ratio is the median over the pairs. P3 and P7ours compare
+this project with itself in one process. Memory plans (P2, P3, P4) are XLA's, without
+the gradients, and are the same in every pair. P8 has no other side: the ratio is the
+number itself, and every repetition compiles again. "Others" is the share of the
+machine's time that other programs used; a measurement with a large share means little.
 
 - Machine: {machine()}
 - Versions: Python {platform.python_version()}, {versions}; mgsr_jax at {commit()}
@@ -106,7 +106,7 @@ of that is not worth much.
 
 
 def machine() -> str:
-    """CPU, what of it may be used, memory."""
+    """Model and instruction sets of the CPU, usable cores, memory."""
     cpu = _field("/proc/cpuinfo", "model name")
     flags = _field("/proc/cpuinfo", "flags").split()
     vectors = [name for name in ("avx2", "avx512f", "amx_bf16") if name in flags]
@@ -116,7 +116,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Of the repository, and whether it has changes beside this page."""
+    """Short hash of the commit, and whether code has uncommitted changes."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(HERE), *arguments]
@@ -127,7 +127,7 @@ def commit() -> str:
 
 
 def _field(file: str, name: str) -> str:
-    """The first value of that name in one of Linux's tables."""
+    """The first value of `name` in a file under /proc."""
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:
@@ -136,11 +136,13 @@ def _field(file: str, name: str) -> str:
 
 
 def main() -> int:
-    """All of them, or those that are asked for."""
+    """Run all scripts, or those that `--only` names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", default="5", help="of each comparison (default 5)")
+    parser.add_argument(
+        "--pairs", default="5", help="repetitions of each comparison (default 5)"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models")
     parser.add_argument(
         "--only", nargs="+", metavar="ID", help="beginnings of ids, such as P1 P5"

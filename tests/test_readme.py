@@ -1,13 +1,16 @@
-"""README and pages: their Python runs, their links, settings and targets exist."""
+"""README, pages and configs: Python runs, commands parse, links and names exist."""
 
 import dataclasses
+import functools
 import pathlib
 import re
+import shlex
 import typing
 
 import jax
 import pytest
 
+from mgsr_jax.commands import parser
 from mgsr_jax.training.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,3 +92,46 @@ def test_every_make_target_exists():
         text = re.sub(r"\s+", " ", page.read_text())
         for name in re.findall(r"(?:`|  |\$ )make ([a-z][a-z-]*)", text):
             assert name in targets, f"{page.name}: make {name}"
+
+
+def commands():
+    """Arguments of every complete `mgsr` command in the pages and the configs."""
+    for page in (*PAGES, *sorted((ROOT / "configs").glob("*.yaml"))):
+        text = page.read_text().replace("\\\n#", "").replace("\\\n", "")
+        for line in re.findall(r"^(?:    |#   )mgsr (.*)$", text, re.M):
+            if "..." not in line:
+                yield pytest.param(shlex.split(line), id=f"{page.stem}: {line[:40]}")
+
+
+@pytest.mark.parametrize("arguments", commands())
+def test_every_command_parses(arguments, monkeypatch):
+    name, ran = arguments[0], []
+
+    @functools.wraps(parser.COMMANDS[name])
+    def command(*args, **settings):
+        ran.append(name)
+        return 0
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(parser.COMMANDS, name, command)
+    assert parser.main(arguments) == 0 and ran == [name]
+
+
+def test_the_tree_in_the_readme_is_the_package():
+    package = ROOT / "mgsr_jax"
+    _, _, tree = README.read_text().partition("    mgsr_jax/\n")
+    tree = tree.partition("\n\n")[0]
+    named = {line.split()[0] for line in tree.splitlines()}
+    files = {path.name for path in package.glob("[a-z]*.py")}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert named == files | folders
+
+
+def test_pages_name_only_paths_that_exist():
+    """Paths of this repository in backticks."""
+    folders = "benchmarks|configs|examples|launch|mgsr_jax|tests|docs"
+    for page in PAGES:
+        for path in re.findall(
+            rf"`(?:python )?((?:{folders})/[\w./-]*)", page.read_text()
+        ):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
