@@ -129,7 +129,7 @@ def test_help_lists_the_commands(capsys):
 def test_help_has_the_limits_of_a_setting(capsys):
     text = help_of(capsys, "train")
     assert "--objective.prior_weight" in text
-    assert re.search(r"0:[\w\s]* all\s+weights\s+are\s+trained", text)
+    assert re.search(r"0:[\w\s,]* all\s+weights\s+are\s+trained", text)
     text = " ".join(help_of(capsys, "cache-teacher").split())
     assert "train reads this folder with --teacher_cache" in text
     assert "objective.span must be 0" in text and "K * 4 + 4 bytes" in text

@@ -134,7 +134,10 @@ def test_what_works_is_let_through(changes):
             r"lora.targets='\(query' is not a regular expression \(missing",
         ),
         (dict(lora__alpha=32.0), "lora.rank=0 trains all .*alpha=32.0.*set lora.rank"),
-        (dict(data__max_prompt_length=512), "max_prompt_length=512 .* max_length=512"),
+        (
+            dict(data__max_prompt_length=512),
+            "max_prompt_length is 512; .* max_length=512",
+        ),
         (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
         (dict(data__chunker="nltk"), "data.chunker='nltk'; expected textblob, spacy"),
         (dict(dtype="float16"), "dtype='float16'; expected one of .*'bfloat16'"),

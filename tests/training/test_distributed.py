@@ -444,6 +444,8 @@ def assert_close(found, expected):
             )
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["eight devices", "two processes"])
 def test_rollouts_and_losses_do_not_depend_on_hosts_and_devices(runs, layout):
     (reference, expected), (output, found) = runs["one device"], runs[layout]
@@ -454,6 +456,8 @@ def test_rollouts_and_losses_do_not_depend_on_hosts_and_devices(runs, layout):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_only_the_lead_process_writes(runs):
     output, lines = runs["two processes"]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
@@ -462,6 +466,8 @@ def test_only_the_lead_process_writes(runs):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loaded))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(runs, project):
     output, straight = runs["two processes"]
     resumed = project / "resumed"
