@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import optax
-from jaxtyping import PyTree
 
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Leaf, Params
 
@@ -71,7 +70,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def decayed(params: Params) -> PyTree[bool]:
+def decayed(params: Params) -> Params:
     """True for the parameters that decay: matrices, but not norms or biases."""
 
     def is_matrix(path: tuple[jax.tree_util.DictKey, ...], leaf: Leaf) -> bool:

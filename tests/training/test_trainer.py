@@ -26,9 +26,10 @@ from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import Diverged, train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*forward-compatible:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore:.*forward-compatible:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,6 @@ def straight(project):
     return settings, run(settings)
 
 
-@pytest.mark.slow
 def test_the_whole_method_trains(project, straight):
     settings, result = straight
     assert result.finished and result.step == 6
@@ -151,7 +151,6 @@ def test_the_whole_method_trains(project, straight):
     assert result.validation["loss"] == valid[-1]
 
 
-@pytest.mark.slow
 def test_three_steps_a_restart_and_three_more_equal_six(project, straight):
     settings, _ = straight
     halves = dataclasses.replace(settings, output=str(project / "halves"))
@@ -190,7 +189,6 @@ def stop_after(step, settings):
     assert not result.student.exists()
 
 
-@pytest.mark.slow
 def test_the_export_is_the_student_for_transformers(project, straight):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -212,7 +210,6 @@ def test_the_export_is_the_student_for_transformers(project, straight):
     assert len(table) % 128 == 0 and not np.any(table[rows:])
 
 
-@pytest.mark.slow
 def test_the_run_folder_says_what_ran(project, straight):
     settings, _ = straight
     text = (project / "straight" / "config.yaml").read_text()
@@ -221,7 +218,6 @@ def test_the_run_folder_says_what_ran(project, straight):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_mesh_and_micro_batches_do_not_change_the_losses(project):
     """Same rollouts, same losses: 4 x 2 devices, one, and four micro-batches on one."""
     losses = []
@@ -244,7 +240,6 @@ def test_mesh_and_micro_batches_do_not_change_the_losses(project):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_sft_needs_no_teacher(project, monkeypatch):
     peak = {"device/peak_gib": 1.5}
     monkeypatch.setattr("mgsr_jax.training.trainer.peak_memory", lambda: peak)
@@ -257,7 +252,6 @@ def test_sft_needs_no_teacher(project, monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
     """SCRG asks it, and so do the losses and the validation."""
     first = []
@@ -273,7 +267,6 @@ def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
     np.testing.assert_allclose(*first, rtol=0.05)
 
 
-@pytest.mark.slow
 def test_narrow_rows_are_validated_as_wide_ones_are(project, two_devices, monkeypatch):
     """All examples have 50 tokens; rows are 56 wide, or 50 with a bucket of that."""
     put, first, widths = sharding.put_batch, [], set()
@@ -326,7 +319,6 @@ def cached(project):
     )
 
 
-@pytest.mark.slow
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(project, cached, two_devices):
     """Over more than an epoch, some steps of the student's own text among them."""
     rollout = RolloutConfig("on", probability=0.5, rounds=0)
@@ -350,7 +342,6 @@ def test_a_run_from_the_cache_is_the_run_with_the_teacher(project, cached, two_d
             assert one[name] == pytest.approx(other[name], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_without_rollouts_the_cache_stands_for_the_teacher(
     project, cached, two_devices
 ):
@@ -379,7 +370,6 @@ def test_without_rollouts_the_cache_stands_for_the_teacher(
     assert result.validation.keys() == {"loss", "sft"}
 
 
-@pytest.mark.slow
 def test_the_cache_of_other_data_is_refused_and_writes_nothing(
     project, cached, two_devices
 ):
@@ -390,7 +380,6 @@ def test_the_cache_of_other_data_is_refused_and_writes_nothing(
     assert not (project / "refused").exists()
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(project):
     settings = sft(project, "diverged", save_every=1, steps=30)
     settings = changed(settings, optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
@@ -448,7 +437,6 @@ def test_other_tokenizers_are_refused(project, tmp_path):
         run(config(project, "refused", teacher=str(other)))
 
 
-@pytest.mark.slow
 def test_nothing_is_overwritten(project, straight):
     settings, _ = straight
     before = (project / "straight" / "metrics.jsonl").read_text()
@@ -465,7 +453,6 @@ def test_nothing_is_overwritten(project, straight):
     assert (project / "foreign" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name(project, straight):
     settings, _ = straight
     copy = shutil.copytree(project / "straight", project / "damaged")
@@ -477,7 +464,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(project, straight):
         run(broken)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh_and_split(project):
     whole = sft(project, "whole", steps=4)
     run(whole)
@@ -497,7 +483,6 @@ def test_a_run_goes_on_over_another_mesh_and_split(project):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_must_see_the_same_rows(project):
     settings = sft(project, "edited", steps=4)
     path = project / "edited.jsonl"
