@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import optax
+from jax.tree_util import KeyPath
 
+from mgsr_jax.sharding import path_name
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Leaf, Params
 
 _DECAYED = ("kernel", "embedding", "a", "b")
@@ -73,7 +75,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def decayed(params: Params) -> Params:
     """True for the parameters that decay: matrices, but not norms or biases."""
 
-    def is_matrix(path: tuple[jax.tree_util.DictKey, ...], leaf: Leaf) -> bool:
-        return path[-1].key in _DECAYED
+    def is_matrix(path: KeyPath, leaf: Leaf) -> bool:
+        return path_name(path).rpartition("/")[-1] in _DECAYED
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
