@@ -103,7 +103,7 @@ def commands():
                 yield pytest.param(shlex.split(line), id=f"{page.stem}: {line[:40]}")
 
 
-@pytest.mark.parametrize("arguments", commands())
+@pytest.mark.parametrize("arguments", list(commands()))
 def test_every_command_parses(arguments, monkeypatch):
     name, ran = arguments[0], []
 
