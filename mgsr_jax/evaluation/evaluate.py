@@ -84,6 +84,7 @@ class EvaluationResult:
       loss: teacher-forced cross-entropy of the first reference and its end-of-sequence.
         [nats per token]
       responses: every response, greedy ones last.
+      exposure_bias: ExAccErr in percent (see `exposure_bias`); None if not measured.
     """
 
     examples: int
@@ -93,6 +94,7 @@ class EvaluationResult:
     greedy: TextScores
     loss: float
     responses: tuple[ScoredResponse, ...]
+    exposure_bias: float | None = None
 
 
 _Scored = tuple[TextScores, list[ScoredResponse]]

@@ -79,12 +79,15 @@ def _table_line(
 def score_table(results: Mapping[str, EvaluationResult]) -> Table:
     """The table that `mgsr evaluate` prints, one row a set."""
     table = Table("set", "examples")
-    for column in ("ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"):
+    columns = ["ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"]
+    has_bias = any(result.exposure_bias is not None for result in results.values())
+    for column in columns + ["ExAccErr %"] * has_bias:
         table.add_column(column, justify="right")
     for path, result in results.items():
         scores = result.sampled or result.greedy
         sampled = "" if result.sampled is None else f"{result.sampled.rouge_l:.2f}"
         spread = "" if result.rouge_l_std is None else f" ± {result.rouge_l_std:.2f}"
+        bias = result.exposure_bias
         table.add_row(
             Path(path).name,
             str(result.examples),
@@ -93,6 +96,7 @@ def score_table(results: Mapping[str, EvaluationResult]) -> Table:
             f"{scores.distinct_2:.3f}",
             f"{scores.length:.1f}",
             f"{result.loss:.4f}",
+            *([] if bias is None else [f"{bias:.1f}"]),
         )
     return table
 

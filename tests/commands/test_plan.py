@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jax
 import pytest
@@ -79,9 +80,9 @@ def test_a_mistake_in_the_settings_is_one_line(
 
 def test_only_the_student_and_the_target_are_required(capsys):
     assert main(["plan", "--target=v6e:1x2"]) == MISTAKE
-    assert '"student" is required' in capsys.readouterr().err
+    assert re.search("required.*student|student.* required", capsys.readouterr().err)
     assert main(["plan", "--student=s"]) == MISTAKE
-    assert '"target" is required' in capsys.readouterr().err
+    assert re.search("required.*target|target.* required", capsys.readouterr().err)
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     options = capsys.readouterr().out.split("\n  --")
@@ -92,7 +93,10 @@ def test_only_the_student_and_the_target_are_required(capsys):
 def plan_of(peak, failure=None):
     collectives = {"all-gather": (2, 3 * GIB)}
     program = CompiledProgram("train step", 1.5, peak, GIB, 0, collectives, "")
-    machine, mesh = Machine("v5e:2x4", (), 100 * GIB), sharding.make_mesh(4, 2)
+    machine, mesh = (
+        Machine("v5e:2x4", (), 100 * GIB),
+        sharding.make_mesh(4, 2, devices=jax.local_devices()),
+    )
     return Plan(machine, mesh, 2, {"optimizer": 2 * GIB}, (program,), failure)
 
 

@@ -70,7 +70,8 @@ def test_write_scores_writes_responses_and_scores(tmp_path, result):
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     assert list(scores) == ["sets/dolly.jsonl", "sni.jsonl"]
     assert sorted(scores["sni.jsonl"]) == [
-        "by_seed", "examples", "greedy", "loss", "rouge_l_std", "sampled"
+        "by_seed", "examples", "exposure_bias", "greedy", "loss", "rouge_l_std",
+        "sampled",
     ]  # fmt: skip
     assert scores["sni.jsonl"]["by_seed"]["10"]["rouge_l"] == 12.345
 
