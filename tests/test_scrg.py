@@ -190,14 +190,19 @@ def test_a_teachers_end_of_sequence_ends_the_row(pair):
     student, teacher = pair
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
     _, (plain, info, _) = run(pair, rows, key, eos_ids=(99,))
-    corrected = int(jnp.argmax(info.corrected[0]))
-    position = int(info.error_position[0, corrected])
-    token = int(plain.rows.tokens[corrected, position])
-    prompt = int(rows.prompt_lengths[corrected])
-    assert token not in plain.rows.tokens[corrected, prompt:position].tolist()
+
+    def is_new(row):
+        """Whether the teacher's token stands nowhere before it in the response."""
+        position, prompt = info.error_position[0, row], rows.prompt_lengths[row]
+        response = plain.rows.tokens[row, prompt : position + 1].tolist()
+        return bool(info.corrected[0, row]) and response[-1] not in response[:-1]
+
+    row = next(filter(is_new, range(4)))
+    position = int(info.error_position[0, row])
+    token = int(plain.rows.tokens[row, position])
     _, (ended, info, _) = run(pair, rows, key, eos_ids=(token,))
-    assert int(info.error_position[0, corrected]) == position
-    assert int(ended.rows.lengths[corrected]) == position + 1
+    assert int(info.error_position[0, row]) == position
+    assert int(ended.rows.lengths[row]) == position + 1
 
 
 def proposing(proposal):

@@ -100,6 +100,7 @@ def dac_kl(
       ValueError: Vs and Vt differ and `vocab_size` is None; `vocab_size` is larger
         than Vs or Vt; leading axes differ; `normalization` is unknown.
 
+    >>> from mgsr_jax.losses import init_clip_network
     >>> clip_params = init_clip_network(jax.random.key(0), num_candidates=4)
     >>> teacher = jnp.array([[4.0, 2.0, 1.0, 0.0, -1.0]])
     >>> out = dac_kl(clip_params, jnp.zeros((1, 5)), teacher)

@@ -19,7 +19,7 @@ from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import TrainState, init_state
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.programs import init_trained, state_shardings
-from mgsr_jax.typing import STUDENT, Params
+from mgsr_jax.typing import STUDENT, Leaf, Params
 
 Tree = TypeVar("Tree")
 
@@ -59,7 +59,7 @@ def teacher_shapes(config: TrainConfig, teacher: LanguageModel, mesh: Mesh) -> P
         return with_shardings(cast(params, dtype), shardings)
     halves = with_shardings(cast(params, jnp.bfloat16), shardings)
 
-    def quantize(path: jax.tree_util.KeyPath, x: jax.ShapeDtypeStruct) -> Params:
+    def quantize(path: jax.tree_util.KeyPath, x: Leaf) -> Leaf:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return quantized.quantize(name, x)
 

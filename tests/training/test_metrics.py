@@ -91,7 +91,7 @@ def test_a_line_of_something_else_is_named_and_nothing_is_lost(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no line of metrics"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a line of metrics"):
         MetricsLog(tmp_path, step=2, tensorboard=False)
     assert file.read_text() == text
 
@@ -145,7 +145,7 @@ def test_tensorboard_files_are_written(tmp_path):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("mgsr_jax.training.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mgsr_jax.training.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
     values = {
         "train/loss": 1.25,

@@ -125,7 +125,7 @@ def test_samples_are_uniform_over_what_is_held(pushed):
 
 
 def test_an_empty_buffer_has_nothing_to_draw():
-    with pytest.raises(ValueError, match="nothing was pushed"):
+    with pytest.raises(ValueError, match="the replay buffer is empty"):
         ReplayBuffer.empty(4, 5).sample(jax.random.key(0), 2)
 
 
