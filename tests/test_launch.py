@@ -198,6 +198,7 @@ def test_a_local_run_returns_the_exit_status_of_its_process(stage, status):
     assert stage.launch("local_gpus").returncode == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "status"),
     [

@@ -192,6 +192,7 @@ def test_student_equal_to_teacher_has_no_forward_kl_and_no_span_loss():
     assert jnp.abs(grads["student"]["logits"]).max() < 1e-7
 
 
+@pytest.mark.slow
 def test_the_clip_network_learns_and_the_teacher_does_not():
     _, _, grads, teacher_grads = differentiate()
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads["clip_network"]))

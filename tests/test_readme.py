@@ -25,7 +25,7 @@ def python_blocks():
         pytest.param(
             block,
             id=f"{page.stem}-{number}",
-            marks=() if page == README else pytest.mark.slow,
+            marks=() if page == README else pytest.mark.exhaustive,
         )
         for page in PAGES
         for number, block in enumerate(PYTHON.findall(page.read_text()))
@@ -46,6 +46,7 @@ def test_readme_has_at_most_200_lines_and_opens_with_ten_lines_of_a_loss():
     assert len(lines) <= 10 and any("import dac_kl" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", python_blocks())
 def test_the_python_runs(block):
     with jax.numpy_rank_promotion("allow"):  # a reader's jax has the default
@@ -103,6 +104,7 @@ def commands():
                 yield pytest.param(shlex.split(line), id=f"{page.stem}: {line[:40]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", list(commands()))
 def test_every_command_parses(arguments, monkeypatch):
     name, ran = arguments[0], []

@@ -60,6 +60,7 @@ def assert_well_formed(rows):
         assert not rows.tokens[b, end:].any()
 
 
+@pytest.mark.slow
 def test_without_rounds_the_samples_are_the_student_s(pair):
     rows, info = roll(RolloutConfig("on", rounds=0), pair)
     assert_well_formed(rows)
@@ -76,6 +77,7 @@ def test_without_rounds_the_samples_are_the_student_s(pair):
         np.testing.assert_array_equal(rows.tokens[b, :end], want.tokens[b, :end])
 
 
+@pytest.mark.slow
 def test_a_round_corrects_one_token_and_keeps_what_stands_before_it(pair):
     before, _ = roll(RolloutConfig("on", rounds=0), pair)
     rows, info = roll(RolloutConfig("on", rounds=1), pair)
@@ -91,6 +93,7 @@ def test_a_round_corrects_one_token_and_keeps_what_stands_before_it(pair):
         assert rows.tokens[b, j] != before.tokens[b, j]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_agrees_with_its_greedy_choices(pair):
     """temperature 0 and argmax: nothing to correct."""
     config = RolloutConfig("on", rounds=1, temperature=0.0, teacher_token="argmax")
@@ -99,6 +102,7 @@ def test_a_teacher_that_is_the_student_agrees_with_its_greedy_choices(pair):
     assert not info.corrected.any()
 
 
+@pytest.mark.slow
 def test_a_sample_is_its_example_s_wherever_the_row_stands(pair):
     config = RolloutConfig("on", rounds=1)
     rows, _ = roll(config, pair)
@@ -112,6 +116,7 @@ def test_a_sample_is_its_example_s_wherever_the_row_stands(pair):
     assert (roll(config, pair, rows=renamed)[0].tokens != rows.tokens).any()
 
 
+@pytest.mark.slow
 def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
     rows = jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), ROWS)
     rows = dataclasses.replace(rows, example=np.arange(12, dtype=np.int32))

@@ -130,10 +130,10 @@ def run(pair, rows, key, *, rounds=1, teacher_token="sample", eos_ids=EOS, **cha
     ("rounds", "teacher_token", "decode_rows"),
     [
         (1, "argmax", None),
-        pytest.param(0, "sample", None, marks=pytest.mark.slow),
-        pytest.param(3, "sample", None, marks=pytest.mark.slow),
-        pytest.param(3, "sample", 2, marks=pytest.mark.slow),
-        pytest.param(2, "argmax", 3, marks=pytest.mark.slow),
+        pytest.param(0, "sample", None, marks=pytest.mark.exhaustive),
+        pytest.param(3, "sample", None, marks=pytest.mark.exhaustive),
+        pytest.param(3, "sample", 2, marks=pytest.mark.exhaustive),
+        pytest.param(2, "argmax", 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_revision_equals_regeneration_from_scratch(
@@ -161,7 +161,7 @@ def test_revision_equals_regeneration_from_scratch(
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_later_rounds_undo_no_correction(pair):
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
     _, (_, info, _) = run(pair, rows, key, rounds=4, eos_ids=(99,))
@@ -170,6 +170,7 @@ def test_later_rounds_undo_no_correction(pair):
         assert positions == sorted(set(positions))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_agrees_corrects_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6), width=WIDTH)
     before, (after, info, _) = run(
@@ -184,7 +185,7 @@ def test_a_teacher_that_agrees_corrects_nothing(pair):
     assert as_lists(after.rows) == as_lists(before.rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_teachers_end_of_sequence_ends_the_row(pair):
     """The teacher's first correction becomes the only stop token."""
     student, teacher = pair
@@ -238,7 +239,7 @@ def test_the_error_has_the_largest_kl_among_disagreements():
     assert position(kl, 6) == [-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mesh_changes_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
     key = jax.random.key(2)

@@ -60,6 +60,7 @@ def loss_with_outputs(objective, teacher_outputs, teacher_params=None):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward_kl", "dac_kl", "dac_kl_fixed"])
 def test_a_cached_teacher_of_all_classes_equals_the_teacher(divergence):
     objective = Objective(span=0.0, divergence=divergence, num_candidates=K)
@@ -80,6 +81,7 @@ def test_losses_that_need_more_than_a_cached_teacher_are_errors():
         loss_with_outputs(hot, top_k(K))
 
 
+@pytest.mark.slow
 def test_given_hidden_states_equal_running_the_teacher():
     """They have one position more than there are labels."""
     hidden = jnp.pad(TEACHER["logits"], ((0, 0), (0, 1), (0, 0)))
@@ -119,6 +121,7 @@ class Headed(Table):
         return logits + jnp.broadcast_to(head["bias"], logits.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [3, 8])
 def test_chunks_of_a_model_with_a_biased_head_equal_the_dense_form(chunk_size):
     """The dense form is the objective itself, once, on all logits."""
@@ -158,6 +161,7 @@ def test_chunks_of_a_model_with_a_biased_head_equal_the_dense_form(chunk_size):
     assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_padding_changes_neither_loss_nor_gradient():
     """Rows of 10 tokens at most, without padding and with twice their width."""
     (student, params), (teacher, teacher_params) = tiny.llama(0), tiny.llama(1)
@@ -196,6 +200,7 @@ def test_a_missing_teacher_is_an_error_and_not_plain_fine_tuning():
         values(PARAMS, None, ROWS, MGSR, None)
 
 
+@pytest.mark.slow
 def test_bfloat16_computation_gives_float32_losses_and_gradients():
     (loss, metrics), (grads, _) = with_gradients(
         PARAMS, TEACHER, ROWS, MGSR, Table("teacher"), jnp.bfloat16
@@ -241,7 +246,9 @@ TABLES = dict(
 )
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "parts", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8))]
+)
 def test_micro_batches_do_not_change_the_gradient(parts):
     """One of 4 parts, and two of 8, have no scored position."""
     loss, grads, metrics = gradient_of(split(ROWS, parts), **TABLES)
@@ -260,6 +267,7 @@ def on_mesh(mesh, rows, parts):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_do_not_change_the_gradient():
     """One row per device; some devices have no scored position or no label."""
     mesh = sharding.make_mesh(8)
@@ -272,6 +280,7 @@ def test_eight_devices_do_not_change_the_gradient():
     assert_close(grads, jax.device_get(want))
 
 
+@pytest.mark.slow
 def test_a_step_never_holds_the_logits_of_all_tokens():
     """No other dimension of these models and rows is 83."""
     model = models.from_config(LLAMA | {"vocab_size": 83})
@@ -292,6 +301,7 @@ def test_a_step_never_holds_the_logits_of_all_tokens():
 
 
 # In the last mesh, four tensor shards share each of two key-value heads.
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 1, 8), (1, 2, 4)])
 def test_sharded_transformers_do_not_change_the_gradient(sizes):
     """Every kind of sharding with two micro-batches, against one device."""

@@ -61,6 +61,7 @@ def mean_cross_entropy(params):
     return -jnp.mean(log_q[b, t, rows.tokens[b, t + 1]])
 
 
+@pytest.mark.slow
 def test_updates_equal_a_hand_written_loop(initial, sft_step):
     """Clipping, cosine, Adam with bias correction and decoupled decay, in numpy."""
     gradient = jax.jit(jax.grad(mean_cross_entropy))
@@ -104,6 +105,7 @@ def test_the_loss_falls_and_is_reported_as_a_sum_and_a_count(initial, sft_step):
     assert seen == sorted(seen, reverse=True) and seen[-1] < seen[0] - 1
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_updates_and_not_micro_batches(initial, sft_step):
     """The same rows in one part and in four give the same updates."""
     whole, parts = fresh(initial), fresh(initial)
@@ -162,6 +164,7 @@ def test_a_step_with_nothing_to_score_is_finite(initial, sft_step):
     np.testing.assert_array_equal(scale, initial["final_norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_half_precision_computes_and_float32_stays(initial):
     """The whole method, with a clip network and a bfloat16 teacher."""
     optimizer = make_optimizer(CONFIG, STEPS)

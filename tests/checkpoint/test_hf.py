@@ -397,6 +397,7 @@ print(json.dumps({"peak": peaks[0] - before, "shards": shards}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_this_hosts_shards(tmp_path):
     model = models.from_config(LARGE)

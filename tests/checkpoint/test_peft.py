@@ -48,6 +48,7 @@ def our_logits(model, params):
     return model.unembed(model.head_params(params), hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "targets"),
     [

@@ -98,6 +98,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_cache(ragged, written, capsys):
     settings, _ = written
     recipe = {"student": settings.student, "teacher": settings.teacher}
@@ -115,6 +116,7 @@ def test_the_command_writes_a_cache(ragged, written, capsys):
     assert recipe["examples"] == EXAMPLES
 
 
+@pytest.mark.slow
 def test_the_cache_holds_what_the_teacher_computes(written):
     """All examples, in the training's order and over two epochs."""
     settings, manifest = written
@@ -180,6 +182,7 @@ def test_short_examples_are_read_in_narrow_rows(written):
     assert widths == [64, 128, 128] and sorted(seen) == [*range(4, EXAMPLES)]
 
 
+@pytest.mark.slow
 def test_unscored_positions_are_neither_projected_nor_kept(monkeypatch):
     """The longest response decides how many chunks of `_CHUNK` tokens are projected."""
     monkeypatch.setattr(command, "_CHUNK", 8)
@@ -362,7 +365,7 @@ def test_the_mass_of_the_classes_is_printed_with_a_warning_if_small(ragged, writ
     assert "raise --top_k" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_classes_hold_all_of_the_mass(ragged, monkeypatch):
     monkeypatch.setattr(command, "_NARROWEST", WIDTH)  # one program to compile
     console = quiet()

@@ -81,8 +81,9 @@ def test_exposure_bias_is_measured_on_samples_at_temperature_1(evaluated, projec
     assert evaluated[0]["exposure_bias"] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "axis", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)]
+    "axis", ["fsdp", pytest.param("tensor", marks=pytest.mark.exhaustive)]
 )
 def test_scores_do_not_depend_on_the_mesh(evaluated, project, tmp_path, axis):
     output = tmp_path / "scores"

@@ -44,6 +44,7 @@ def recipe(tmp_path):
     return str(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_output_data_or_steps(machine, recipe, capsys):
     assert main(["plan", "--target=v6e:1x2", "--config", recipe]) == DONE
     out = capsys.readouterr().out

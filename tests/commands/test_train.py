@@ -26,7 +26,7 @@ def test_a_run_is_trained_exported_and_reported(project, recipe, capsys):
     assert (run / "report.md").is_file() and (run / "curves.png").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_adapters_are_trained_and_exported(project, recipe, capsys):
     run = project / "lora"
     command = ["train", "--config", recipe, "--lora.rank", "2", "--lora.dropout", "0.1"]
@@ -41,7 +41,7 @@ def test_adapters_are_trained_and_exported(project, recipe, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_teacher_cache_is_written_and_trained_on(project, recipe, capsys):
     cache, run = project / "teacher_cache", project / "cached"
     distil = ["--config", recipe, "--teacher", str(project / "teacher")]
@@ -58,6 +58,7 @@ def test_a_teacher_cache_is_written_and_trained_on(project, recipe, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["teacher_cache"]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_has_its_own_exit_status(project, recipe, capsys):
     command = ["train", "--config", recipe, "--output", str(project / "diverged")]
     command += ["--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "1e30"]

@@ -50,6 +50,7 @@ def test_a_set_without_a_usable_record_raises(tmp_path, monkeypatch):
         load_prompts(write(tmp_path, [MIXED[2]]), TOKENIZER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "total", "scored"),
     [("selfinst", 252, 242), ("vicuna", 80, 80), ("sni", 1694, 1694)],

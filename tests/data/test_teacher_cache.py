@@ -34,6 +34,7 @@ def wider(rows, width):
     return dataclasses.replace(rows, tokens=tokens, span_ids=spans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 6, tiny.VOCAB])
 def test_lookup_returns_the_top_k_of_the_teachers_logits(tmp_path, top_k):
     """At the scored positions of `next_token_view`, for any order of the rows."""
@@ -52,6 +53,7 @@ def test_lookup_returns_the_top_k_of_the_teachers_logits(tmp_path, top_k):
         assert not ours[:, WIDTH - 1 :].any()
 
 
+@pytest.mark.slow
 def test_losses_with_all_classes_equal_the_dense_losses(tmp_path):
     rows, logits = data()
     student = jax.random.normal(jax.random.key(0), logits.shape)

@@ -26,6 +26,7 @@ def student():
     return tiny.llama(scale=3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -61,6 +62,7 @@ def test_a_row_ends_with_each_stop_id_and_keeps_it(student):
         assert as_lists(stopped)[b] == tokens[:end]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [7, 14])
 def test_the_last_slot_is_written(student, max_length):
     """One new token, and prompt + new == width: an off-by-one shows here."""
@@ -92,6 +94,7 @@ def test_a_sample_does_not_depend_on_its_batch(student):
     assert as_lists(run(alone)) == [together[1]]
 
 
+@pytest.mark.slow
 def test_a_row_that_is_cut_back_continues_in_the_same_cache(student):
     """A row is cut back by its length alone; the old suffix has no effect."""
     model, params = student
@@ -124,6 +127,7 @@ def test_padded_columns_are_never_drawn(student):
     assert new.max() == 4 and len(np.unique(new)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_no_ngram_is_repeated(student, n):
     model, params = student
@@ -144,6 +148,7 @@ def test_prefill_width_changes_nothing(student):
     assert as_lists(run()) == as_lists(run(prefill_width=6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode_rows", [1, 3])
 def test_rows_do_not_depend_on_how_many_are_decoded_at_a_time(student, decode_rows):
     """Rows of all lengths, more than are decoded at a time."""
@@ -157,6 +162,7 @@ def test_rows_do_not_depend_on_how_many_are_decoded_at_a_time(student, decode_ro
     assert as_lists(run(decoding=few)) == as_lists(together)
 
 
+@pytest.mark.slow
 def test_rows_are_exchanged_with_their_cache_and_hidden_states(student):
     model, params = student
     copy = model.decode_params(params, jnp.float32)
@@ -200,6 +206,7 @@ def test_lengths_keys_and_temperatures_do_not_recompile(student):
     assert generate._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode_rows", [None, 8])
 def test_mesh_changes_nothing(student, decode_rows):
     model, params = student
@@ -216,6 +223,7 @@ def test_mesh_changes_nothing(student, decode_rows):
     assert as_lists(jax.device_get(got)) == as_lists(jax.device_get(want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 2, 4)])
 def test_decoding_moves_no_weights_between_devices(sizes):
     model, _ = tiny.llama(width=64, intermediate_size=128)

@@ -12,6 +12,7 @@ import tiny
 from mgsr_jax.decoding.reading import read_on, read_whole, unread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "decode_rows"), [(1, None), (3, None), (4, 2), (20, 3)]
 )

@@ -35,6 +35,7 @@ def test_samples_follow_the_distribution():
     assert shares(Sampling(top_p=1e-6)).tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(top_k=5), Sampling(top_p=0.7)])
 def test_filters_compare_all_columns_of_a_sharded_vocabulary(sampling):
     logits = 3 * jax.random.normal(jax.random.key(0), (8, 64))

@@ -97,6 +97,7 @@ def by_hand(student, request):
     return request.param, ids, ["".join(f"w{token}" for token in row) for row in ids]
 
 
+@pytest.mark.slow
 def test_responses_and_scores_equal_those_by_hand(result, by_hand):
     seed, ids, texts = by_hand
     responses = [response for response in result.responses if response.seed == seed]

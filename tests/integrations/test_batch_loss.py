@@ -54,6 +54,7 @@ def weighted(means):
 LABELS = next_token_labels(TOKENS, MASK, SPAN_IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [None, VOCAB_SIZE])
 def test_the_scalar_and_every_metric_equal_the_reference(vocab_size):
     want = by_hand(vocab_size=vocab_size, width=0.03, prior_weight=2.0)
@@ -70,6 +71,7 @@ def test_the_scalar_and_every_metric_equal_the_reference(vocab_size):
     assert sums["span"].count == PAIRS
 
 
+@pytest.mark.slow
 def test_the_gradient_equals_the_reference_and_is_zero_at_unscored_positions():
     # A network at its start has the same limits whatever it reads: the reference,
     # which differentiates through what it reads, is then to be compared.

@@ -260,6 +260,7 @@ def test_a_schedule_reads_the_traced_step(adapter):
         run(adapter, schedule=schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_step_trains_the_student_and_the_clip_network(adapter, rank):
     student, batch = student_of(adapter, rank), batch_of()

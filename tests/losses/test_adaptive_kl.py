@@ -22,6 +22,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probs, head_mass, head", HEADS.values(), ids=HEADS)
 def test_adaptive_kl_finds_the_head(probs, head_mass, head):
     student = jnp.array([[0.1, 2.0, -0.7, 1.1, 0.4][: len(probs)]])

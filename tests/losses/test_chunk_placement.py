@@ -126,6 +126,7 @@ def sharded(placement, projected):
         return program.as_text(), program(*arguments)
 
 
+@pytest.mark.slow
 @every_case
 def test_value_metrics_and_gradients_equal_the_dense_ones(placement, projected):
     def close(path, a, b):

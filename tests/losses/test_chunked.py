@@ -32,6 +32,7 @@ from mgsr_jax.losses import chunked, default_chunk_size, project
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [2, 6, 8, 500])
 def test_value_metrics_and_gradients_equal_the_dense_ones(chunk_size):
     """One new token per chunk, a padded last chunk, full chunks, one chunk for all."""
@@ -42,6 +43,7 @@ def test_value_metrics_and_gradients_equal_the_dense_ones(chunk_size):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chunk_size", "rows"), [(6, 1), (500, 3)])
 def test_chunks_within_chunks_equal_the_dense_pass(chunk_size, rows):
     """Logits of a chunk are the tokens of an inner one; each has its own overlap."""
@@ -283,6 +285,7 @@ def test_memory_does_not_grow_with_the_tokens():
     assert 16 * few * D * 4 > 2 * (16 * chunks * 5 * 4 + 1024)  # no room for states
 
 
+@pytest.mark.slow
 def test_logits_in_inner_chunks_take_two_arrays():
     """The student's, which their gradient overwrites, and the teacher's."""
 

@@ -99,6 +99,7 @@ def test_only_logits_of_scored_positions_change_a_value(loss):
         assert jnp.any(gradients(loss, scored, teacher, WHERE)[0][0] != plain[0])
 
 
+@pytest.mark.slow
 @every_loss
 def test_a_mask_equals_a_slice(loss):
     student, teacher = logits(2)
@@ -123,6 +124,7 @@ def test_vocab_size_equals_a_slice(loss):
     assert not jnp.any(gradient[..., 7:])
 
 
+@pytest.mark.slow
 @every_paired_path
 @pytest.mark.parametrize("columns", [(8, 10), (10, 8)])
 def test_teacher_and_student_may_be_padded_differently(loss, columns):

@@ -29,6 +29,7 @@ def clipped(teacher, limits, num_candidates):
     return full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_candidates", [16, 5])
 def test_zero_at_the_clipped_teacher_and_positive_at_the_teacher(num_candidates):
     _, teacher = logits()

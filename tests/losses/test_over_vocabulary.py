@@ -213,6 +213,7 @@ def of_v(text):
     return moved, [dims for dims in hlo.sizes(text) if V in dims]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_values_and_gradients_equal_the_unsharded_ones(placement):
     _, got = sharded(placement)

@@ -39,6 +39,7 @@ def assert_close(got, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [128, 200])
 def test_flash_attention_equals_xla_attention(length):
     """One length is a multiple of a tile, one is not; query heads share key heads."""
@@ -71,6 +72,7 @@ def test_every_family_calls_the_kernel_of_its_model(config):
     assert "pallas_call" in str(jax.make_jaxpr(model.forward)(params, tokens))
 
 
+@pytest.mark.slow
 def test_a_model_with_the_kernel_equals_the_model_without():
     model = models.from_config(tiny.LLAMA)
     flash = dataclasses.replace(model, attention="flash")

@@ -83,6 +83,7 @@ def test_a_model_is_hashable_and_equal_to_another_of_its_config(family):
     assert init == model.abstract_params()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_hidden_state_depends_on_no_later_token(family):
     """By the gradient of hidden state 4 with respect to each token's embedding."""
@@ -164,6 +165,7 @@ def test_a_row_longer_than_the_position_limit_raises(llama):
         model.init_cache(1, 17, jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_params_give_bfloat16_hidden_states_and_float32_logits(family, tokens):
     model, params = built(family)
@@ -193,6 +195,7 @@ def test_decode_params_remain_valid_after_the_originals_are_deleted(llama, wrap)
     )
 
 
+@pytest.mark.slow
 def test_remat_does_not_change_gradients(llama, tokens):
     model, params = llama
 
@@ -209,6 +212,7 @@ def test_remat_does_not_change_gradients(llama, tokens):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_sharded_model_gives_the_same_logits(family):
     """The mesh splits data, fsdp and tensor; the logits stay split over the batch."""

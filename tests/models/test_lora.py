@@ -59,6 +59,7 @@ def forward(model, params, tokens=TOKENS, **settings):
 
 
 # LLaMA's block is that of Qwen3, without the norms of heads.
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3_window"])
 def test_adapters_equal_merged_kernels(family):
     """In hidden states and in gradients with respect to the adapters."""
@@ -82,6 +83,7 @@ def test_adapters_equal_merged_kernels(family):
     assert np.abs(hidden - without).max() > 0.1
 
 
+@pytest.mark.slow
 def test_merging_changes_only_the_targeted_kernels():
     config = dataclasses.replace(ALL, targets="query|mlp/up$")
     _, params, adapters = built("llama", config)
@@ -98,6 +100,7 @@ def test_merging_changes_only_the_targeted_kernels():
     np.testing.assert_allclose(merged["layers"]["mlp"]["up"]["kernel"], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_new_adapters_do_not_change_the_model():
     model, params, _ = built("llama")
     new = lora.init(jax.random.key(5), model, ALL)
@@ -156,6 +159,7 @@ def test_merging_parameters_without_adapters_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, lora.merged(params, ALL), params)
 
 
+@pytest.mark.slow
 def test_decode_params_hold_merged_kernels():
     model, params, adapters = built("llama")
     combined, merged = {**params, LORA: adapters}, lora.merge(params, adapters, ALL)
@@ -190,6 +194,7 @@ def row_keys(seed, rows=8):
 WITH_DROPOUT = dataclasses.replace(ALL, dropout=0.5)
 
 
+@pytest.mark.slow
 def test_each_row_s_dropout_depends_only_on_its_own_key():
     model, params, adapters = built("llama", WITH_DROPOUT)
     combined = {**params, LORA: adapters}
@@ -278,6 +283,7 @@ def test_adapters_are_split_like_their_kernel_and_never_along_the_rank():
         lora.partition_rules([("query", P())], adapters)
 
 
+@pytest.mark.slow
 def test_sharding_does_not_change_values_and_gradients():
     """The mesh splits data, fsdp and tensor; the adapters have dropout."""
     model, params, adapters = built("llama", WITH_DROPOUT)

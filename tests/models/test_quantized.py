@@ -51,6 +51,7 @@ def test_a_parameter_that_is_not_a_kernel_is_not_quantized(path):
     assert quantized.quantize(path, leaf) is leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [*((f, "float32") for f in FAMILIES), ("llama", "bfloat16")]
 )

@@ -54,6 +54,7 @@ def on_data(config):
     return dataclasses.replace(config, rollout=RolloutConfig("off"))
 
 
+@pytest.mark.slow
 def test_parts_are_the_bytes_of_one_device(config):
     plan = planned(config)
     assert [program.name for program in plan.programs] == ["rollout", "train step"]
@@ -68,6 +69,7 @@ def test_parts_are_the_bytes_of_one_device(config):
     assert step.collectives and step.peak > step.arguments
 
 
+@pytest.mark.slow
 def test_with_adapters_the_students_weights_are_frozen(on_data):
     lora = LoraConfig(rank=2, alpha=4.0)
     adapted = planned(dataclasses.replace(on_data, lora=lora))
@@ -90,12 +92,14 @@ def with_cache(on_data, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_that_no_step_runs_is_not_in_memory(with_cache, on_data):
     plan = planned(with_cache)
     assert plan.fits and "teacher, float32" not in plan.parts
     assert "teacher, float32" in planned(on_data).parts
 
 
+@pytest.mark.slow
 def test_a_teacher_cache_is_among_the_arguments(with_cache):
     default = planned(with_cache).programs[0].arguments
     folder = with_cache.teacher_cache
@@ -123,6 +127,7 @@ def plan_with_peak(peak, memory=100 * GIB):
     return Plan(Machine("t", (), memory), mesh, 2, {}, (program,))
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(on_data):
     trials = []
     config = dataclasses.replace(on_data, mesh=MeshConfig(), micro_batches=1)
@@ -158,6 +163,7 @@ def test_a_search_tries_sizes_in_order(config, monkeypatch):
     assert tried == [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)]
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_outputs_a_step_reads_stays_in_memory(config):
     config = dataclasses.replace(
         config,

@@ -116,6 +116,7 @@ def by_open_mpi(i, port):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [by_variables, by_slurm, by_open_mpi])
 def test_two_processes_meet(launcher):
     found = together(["-c", MEET], two(launcher))
@@ -154,6 +155,7 @@ def test_a_launcher_that_tells_no_address_is_told_one():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "gpus"),
     [
@@ -232,6 +234,7 @@ def by_gke_slices(i, port):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [by_cloud_tpu, by_gke, by_gke_slices])
 def test_two_tpu_hosts_meet(launcher):
     port, environments = free_port(), []
@@ -445,7 +448,6 @@ def assert_close(found, expected):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["eight devices", "two processes"])
 def test_rollouts_and_losses_do_not_depend_on_hosts_and_devices(runs, layout):
     (reference, expected), (output, found) = runs["one device"], runs[layout]
@@ -457,7 +459,6 @@ def test_rollouts_and_losses_do_not_depend_on_hosts_and_devices(runs, layout):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_only_the_lead_process_writes(runs):
     output, lines = runs["two processes"]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
@@ -467,7 +468,6 @@ def test_only_the_lead_process_writes(runs):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(runs, project):
     output, straight = runs["two processes"]
     resumed = project / "resumed"
@@ -477,6 +477,7 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, project):
     assert_close(found, straight)
 
 
+@pytest.mark.slow
 def test_hosts_that_would_train_apart_are_stopped(project, tmp_path):
     """Other settings, other rows, an output that is each host's own."""
     config = write_config(project, tmp_path / "apart", {"fsdp": 2})

@@ -52,6 +52,7 @@ def test_decay_is_for_matrices_also_in_a_stack_of_layers(family):
         assert decays == (leaf.ndim - stacked == 2), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_norms_and_biases_do_not_decay():
     """Without a gradient, decay is all that moves a parameter."""
     model = models.from_config(GPT2)

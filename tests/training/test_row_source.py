@@ -207,6 +207,7 @@ def test_without_a_cache_the_teacher_is_run_on_the_data_s_rows():
         assert_heard(rows, part, found)
 
 
+@pytest.mark.slow
 def test_only_a_step_that_generates_needs_the_whole_width():
     """Rows of 5 tokens are 6 wide where nothing is written behind them."""
     settings = dict(initial_ratio=0.7, capacity=16, lookup=lookup)

@@ -27,7 +27,7 @@ from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import Diverged, train
 
 pytestmark = [
-    pytest.mark.slow,  # whole runs
+    pytest.mark.exhaustive,  # whole runs
     pytest.mark.filterwarnings("ignore:.*forward-compatible:DeprecationWarning"),
 ]
 
