@@ -91,11 +91,7 @@ def start(config: DistributedConfig) -> None:
         launcher = _launcher(config)
         if not address and not launcher:
             return  # no launcher and no setting: a single process
-        raise ValueError(
-            f"distributed: {error} Got {address or launcher}; set all of "
-            f"{', '.join(_VARIABLES)} (or {', '.join(_VARIABLES.values())}), or none; "
-            "for a single process under a launcher set distributed.detect to false"
-        ) from error
+        raise _incomplete(error, address or launcher) from error
     except RuntimeError as error:
         if "must be called before" in str(error):  # devices are in use already
             if not address and not _launcher(config):
@@ -105,10 +101,20 @@ def start(config: DistributedConfig) -> None:
                 "others; call distributed.start first, or, for a single process, set "
                 "distributed.detect to false"
             ) from error
+        if "mpi4py" in str(error):  # jax 0.12, under Open MPI 5 without that package
+            raise _incomplete(error, address or _launcher(config)) from error
         raise ConnectionError(
             f"the processes of this run did not connect within {config.timeout} s with "
             f"{address or 'the values of the launcher'}: {error}"
         ) from error
+
+
+def _incomplete(error: Exception, found: _Address | str) -> ValueError:
+    return ValueError(
+        f"distributed: {error} Got {found}; set all of {', '.join(_VARIABLES)} (or "
+        f"{', '.join(_VARIABLES.values())}), or none; for a single process under a "
+        "launcher set distributed.detect to false"
+    )
 
 
 def is_lead() -> bool:

@@ -141,7 +141,7 @@ def by_open_mpi_5(i, port):
     }
 
 
-def test_a_launcher_that_tells_no_address_is_told_one():
+def test_a_launcher_without_an_address_takes_one_from_the_settings():
     environments = two(by_open_mpi_5)
     found = ended([["-c", MEET]] * 2, environments)
     for status, _, complaint in found:
