@@ -11,21 +11,39 @@ import orbax.checkpoint as ocp
 
 from mgsr_jax.checkpoint import state as checkpoint_state
 from mgsr_jax.train_step import TrainState
-from mgsr_jax.training.inputs import RunInputs
 from mgsr_jax.training.row_source import HostState, RowSource
-from mgsr_jax.training.run_folder import CHECKPOINTS
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInputs:
+    """Inputs that a resumed run must find unchanged.
+
+    Attributes:
+      data: file or name of the training data, for errors.
+      data_fingerprint: digest of the training rows, in their order.
+      student: folder of the student, for errors.
+      student_digest: digest of that folder, if adapters are trained on it.
+    """
+
+    data: str
+    data_fingerprint: str
+    student: str
+    student_digest: str | None
 
 
 class RunCheckpoints:
     """Saves and restores a run's state.
 
     Args:
-      manager: the open checkpoints of the run folder.
+      manager: the open checkpoints.
+      run: the run folder, for errors.
       inputs: the run's inputs; their digests are stored and compared.
     """
 
-    def __init__(self, manager: ocp.CheckpointManager, inputs: RunInputs):
-        self._manager, self._inputs = manager, inputs
+    def __init__(
+        self, manager: ocp.CheckpointManager, run: Path, inputs: CheckpointInputs
+    ):
+        self._manager, self._run, self._inputs = manager, run, inputs
 
     @property
     def latest_step(self) -> int | None:
@@ -40,7 +58,7 @@ class RunCheckpoints:
             state=state.checkpointed,
             host={
                 **source.host_state(),
-                "data_fingerprint": self._inputs.train_fingerprint,
+                "data_fingerprint": self._inputs.data_fingerprint,
                 "student_digest": self._inputs.student_digest,
             },
             replay=source.replay_rows,
@@ -61,16 +79,16 @@ class RunCheckpoints:
         restored, host, replay = checkpoint_state.restore(
             self._manager, step, state=like, replay=source.replay_rows
         )
-        inputs, config = self._inputs, self._inputs.config
-        if host.get("data_fingerprint") != inputs.train_fingerprint:
+        run, inputs = self._run, self._inputs
+        if host.get("data_fingerprint") != inputs.data_fingerprint:
             raise ValueError(
-                f"resume: the rows of {config.data.train} are not those that "
-                f"checkpoint {step} of {config.output} was made from; restore the data"
+                f"resume: the rows of {inputs.data} are not those that "
+                f"checkpoint {step} of {run} was made from; restore the data"
             )
         if host.get("student_digest") != inputs.student_digest:
             raise ValueError(
-                f"resume: the student at {config.student} is not the one that the "
-                f"adapters of checkpoint {step} of {config.output} were trained on; "
+                f"resume: the student at {inputs.student} is not the one that the "
+                f"adapters of checkpoint {step} of {run} were trained on; "
                 "restore it"
             )
         source.restore(cast(HostState, host), replay)
@@ -78,9 +96,15 @@ class RunCheckpoints:
 
 
 @contextmanager
-def open_checkpoints(inputs: RunInputs) -> Iterator[RunCheckpoints]:
-    """The checkpoints in the run folder, closed at the end."""
-    folder = Path(inputs.config.output) / CHECKPOINTS
-    keep = inputs.config.keep_checkpoints
+def open_checkpoints(
+    folder: Path, *, keep: int, inputs: CheckpointInputs
+) -> Iterator[RunCheckpoints]:
+    """The checkpoints in a folder of the run folder, closed at the end.
+
+    Args:
+      folder: the checkpoints' own folder.
+      keep: number of latest checkpoints to keep.
+      inputs: stored with every checkpoint, and compared when one is restored.
+    """
     with checkpoint_state.open_manager(folder, keep=keep) as manager:
-        yield RunCheckpoints(manager, inputs)
+        yield RunCheckpoints(manager, folder.parent, inputs)

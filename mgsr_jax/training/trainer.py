@@ -18,7 +18,7 @@ from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import Rollout
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Diverged, Metrics, TrainState
-from mgsr_jax.training.checkpoints import open_checkpoints
+from mgsr_jax.training.checkpoints import CheckpointInputs, open_checkpoints
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.distributed import (
     check_equal,
@@ -34,6 +34,7 @@ from mgsr_jax.training.programs import make_programs
 from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 from mgsr_jax.training.run_folder import (
+    CHECKPOINTS,
     STUDENT_FOLDER,
     write_rejected,
     write_run_config,
@@ -114,7 +115,11 @@ class _Run:
         self.teacher_params = None
         if self.config.runs_teacher:
             self.teacher_params = on_all_processes(lambda: load_teacher(inputs))
-        with open_checkpoints(inputs) as self.checkpoints:
+        with open_checkpoints(
+            self.output / CHECKPOINTS,
+            keep=self.config.keep_checkpoints,
+            inputs=_checkpoint_inputs(inputs),
+        ) as self.checkpoints:
             if self.config.resume:
                 self.state = self._restored()
             start = int(self.state.step)
@@ -298,6 +303,15 @@ _SCORED = ("sft", *DIVERGENCES)
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _checkpoint_inputs(inputs: RunInputs) -> CheckpointInputs:
+    return CheckpointInputs(
+        data=inputs.config.data.train,
+        data_fingerprint=inputs.train_fingerprint,
+        student=inputs.config.student,
+        student_digest=inputs.student_digest,
+    )
 
 
 def _row_source(inputs: RunInputs, rollout: Rollout | None) -> RowSource:
