@@ -14,12 +14,18 @@ gradients of micro-batches add up to the gradient of the step, however it was sp
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, NamedTuple, TypedDict
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mgsr_jax import losses
+from mgsr_jax import losses, settings
+from mgsr_jax.divergences import (
+    DIVERGENCE_SETTINGS,
+    DIVERGENCES,
+    Divergence,
+    check_divergence_settings,
+)
 from mgsr_jax.losses import (
     LOWER_START,
     UPPER_START,
@@ -31,32 +37,6 @@ from mgsr_jax.losses import (
 )
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Leaf, Params
-
-Divergence = Literal[
-    "dac_kl",
-    "dac_kl_fixed",
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "total_variation",
-    "jensen_shannon",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "alpha_beta_divergence",
-    "taid",
-]
-DIVERGENCES = get_args(Divergence)
-
-DIVERGENCE_SETTINGS = {
-    "jensen_shannon": ("beta",),
-    "skewed_forward_kl": ("alpha",),
-    "skewed_reverse_kl": ("alpha",),
-    "adaptive_kl": ("head_mass",),
-    "alpha_beta_divergence": ("alpha", "beta"),
-    "taid": ("mix",),
-}
-"""The fields of `Objective` that a divergence reads in addition to the temperature."""
 
 LIMITS_START = {"lower": LOWER_START, "upper": UPPER_START}
 """DAC-KL's limits at the start; their variances are reported around these."""
@@ -101,6 +81,31 @@ class Objective:
     beta: float | None = None
     head_mass: float | None = None
     mix: float | None = None
+
+    def check(self) -> None:
+        """Refuse values that do not work, alone or with one another.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        names, section = ("num_candidates", "width", "temperature"), "objective."
+        settings.check_choices(self, section)
+        settings.check_positive(self, *names, section=section)
+        settings.check_not_negative(self, "prior_weight", section=section)
+        weights = (self.sft, self.token, self.span)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                "objective.sft, .token and .span must be at least 0 and one of them "
+                f"above, got {weights}"
+            )
+        if not 0 <= self.lower < self.upper <= 1:
+            raise ValueError(
+                "objective needs 0 <= lower < upper <= 1, got "
+                f"lower={self.lower}, upper={self.upper}"
+            )
+        fields = ("alpha", "beta", "head_mass", "mix")
+        own = {field: getattr(self, field) for field in fields}
+        check_divergence_settings(self.divergence, own, temperature=self.temperature)
 
     @property
     def needs_teacher(self) -> bool:
@@ -333,12 +338,12 @@ def _whole_divergence(
         )
     fields = DIVERGENCE_SETTINGS.get(name, ())
     chosen = {field: getattr(objective, field) for field in fields}
-    settings = {field: value for field, value in chosen.items() if value is not None}
+    given = {field: value for field, value in chosen.items() if value is not None}
     return getattr(losses, name)(
         student_logits,
         teacher_logits,
         where=where,
         temperature=objective.temperature,
         **columns,
-        **settings,
+        **given,
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from mgsr_jax import settings
 from mgsr_jax.decoding.decode import Decoding, decode, start
 from mgsr_jax.decoding.sampling import STUDENT_STREAM, Sampling, row_keys
 from mgsr_jax.rows import Rows, blank_padding, prompts_only
@@ -64,6 +65,27 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
 
+    def check(self) -> None:
+        """Refuse values that do not work.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        settings.check_choices(self, "rollout.")
+        settings.check_positive(self, "capacity", section="rollout.")
+        settings.check_not_negative(self, "top_k", section="rollout.")
+        for name in ("probability", "initial_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"rollout.{name} must be in [0, 1], got {getattr(self, name)}"
+                )
+        if self.rounds < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "rollout needs rounds >= 0, temperature >= 0 and 0 < top_p <= 1, got "
+                f"rounds={self.rounds}, temperature={self.temperature}, "
+                f"top_p={self.top_p}"
+            )
+
     @property
     def always_generates(self) -> bool:
         """True where every step trains on generated rows."""
@@ -98,8 +120,11 @@ def make_rollout(
       vocab_size: columns of logits at or beyond it are padding.
       prefill_width: no prompt is longer than this.
       dtype: of the decoder's weights and cache.
-    """
 
+    Raises:
+      ValueError: a field of `config` has a value that does not work.
+    """
+    config.check()
     spec = _Spec(student, teacher, config, eos_ids, vocab_size, prefill_width, dtype)
     return jax.jit(functools.partial(_roll_out, spec))
 

@@ -135,7 +135,11 @@ def make_train_step(
       dtype: of the student's computation.
       chunk_size: tokens per device whose logits exist at a time.
       dropout: pass keys to the student's forward pass.
+
+    Raises:
+      ValueError: a field of `objective` has a value that does not work.
     """
+    objective.check()
     spec = StepLoss(student, teacher, objective, vocab_size, dtype, chunk_size)
     step = functools.partial(_step, spec, optimizer, dropout)
     return jax.jit(step, donate_argnums=0)

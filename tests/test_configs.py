@@ -12,7 +12,6 @@ from mgsr_jax import models
 from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.commands.plan import PlanConfig
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.config_checks import check_config, check_programs
 from mgsr_jax.training.model_pair import read_models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -70,7 +69,7 @@ def test_a_recipe_can_be_trained(file, monkeypatch):
     monkeypatch.setitem(COMMANDS, "train", train)
     monkeypatch.chdir(CONFIGS.parent)
     assert main(arguments) == 0
-    check_config(configs[0])
+    configs[0].check()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -90,7 +89,7 @@ def test_a_recipe_can_be_planned(file, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     assert main(arguments) == 0
     (config,) = configs
-    check_programs(config)
+    config.check_programs()
     sizes = dataclasses.replace(config.mesh, tensor=1)
     student, teacher = read_models(dataclasses.replace(config, mesh=sizes))
     assert student.vocab_rows == teacher.vocab_rows

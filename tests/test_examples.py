@@ -17,7 +17,6 @@ import tiny
 from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import alpaca_prompt
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.training.config_checks import check_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -218,17 +217,16 @@ def test_the_trainer_accepts_the_settings_of_every_method(tmp_path):
     names = {quickstart.run_name(name) for name in methods}
     assert len(names) == len(methods)
     for method in methods.values():
-        check_config(
-            TrainConfig(
-                student="student",
-                teacher="teacher" if method.objective.needs_teacher else None,
-                output=str(tmp_path),
-                data=DataConfig(train="train.jsonl"),
-                objective=method.objective,
-                rollout=method.rollout,
-                steps=1,
-            )
+        config = TrainConfig(
+            student="student",
+            teacher="teacher" if method.objective.needs_teacher else None,
+            output=str(tmp_path),
+            data=DataConfig(train="train.jsonl"),
+            objective=method.objective,
+            rollout=method.rollout,
+            steps=1,
         )
+        config.check()
 
 
 def softmax(logits):

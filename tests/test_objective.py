@@ -27,7 +27,8 @@ from tables import (
 )
 
 from mgsr_jax import losses
-from mgsr_jax.objective import DIVERGENCE_SETTINGS, DIVERGENCES, Objective, at_bound
+from mgsr_jax.divergences import DIVERGENCE_SETTINGS, DIVERGENCES
+from mgsr_jax.objective import Objective, at_bound
 from mgsr_jax.rows import next_token_view
 
 

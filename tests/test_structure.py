@@ -14,6 +14,8 @@ PACKAGE = ROOT / "mgsr_jax"
 ORDER = """
 __init__
 typing
+settings
+divergences
 losses.*
 sharding
 rows

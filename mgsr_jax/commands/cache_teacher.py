@@ -25,7 +25,6 @@ from mgsr_jax.commands.train import reserve_gpu_memory
 from mgsr_jax.losses import TopKTeacher, top_k_teacher
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.typing import Model, Params
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def _check(config: TrainConfig) -> None:
             "mgsr cache-teacher on one host, then any number of hosts can read it"
         )
     # Training with the cache must be possible too.
-    check_config(dataclasses.replace(config, teacher_cache=config.output))
+    dataclasses.replace(config, teacher_cache=config.output).check()
 
 
 def _write_shards(

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mgsr_jax import settings
 from mgsr_jax.sharding import Rules, path_name
 from mgsr_jax.typing import LAYERS, Params, PRNGKey, RowKeys
 
@@ -43,6 +44,29 @@ class LoraConfig:
     alpha: float = 64.0
     dropout: float = 0.0
     targets: str = "attention/(query|value)$"
+
+    def check(self) -> None:
+        """Refuse values that do not work, or that rank 0 would not read.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        settings.check_positive(self, "alpha", section="lora.")
+        settings.check_not_negative(self, "rank", section="lora.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(
+                f"lora.targets={self.targets!r} is not a regular expression ({error}); "
+                "expected one such as attention/(query|value)$"
+            ) from error
+        if self.rank == 0 and self != LoraConfig():
+            raise ValueError(
+                f"lora.rank=0 trains all weights and reads no other setting of {self}; "
+                "set lora.rank, or leave lora out"
+            )
 
     @property
     def scale(self) -> float:
@@ -90,8 +114,10 @@ def init(key: PRNGKey, model: HasParams, config: LoraConfig) -> Params:
     a ~ U(-1 / sqrt(in), 1 / sqrt(in)) as in peft: Kaiming's uniform with slope sqrt(5).
 
     Raises:
-      ValueError: `config.targets` matches no kernel of the model; lists all kernels.
+      ValueError: a field of `config` has a value that does not work, or its `targets`
+        match no kernel of the model; lists all kernels.
     """
+    config.check()
     adapters: Params = {}
     for i, (path, shape) in enumerate(targeted(model, config).items()):
         layers, size_in, size_out = shape

@@ -28,7 +28,6 @@ from mgsr_jax.planning.machines import Machine
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import TrainState
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.config_checks import check_programs
 from mgsr_jax.training.model_pair import check_sizes, read_models
 from mgsr_jax.training.programs import Programs, make_programs
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
@@ -149,7 +148,7 @@ class _Run:
 
 
 def _open(config: TrainConfig, machine: Machine) -> _Run:
-    check_programs(config)
+    config.check_programs()
     sizes = config.mesh
     mesh = sharding.make_mesh(
         sizes.data, sizes.fsdp, sizes.tensor, devices=machine.devices

@@ -1,14 +1,20 @@
 """Settings of a run: one dataclass a topic, read from YAML and the command line."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
+from mgsr_jax import settings
+from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.optimizer import OptimizerConfig
+
+_FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
+"""Divergences that need only the teacher's most probable classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,26 @@ class DataConfig:
     chunker: str = "textblob"
     spacy_model: str = "en_core_web_sm"
     cache_dir: str | None = None
+
+    def check(self) -> None:
+        """Refuse values that do not work, alone or with one another.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        settings.check_choices(self, "data.")
+        self.encoding  # noqa: B018  the record checks itself
+        widths = self.widths
+        if min(widths) < 2 or sorted(set(widths)) != list(widths):
+            raise ValueError(
+                f"data.buckets={list(self.buckets)}; expected ascending widths from 2 "
+                f"to below data.max_length={self.max_length}"
+            )
+        if self.chunker not in ("textblob", "spacy") and ":" not in self.chunker:
+            raise ValueError(
+                f"data.chunker={self.chunker!r}; expected textblob, spacy, or a "
+                "function as module:function"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -157,6 +183,44 @@ class TrainConfig:
     resume: bool = False
     tensorboard: bool = True
 
+    def check(self) -> None:
+        """Refuse settings of a run that cannot work together, before a file is read.
+
+        Raises:
+          ValueError: names the setting, its value and the values that are allowed.
+        """
+        self.check_programs()
+        check_folder("output", self.output)
+        _check_size_of_run(self, required=True)
+        _check_validation(self)
+
+    def check_programs(self) -> None:
+        """Refuse settings that the run's programs cannot be compiled for.
+
+        The output folder, the data files and the number of steps may be missing.
+
+        Raises:
+          ValueError: see `check`.
+        """
+        settings.check_choices(self)
+        for name in ("student", "teacher", "teacher_cache"):
+            check_folder(name, getattr(self, name))
+        _check_size_of_run(self, required=False)
+        positive = ("batch_size", "micro_batches", "log_every", "keep_checkpoints")
+        settings.check_positive(self, "steps", "epochs", "chunk_size", *positive)
+        settings.check_not_negative(self, "validate_every", "save_every")
+        self.data.check()
+        self.objective.check()
+        self.rollout.check()
+        self.optimizer.check()
+        self.lora.check()
+        _check_parts(self)
+        _check_replay(self)
+        _check_teacher(self)
+        _check_attention(self)
+        if self.teacher_cache is not None:
+            _check_teacher_cache(self)
+
     @property
     def micro_batch_size(self) -> int:
         """Rows of a micro-batch, over all hosts."""
@@ -167,3 +231,106 @@ class TrainConfig:
         """Whether any step runs the teacher itself, so that its weights are loaded."""
         cached = self.teacher_cache is not None and self.rollout.policy == "off"
         return self.teacher is not None and not cached
+
+
+def _check_size_of_run(config: TrainConfig, *, required: bool) -> None:
+    sizes = sum(size is not None for size in (config.steps, config.epochs))
+    if sizes > 1 or (required and sizes == 0):
+        raise ValueError(
+            f"set exactly one of steps and epochs, got steps={config.steps}, "
+            f"epochs={config.epochs}"
+        )
+
+
+def _check_parts(config: TrainConfig) -> None:
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide into "
+            f"micro_batches={config.micro_batches}; make it a multiple"
+        )
+    if config.objective.span and config.chunk_size == 1:
+        raise ValueError(
+            "chunk_size=1 leaves no neighbouring token for the span loss; use 2 or more"
+        )
+
+
+def _check_validation(config: TrainConfig) -> None:
+    data = config.data
+    if config.validate_every and not data.valid:
+        raise ValueError(
+            f"validate_every={config.validate_every}, but there is no validation data; "
+            "set data.valid, or validate_every to 0"
+        )
+    is_file = Path(data.train).suffix in (".json", ".jsonl", ".parquet")
+    same_part = is_file or data.train_split == data.valid_split
+    if data.train == data.valid and same_part:
+        raise ValueError(
+            f"data.train and data.valid are both {data.train!r} ({data.train_split}); "
+            "validate on data that is not trained on"
+        )
+
+
+def _check_replay(config: TrainConfig) -> None:
+    rollout = config.rollout
+    ratio_can_rise = rollout.initial_ratio > 0 or config.validate_every
+    if rollout.policy == "replay" and not ratio_can_rise:
+        raise ValueError(
+            "rollout.policy=replay with rollout.initial_ratio=0 never generates unless "
+            "validations raise the ratio; set validate_every, or initial_ratio above 0"
+        )
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    needs_teacher = config.objective.needs_teacher
+    if config.teacher is not None:
+        if not needs_teacher:
+            raise ValueError(
+                "teacher is set, but objective.token and objective.span are 0 and "
+                "never use it; leave teacher out, or give one of them a weight"
+            )
+        return
+    if needs_teacher:
+        raise ValueError(
+            "objective.token and objective.span compare with a teacher, and none is "
+            "set; set teacher, or both weights to 0 for plain fine-tuning (SFT)"
+        )
+    if config.rollout.policy != "off":
+        raise ValueError(
+            f"rollout.policy={config.rollout.policy!r} needs a teacher; set "
+            "teacher, or rollout.policy to off"
+        )
+
+
+def _check_attention(config: TrainConfig) -> None:
+    dtypes = {config.dtype, config.teacher_dtype if config.teacher else config.dtype}
+    if config.attention == "cudnn" and "float32" in dtypes:
+        raise ValueError(
+            f"attention='cudnn' computes in bfloat16, got dtype={config.dtype}, "
+            f"teacher_dtype={config.teacher_dtype}; set both to bfloat16 (the second "
+            "may be int8), or attention to xla"
+        )
+
+
+def _check_teacher_cache(config: TrainConfig) -> None:
+    objective = config.objective
+    if config.teacher is None:
+        raise ValueError(
+            f"teacher_cache={config.teacher_cache!r}, but no teacher is set; set "
+            "teacher to the folder that the cache was made from"
+        )
+    if objective.span:
+        raise ValueError(
+            f"objective.span={objective.span} compares whole distributions, and "
+            "teacher_cache holds only the most probable classes; set objective.span "
+            "to 0, or leave teacher_cache out"
+        )
+    if objective.divergence not in _FROM_CACHE:
+        raise ValueError(
+            f"objective.divergence={objective.divergence!r} needs the teacher's whole "
+            f"distribution; with teacher_cache it is one of {_FROM_CACHE}"
+        )
+    if objective.temperature != 1:
+        raise ValueError(
+            f"objective.temperature={objective.temperature}, but teacher_cache holds "
+            "the distribution at temperature 1; set it to 1, or leave teacher_cache out"
+        )

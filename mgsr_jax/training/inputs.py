@@ -23,7 +23,6 @@ from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.training.model_pair import check_sizes, read_models, shared_vocabulary
 from mgsr_jax.training.run_folder import check_output
 from mgsr_jax.typing import Tokenizer
@@ -75,7 +74,7 @@ def prepare(config: TrainConfig, *, console: Console) -> RunInputs:
       ValueError, FileNotFoundError, FileExistsError: a mistake in the settings, the
         data, a checkpoint folder, the teacher cache or the output folder.
     """
-    check_config(config)
+    config.check()
     check_output(config)
     inputs = read_inputs(config, console=console)
     if config.lora.rank:

@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.tree_util import KeyPath
 
+from mgsr_jax import settings
 from mgsr_jax.sharding import path_name
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Leaf, Params
 
@@ -39,6 +40,23 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     clip_network_learning_rate: float = 1e-3
 
+    def check(self) -> None:
+        """Refuse values that do not work.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        section = "optimizer."
+        settings.check_positive(self, "learning_rate", "clip_norm", section=section)
+        settings.check_not_negative(
+            self,
+            "final_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "clip_network_learning_rate",
+            section=section,
+        )
+
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine to `final_learning_rate` at step `steps`."""
@@ -52,7 +70,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizers of both models, selected by the parameters' top-level keys."""
+    """The optimizers of both models, selected by the parameters' top-level keys.
+
+    Raises:
+      ValueError: a field of `config` has a value that does not work.
+    """
+    config.check()
     student = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mgsr_jax.objective import DIVERGENCES
+from mgsr_jax.divergences import DIVERGENCES
 
 _SHOWN = ("loss", "sft", *DIVERGENCES, "span")
 

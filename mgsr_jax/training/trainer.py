@@ -13,8 +13,8 @@ from rich.console import Console
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.data.batches import eval_batches, train_batches
+from mgsr_jax.divergences import DIVERGENCES
 from mgsr_jax.models import lora
-from mgsr_jax.objective import DIVERGENCES
 from mgsr_jax.rollout import Rollout
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Diverged, Metrics, TrainState
