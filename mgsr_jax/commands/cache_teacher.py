@@ -186,8 +186,11 @@ def _write_shards(
     from mgsr_jax.data import teacher_shards
     from mgsr_jax.training.initial_state import load_teacher
 
-    teacher, params = setup.teacher, load_teacher(setup)
-    assert teacher is not None
+    config, teacher, mesh = setup.config, setup.teacher, setup.mesh
+    assert teacher is not None and config.teacher is not None
+    params = load_teacher(
+        config.teacher, teacher, mesh=mesh, dtype=config.teacher_dtype
+    )
     step = make_top_k_step(
         teacher, top_k=recipe.top_k, vocab_size=recipe.vocab_size, mesh=setup.mesh
     )

@@ -279,3 +279,21 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[O
         end += len(piece)
         pieces.append(piece)
     return "".join(pieces), offsets
+
+
+def resolve_chunker(name: str) -> Chunker:
+    """The chunker that a setting names; "module:function" is imported.
+
+    Raises:
+      ValueError: the module or the function does not exist.
+    """
+    if ":" not in name:
+        return name
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"data.chunker={name!r} cannot be imported ({error}); expected "
+            "module:function of a module on the Python path"
+        ) from error

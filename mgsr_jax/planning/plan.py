@@ -28,7 +28,7 @@ from mgsr_jax.planning.machines import Machine
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import TrainState
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.model_pair import check_sizes, read_models
+from mgsr_jax.training.inputs import check_sizes, read_models
 from mgsr_jax.training.programs import Programs, make_programs
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
 

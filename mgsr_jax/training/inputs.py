@@ -4,8 +4,8 @@ Most mistakes end here, in one line, before anything is written.
 """
 
 import dataclasses
-import importlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,19 +13,24 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mgsr_jax import __version__, sharding
+from mgsr_jax import __version__, models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
-from mgsr_jax.data.spans import Chunker
+from mgsr_jax.data.spans import Chunker, resolve_chunker
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
-from mgsr_jax.models import LanguageModel
+from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.model_pair import check_sizes, read_models, shared_vocabulary
 from mgsr_jax.training.run_folder import check_output
 from mgsr_jax.typing import Tokenizer
+
+_VOCABULARY_MULTIPLE = 128
+"""Divisible by every tensor axis that is a power of two, and by accelerators' tiles."""
+
+_PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}
+"""Platforms of the attention kernels that exist on one platform only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ def prepare(config: TrainConfig, *, console: Console) -> RunInputs:
         data, a checkpoint folder, the teacher cache or the output folder.
     """
     config.check()
-    check_output(config)
+    check_output(Path(config.output), dataclasses.asdict(config), resume=config.resume)
     inputs = read_inputs(config, console=console)
     if config.lora.rank:
         digest = weights_digest(Path(config.student))
@@ -132,6 +137,107 @@ def _steps(config: TrainConfig, examples: int) -> int:
             f"run's {steps} steps; lower it"
         )
     return steps
+
+
+def read_models(config: TrainConfig) -> tuple[LanguageModel, LanguageModel | None]:
+    """Student and teacher, with vocabularies padded to a common number of rows.
+
+    The padding depends on the mesh as little as possible, because a run may be resumed
+    on another mesh.
+    """
+    if config.runs_teacher and config.teacher_dtype == "int8":
+        quantized.check_installed()
+    student = models.from_config(config.student)
+    teacher = models.from_config(config.teacher) if config.teacher else None
+    rows = max(model.config.vocab_size for _, model in _roles(student, teacher))
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, config.mesh.tensor)
+
+    def fitted(model: LanguageModel) -> LanguageModel:
+        return dataclasses.replace(
+            model,
+            vocab_rows=multiple * math.ceil(rows / multiple),
+            tensor=config.mesh.tensor,
+            attention=config.attention,
+        )
+
+    student = fitted(student)
+    student = dataclasses.replace(student, remat=config.remat, lora=config.lora)
+    if config.lora.rank:
+        lora.targeted(student, config.lora)  # raises if no kernel matches
+    return student, teacher and fitted(teacher)
+
+
+def shared_vocabulary(
+    config: TrainConfig,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    tokenizer: Tokenizer,
+) -> int:
+    """Number of tokens of the one tokenizer that both models use.
+
+    Raises:
+      ValueError: an embedding has fewer rows, or the teacher has another tokenizer.
+    """
+    size = len(tokenizer)
+    for role, model in _roles(student, teacher):
+        if model.config.vocab_size < size:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, but the {role}'s embedding has only "
+                f"{model.config.vocab_size} rows; give the tokenizer of that checkpoint"
+            )
+    if config.teacher is not None:
+        other = hf.load_tokenizer(config.teacher)
+        if hf.tokenizer_fingerprint(tokenizer) != hf.tokenizer_fingerprint(other):
+            raise ValueError(
+                f"teacher {config.teacher} ({len(other)} tokens) and student "
+                f"{config.student} ({size} tokens) have different tokenizers; "
+                "distillation compares distributions over one vocabulary, so give a "
+                "pair with the same tokenizer"
+            )
+    return size
+
+
+def check_sizes(
+    config: TrainConfig,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    mesh: Mesh,
+) -> None:
+    """Refuse settings that the models or the devices do not support.
+
+    Raises:
+      ValueError: rows are too long or do not divide over the mesh, or the devices do
+        not have the kernel of `attention`.
+    """
+    width = config.data.max_length
+    for role, model in _roles(student, teacher):
+        if model.config.max_length < width:
+            raise ValueError(
+                f"data.max_length={width} is beyond the {role}'s "
+                f"{model.config.max_length} positions; lower it"
+            )
+    if config.micro_batch_size % (parts := sharding.row_parts(mesh)):
+        raise ValueError(
+            f"a micro-batch of {config.micro_batch_size} rows "
+            f"(batch_size={config.batch_size} / micro_batches={config.micro_batches}) "
+            f"does not divide over the {parts} parts of the mesh {dict(mesh.shape)}; "
+            f"use a multiple of {parts}"
+        )
+    platform = mesh.devices.flat[0].platform
+    expected = _PLATFORMS.get(config.attention, platform)
+    if platform != expected:
+        raise ValueError(
+            f"attention={config.attention!r} is a kernel for a {expected}, but these "
+            f"devices are of the platform {platform}; set attention to xla"
+        )
+
+
+def _roles(
+    student: LanguageModel, teacher: LanguageModel | None
+) -> Iterator[tuple[str, LanguageModel]]:
+    yield "student", student
+    if teacher is not None:
+        yield "teacher", teacher
 
 
 def common_parts(inputs: RunInputs) -> dict[str, str]:
@@ -198,24 +304,6 @@ def _open_cache(folder: str, inputs: RunInputs, console: Console) -> TeacherCach
         markup=False,
     )
     return cache
-
-
-def resolve_chunker(name: str) -> Chunker:
-    """The chunker that a setting names; "module:function" is imported.
-
-    Raises:
-      ValueError: the module or the function does not exist.
-    """
-    if ":" not in name:
-        return name
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"data.chunker={name!r} cannot be imported ({error}); expected "
-            "module:function of a module on the Python path"
-        ) from error
 
 
 def _load_data(

@@ -1,6 +1,7 @@
 """The jitted programs of a run: `mgsr train` runs them, `mgsr plan` compiles them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,12 +35,15 @@ class Programs:
 
     Attributes:
       optimizer: the optimizer of the train state.
+      init_trained: returns the initial values of all trained parameters except the
+        student's own weights.
       train_step: result of `make_train_step`.
       validation_step: result of `make_validation_step`.
       rollout: result of `make_rollout`; None if the student never generates.
     """
 
     optimizer: optax.GradientTransformation
+    init_trained: Callable[[], Params]
     train_step: TrainStep
     validation_step: Callable[[Params, Params | None, Rows], Metrics]
     rollout: Rollout | None
@@ -93,7 +97,8 @@ def make_programs(
         chunk_size=chunk_size,
     )
     rollout = _rollout(config, student, teacher, eos_ids, vocab_size)
-    return Programs(optimizer, train_step, validation_step, rollout)
+    init = functools.partial(init_trained, config, student, steps)
+    return Programs(optimizer, init, train_step, validation_step, rollout)
 
 
 def _rollout(

@@ -69,3 +69,14 @@ class StepProgress:
         if not self._console.is_terminal and time.monotonic() - self._last_line > 10:
             self._console.print(f"{self._title} {step}: {text}", soft_wrap=True)
             self._last_line = time.monotonic()
+
+
+def limit_warning(values: Mapping[str, float]) -> str | None:
+    """A warning if DAC-KL's learned lower limit is at the end of its range."""
+    lower = values.get("train/lower")
+    if lower is None or 0.002 <= lower <= 0.45:
+        return None
+    return (
+        f"DAC-KL's lower limit is {lower:.4f}, at the end of its range, so the clip "
+        "network no longer selects classes; raise objective.prior_weight"
+    )

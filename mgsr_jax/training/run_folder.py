@@ -1,15 +1,12 @@
 """Files of a run folder: the settings that a run was started with, and their check."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from mgsr_jax.training.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 REJECTED_FILE = "rejected.txt"
@@ -58,25 +55,24 @@ def read_run_config(run: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def check_output(config: TrainConfig) -> None:
+def check_output(output: Path, settings: Mapping[str, object], *, resume: bool) -> None:
     """Refuse an output folder that is neither new nor the same run to be resumed.
 
     Raises:
       FileExistsError: a file, or a folder with content and no `resume`.
       FileNotFoundError, ValueError: not a run folder, or a run with other settings.
     """
-    output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file; give a folder's name")
     if not output.exists() or not os.listdir(output):
         return
-    if not config.resume:
+    if not resume:
         raise FileExistsError(
             f"output folder {output} is not empty; give another one, or continue the "
             "run in it with resume: true"
         )
     old = read_run_config(output)
-    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    new = json.loads(json.dumps(settings))
     changed = [
         name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]
     ]
@@ -88,10 +84,9 @@ def check_output(config: TrainConfig) -> None:
         )
 
 
-def write_run_config(config: TrainConfig) -> None:
+def write_run_config(output: Path, settings: Mapping[str, object]) -> None:
     """Write the settings file, complete or not at all: a resumed run needs it."""
-    output = Path(config.output)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    text = yaml.safe_dump(dict(settings), sort_keys=False)
     unfinished = output / f".{CONFIG_FILE}"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(output / CONFIG_FILE)

@@ -31,7 +31,7 @@ from mgsr_jax.training.inputs import RunInputs, common_parts, prepare
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.optimizer import learning_rate_schedule
 from mgsr_jax.training.programs import make_programs
-from mgsr_jax.training.progress import StepProgress
+from mgsr_jax.training.progress import StepProgress, limit_warning
 from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 from mgsr_jax.training.run_folder import (
     CHECKPOINTS,
@@ -40,7 +40,7 @@ from mgsr_jax.training.run_folder import (
     write_run_config,
 )
 from mgsr_jax.training.signals import stop_signals
-from mgsr_jax.typing import STUDENT
+from mgsr_jax.typing import STUDENT, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +110,9 @@ class _Run:
 
     def run(self) -> TrainResult:
         """Load, train and export. Nothing is written before the weights are loaded."""
-        inputs, optimizer = self.inputs, self.programs.optimizer
-        self.state = on_all_processes(lambda: load_state(inputs, optimizer))
-        self.teacher_params = None
-        if self.config.runs_teacher:
-            self.teacher_params = on_all_processes(lambda: load_teacher(inputs))
+        inputs = self.inputs
+        self.state = on_all_processes(self._load_state)
+        self.teacher_params = on_all_processes(self._load_teacher)
         with open_checkpoints(
             self.output / CHECKPOINTS,
             keep=self.config.keep_checkpoints,
@@ -134,16 +132,25 @@ class _Run:
                 validation = self._loop(start, stop_requested)
         step = int(self.state.step)
         student = self.output / STUDENT_FOLDER
-        if step == inputs.steps:
+        finished = step == inputs.steps
+        if finished:
             self._export(student)
         else:
             self.console.print(f"stopped after step {step}; resume with --resume true")
-        return TrainResult(
-            output=self.output,
-            student=student,
-            step=step,
-            validation=validation,
-            finished=step == inputs.steps,
+        return TrainResult(self.output, student, step, validation, finished)
+
+    def _load_state(self) -> TrainState:
+        config, student, mesh = self.config, self.inputs.student, self.inputs.mesh
+        dtype, seed = jnp.dtype(config.dtype), config.seed
+        folder, programs = config.student, self.programs
+        return load_state(folder, student, programs, mesh=mesh, dtype=dtype, seed=seed)
+
+    def _load_teacher(self) -> Params | None:
+        config, teacher, mesh = self.config, self.inputs.teacher, self.inputs.mesh
+        if config.teacher is None or teacher is None or not config.runs_teacher:
+            return None
+        return load_teacher(
+            config.teacher, teacher, mesh=mesh, dtype=config.teacher_dtype
         )
 
     def _restored(self) -> TrainState:
@@ -224,14 +231,9 @@ class _Run:
         tokens = max(self.means.count(f"train/{name}") for name in _SCORED)
         values = self.means.take()
         del values["train/finite"]
-        lower = values.get("train/lower")
         learned = self.config.objective.needs_clip_network
-        if learned and lower is not None and not 0.002 <= lower <= 0.45:
-            self.console.print(
-                f"[yellow]step {step}: DAC-KL's lower limit is {lower:.4f}, at the end "
-                "of its range, so the clip network no longer selects classes; raise "
-                "objective.prior_weight"
-            )
+        if learned and (warning := limit_warning(values)):
+            self.console.print(f"[yellow]step {step}: {warning}")
         own = {
             "train/tokens_per_second": tokens / seconds,
             "train/learning_rate": float(jnp.asarray(self.learning_rate(step - 1))),
@@ -292,7 +294,7 @@ class _Run:
     def _write_settings(self) -> None:
         if not is_lead():
             return
-        write_run_config(self.config)
+        write_run_config(self.output, dataclasses.asdict(self.config))
         if self.inputs.rejected:
             path = write_rejected(self.output, self.inputs.rejected)
             self.console.print(f"records that are not used unchanged: {path}")

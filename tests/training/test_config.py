@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from rich.console import Console
 
+from mgsr_jax.data.spans import resolve_chunker
 from mgsr_jax.divergences import DIVERGENCES
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.training.inputs import prepare, resolve_chunker
+from mgsr_jax.training.inputs import prepare
 
 
 def make(**changes):

@@ -33,6 +33,7 @@ from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.initial_state import load_state
 from mgsr_jax.training.inputs import prepare
 from mgsr_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
+from mgsr_jax.training.programs import make_programs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*forward-compatible:DeprecationWarning",
@@ -246,7 +247,23 @@ def test_adapters_and_what_is_frozen_lie_as_the_rules_say(project):
     )
     setup = prepare(settings, console=Console(file=io.StringIO()))
     with jax.set_mesh(setup.mesh):
-        state = load_state(setup, make_optimizer(settings.optimizer, setup.steps))
+        programs = make_programs(
+            settings,
+            setup.student,
+            setup.teacher,
+            mesh=setup.mesh,
+            vocab_size=setup.vocab_size,
+            eos_ids=setup.eos_ids,
+            steps=setup.steps,
+        )
+        state = load_state(
+            settings.student,
+            setup.student,
+            programs,
+            mesh=setup.mesh,
+            dtype=jnp.bfloat16,
+            seed=0,
+        )
     query = state.params["student"][LORA]["attention"]["query"]
     assert query["a"].sharding.spec == P(None, "fsdp", None)
     kernel = state.frozen["student"]["layers"]["attention"]["query"]["kernel"]
