@@ -82,9 +82,11 @@ def write_teacher_cache(
     """
     from mgsr_jax.data import teacher_cache
     from mgsr_jax.training.inputs import check_candidates, origin_of, read_inputs
+    from mgsr_jax.training.model_pair import with_local_models
 
     console = console or Console(stderr=True)
     _check(config)
+    config = with_local_models(config)
     setup = read_inputs(config, console=console)
     check_candidates(config, top_k, setup.vocab_size)
     recipe = teacher_cache.Recipe(

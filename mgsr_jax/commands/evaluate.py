@@ -36,7 +36,8 @@ class EvaluateConfig:
     """Settings of evaluate.
 
     Attributes:
-      model: folder of a Hugging Face checkpoint.
+      model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
+        org/name@revision).
       data: JSONL file with instruction, input and output (a string or a list of
         references), or a list of files in brackets. A record with "minillm": false is
         not scored.
@@ -50,8 +51,8 @@ class EvaluateConfig:
         excess of KL(teacher || model) on the model's own samples over that on the
         teacher's samples, in percent. Both sample the same prompts with the same seeds
         at temperature 1, whatever the settings of sampling are. Needs teacher.
-      teacher: folder of the teacher's checkpoint, for exposure_bias; must have the same
-        tokenizer.
+      teacher: the teacher's checkpoint, given like model, for exposure_bias; must have
+        the same tokenizer.
       template: "alpaca", or "chat" for the tokenizer's chat template.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.

@@ -12,7 +12,8 @@ class GenerateConfig:
     """Settings of generate.
 
     Attributes:
-      model: folder of a Hugging Face checkpoint.
+      model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
+        org/name@revision).
       prompt: an instruction, or a list of instructions in brackets.
       input: context that is added to each instruction (the field `input` of Alpaca).
       template: "alpaca", "chat" for the tokenizer's chat template, or "none" for the

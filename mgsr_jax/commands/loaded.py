@@ -21,7 +21,7 @@ class LoadedModel:
     """A checkpoint's model and tokenizer; `params` reads its weights.
 
     Attributes:
-      folder: folder of the Hugging Face checkpoint.
+      folder: folder of the Hugging Face checkpoint; for a hub name, in its cache.
       model: the model as pure functions.
       tokenizer: the checkpoint's tokenizer.
       mesh: device mesh for the weights; None for one device.
@@ -45,17 +45,24 @@ class LoadedModel:
         return eos_ids(self.tokenizer, self.model)
 
 
-def load(folder: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
+def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
     """Read config.json and the tokenizer of a checkpoint.
+
+    Args:
+      name: a folder or a hub name; a hub name is downloaded to its cache.
+      mesh: device mesh for the weights; None for one device.
 
     Raises:
       ValueError: the tokenizer has more tokens than the embedding has rows; the model
         does not divide over the mesh.
       FileNotFoundError: the folder or one of its files is missing.
+      OSError: see `hub.local_folder`.
     """
     from mgsr_jax import models
-    from mgsr_jax.checkpoint import hf
+    from mgsr_jax.checkpoint import hf, hub
+    from mgsr_jax.training.distributed import lead_first
 
+    folder = lead_first(lambda: hub.local_folder(name))
     model, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
     rows = model.config.vocab_size
     if len(tokenizer) > rows:

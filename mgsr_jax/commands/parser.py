@@ -39,6 +39,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 """The fields of a parameter named `config`, which is a dataclass, and all other
 parameters become options."""
 
+_POSITIONAL = ("convert",)
+"""Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
@@ -76,7 +79,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         sub.add_argument("--config", action="config", help="YAML file")
         if (record := _config_class(command)) is not None:
             sub.add_class_arguments(record)
-        sub.add_function_arguments(command, skip={"config"})
+        sub.add_function_arguments(
+            command, skip={"config"}, as_positional=name in _POSITIONAL
+        )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
 

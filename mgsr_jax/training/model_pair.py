@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 
 from mgsr_jax import models, sharding
-from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint import hf, hub
 from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.distributed import lead_first
 from mgsr_jax.typing import Tokenizer
 
 _VOCABULARY_MULTIPLE = 128
@@ -17,6 +18,23 @@ _VOCABULARY_MULTIPLE = 128
 
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}
 """Platforms of the attention kernels that exist on one platform only."""
+
+
+def with_local_models(config: TrainConfig) -> TrainConfig:
+    """The settings with folders for the models; hub names are downloaded first.
+
+    With several processes all of them must call this.
+
+    Raises:
+      FileNotFoundError, PermissionError, OSError: see `hub.local_folder`.
+    """
+
+    def local() -> TrainConfig:
+        teacher = None if config.teacher is None else hub.local_folder(config.teacher)
+        student = hub.local_folder(config.student)
+        return dataclasses.replace(config, student=student, teacher=teacher)
+
+    return lead_first(local)
 
 
 def read_models(config: TrainConfig) -> tuple[LanguageModel, LanguageModel | None]:

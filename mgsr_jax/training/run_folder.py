@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mgsr_jax.checkpoint.hub import portable_name
 from mgsr_jax.training.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
@@ -16,6 +17,7 @@ REJECTED_FILE = "rejected.txt"
 CHECKPOINTS = "checkpoints"
 STUDENT_FOLDER = "student"
 
+_MODELS = ("student", "teacher")
 _MAY_CHANGE = (
     "resume",
     "output",
@@ -76,7 +78,7 @@ def check_output(config: TrainConfig) -> None:
             "run in it with resume: true"
         )
     old = read_run_config(output)
-    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    new = json.loads(json.dumps(_settings(config)))
     changed = [
         name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]
     ]
@@ -91,10 +93,16 @@ def check_output(config: TrainConfig) -> None:
 def write_run_config(config: TrainConfig) -> None:
     """Write the settings file, complete or not at all: a resumed run needs it."""
     output = Path(config.output)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    text = yaml.safe_dump(_settings(config), sort_keys=False)
     unfinished = output / f".{CONFIG_FILE}"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(output / CONFIG_FILE)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings as plain values; a model of the hub by its name and commit."""
+    names = {name: portable_name(getattr(config, name)) for name in _MODELS}
+    return dataclasses.asdict(config) | names
 
 
 def write_rejected(output: Path, messages: Sequence[str]) -> Path:

@@ -20,6 +20,7 @@ from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Diverged, Metrics, TrainState
 from mgsr_jax.training.checkpoints import open_checkpoints
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.config_checks import check_config
 from mgsr_jax.training.distributed import (
     check_equal,
     check_shared,
@@ -29,6 +30,7 @@ from mgsr_jax.training.distributed import (
 from mgsr_jax.training.initial_state import load_state, load_teacher
 from mgsr_jax.training.inputs import RunInputs, common_parts, prepare
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
+from mgsr_jax.training.model_pair import with_local_models
 from mgsr_jax.training.optimizer import learning_rate_schedule
 from mgsr_jax.training.programs import make_programs
 from mgsr_jax.training.progress import StepProgress
@@ -70,6 +72,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
       Diverged: the loss is not finite; the last checkpoint is kept.
     """
     console = console or Console(stderr=True, quiet=not is_lead())
+    on_all_processes(lambda: check_config(config))  # before a long download
+    config = with_local_models(config)
     inputs = on_all_processes(lambda: prepare(config, console=console))
     if jax.process_count() > 1:
         check_equal(common_parts(inputs))
