@@ -3,8 +3,9 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
+from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ class LoadedModel:
 
         return eos_ids(self.tokenizer, self.model)
 
+    def text(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of tokens, with or without special tokens."""
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return cast(str, text)  # one sequence: not a list
+
 
 def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
     """Read config.json and the tokenizer of a checkpoint.
@@ -74,6 +82,31 @@ def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
         padded = tensor * math.ceil(rows / tensor)
         model = dataclasses.replace(model, vocab_rows=padded, tensor=tensor)
     return LoadedModel(folder, model, tokenizer, mesh)
+
+
+def make_mesh(sizes: MeshConfig) -> "Mesh | None":
+    """A mesh of the first devices, as many as the sizes need; None for one device.
+
+    Several processes share the devices of all of them, so they have no such default.
+    """
+    import jax
+
+    from mgsr_jax import sharding
+
+    shape = dataclasses.astuple(sizes)
+    if shape == (1, 1, 1) and jax.process_count() == 1:
+        return None
+    devices = jax.devices()
+    if min(shape) > 0:
+        devices = devices[: math.prod(shape)]
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) < jax.process_count():
+        raise ValueError(
+            f"mesh={shape} has devices of only {len(processes)} of the "
+            f"{jax.process_count()} processes; set --mesh.data -1, or start fewer"
+        )
+    return mesh
 
 
 def check_sampling(

@@ -16,6 +16,7 @@ import jsonargparse
 
 from mgsr_jax import __version__
 from mgsr_jax.commands.cache_teacher import cache_teacher
+from mgsr_jax.commands.chat import chat
 from mgsr_jax.commands.convert import convert
 from mgsr_jax.commands.evaluate import evaluate
 from mgsr_jax.commands.exit_status import DIVERGED, MISTAKE
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plan": plan,
     "cache-teacher": cache_teacher,
     "generate": generate,
+    "chat": chat,
     "evaluate": evaluate,
     "export": export,
     "convert": convert,
