@@ -1,6 +1,7 @@
 """Writes params to a Hugging Face folder that transformers loads."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from mgsr_jax.models import KeyRow, LanguageModel
 from mgsr_jax.sharding import path_name
 from mgsr_jax.typing import Params
 
+GENERATION = "generation_config.json"
 METADATA = {"format": "pt", "producer": "mgsr_jax"}  # transformers needs a format
 
 
@@ -52,7 +54,8 @@ def save_pretrained(
       path: the folder to create.
       model: the model; its config is written.
       params: parameters as `load_params` or `model.init` return them, sharded or not.
-      tokenizer_from: folder whose tokenizer files are copied; None: no tokenizer.
+      tokenizer_from: folder whose tokenizer files and generation_config.json are
+        copied; None: no tokenizer.
       dtype: dtype of the written weights.
       overwrite: replace what an earlier call wrote at `path`; nothing else is replaced.
       max_shard_bytes: larger weights are split into several files with an index.
@@ -78,7 +81,7 @@ def save_pretrained(
         folder.mkdir()
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), folder)
-        _write_configs(folder, model, np.dtype(dtype).name)
+        _write_configs(folder, model, np.dtype(dtype).name, tokenizer_from)
         _write_weights(folder, tensors, sizes, max_shard_bytes)
         if target.exists():
             target.rename(Path(t) / "replaced")
@@ -112,7 +115,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"{target} was not written by mgsr_jax and is not replaced; "
             "choose another folder"
         )
-    known = {"config.json", "generation_config.json", INDEX, *TOKENIZER_FILES}
+    known = {"config.json", GENERATION, INDEX, *TOKENIZER_FILES}
     if others := sorted(
         file.name
         for file in target.iterdir()
@@ -138,15 +141,20 @@ def _is_ours(folder: Path) -> bool:
     return bool(weights)
 
 
-def _write_configs(folder: Path, model: LanguageModel, dtype: str) -> None:
+def _write_configs(
+    folder: Path, model: LanguageModel, dtype: str, source: PathLike | None
+) -> None:
     # Both spellings: only transformers 5 reads `dtype`, others read `torch_dtype`.
     config = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if source is not None and (Path(source) / GENERATION).is_file():
+        shutil.copyfile(Path(source) / GENERATION, folder / GENERATION)
+        return
     ids = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
     ids = {f"{key}_token_id": id_ for key, id_ in ids.items() if id_ is not None}
     if ids:
         text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
-        (folder / "generation_config.json").write_text(text)
+        (folder / GENERATION).write_text(text)
 
 
 def _write_weights(

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mgsr_jax.checkpoint._layout import INDEX, WEIGHTS
+from mgsr_jax.checkpoint.folder import refuse_pointer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> list[Tensor]:
     """
     tensors = []
     for file in _weight_files(folder):
+        refuse_pointer(file)
         try:
             handle = stack.enter_context(safe_open(file, framework="numpy"))
         except SafetensorError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mgsr_jax.checkpoint._layout import INDEX, WEIGHTS
-from mgsr_jax.checkpoint.folder import PathLike, check_folder
+from mgsr_jax.checkpoint.folder import PathLike, check_folder, refuse_pointer
 from mgsr_jax.checkpoint.tokenizer import FILES
 
 PICKLE = "pytorch_model.bin"
@@ -95,6 +95,7 @@ def _new_name(name: str) -> str:
 
 
 def _convert_file(file: Path, target: Path) -> None:
+    refuse_pointer(file)
     torch, save_file = _torch()
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,9 +1,11 @@
-"""Refuses addresses of buckets where a local folder is needed."""
+"""Checks of paths and files, each of which ends in one clear line."""
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 PathLike = str | os.PathLike[str]
 
@@ -27,6 +29,20 @@ def check_folder(name: str, path: PathLike | None) -> None:
             f"{name}={os.fspath(path)!r} is an address, expected a local folder; mount "
             "the bucket (gcsfuse for gs://) and give the folder of the mount"
         )
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse the few lines that a git clone without git-lfs leaves in place of a file.
+
+    Raises:
+      ValueError: `file` is such a pointer.
+    """
+    with open(file, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` "
+                "in its folder, or download the file again"
+            )
 
 
 def weights_digest(folder: Path) -> str:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from mgsr_jax.checkpoint._layout import tensor_names
 from mgsr_jax.checkpoint._save import to_host
 from mgsr_jax.checkpoint.folder import PathLike, check_folder
+from mgsr_jax.checkpoint.hub import repo_and_commit
 from mgsr_jax.models import LAYERS, KeyRow, LanguageModel
 from mgsr_jax.models.lora import by_path
 from mgsr_jax.typing import Params
@@ -113,6 +114,7 @@ def _config(
 ) -> dict[str, object]:
     """peft's config: which modules have adapters, and how their output is scaled."""
     rank, alpha = model.lora.rank, model.lora.alpha
+    base, revision = repo_and_commit(base_model)
     modules = {
         name.partition("{}.")[2].removesuffix(".weight"): rows
         for name, rows in groups.items()
@@ -122,7 +124,8 @@ def _config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": model.lora.dropout,

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import transformers
 
+from mgsr_jax.checkpoint.folder import refuse_pointer
 from mgsr_jax.models import LanguageModel
 
 Json = dict[str, Any]
@@ -56,6 +58,9 @@ def load_tokenizer(
         supported.
     """
     folder = Path(path)
+    for name in FILES:
+        if (folder / name).is_file():
+            refuse_pointer(folder / name)
     config = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         return _from_tokenizer_json(folder, config)
@@ -89,7 +94,10 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> st
 def eos_ids(
     tokenizer: transformers.PreTrainedTokenizerFast, model: LanguageModel
 ) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end-of-sequence and the model's."""
+    """Tokens that end a response: the tokenizer's end-of-sequence and the model's.
+
+    `models.from_config` reads the model's from config.json and generation_config.json.
+    """
     of_model = model.config.eos_token_id
     of_model = of_model if isinstance(of_model, tuple | list) else (of_model,)
     ids = (tokenizer.eos_token_id, *of_model)
@@ -119,6 +127,7 @@ def _from_tokenizer_json(
     for kind in _SPECIAL:
         if token := _text(config.get(f"{kind}_token")):
             settings[f"{kind}_token"] = token
+    settings |= _tokens_by_id(folder, config)
     extra = config.get("extra_special_tokens") or config.get(
         "additional_special_tokens"
     )
@@ -132,6 +141,28 @@ def _from_tokenizer_json(
             f"{file} is not a tokenizer: it has no key 'model'; download it again"
         )
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
+
+
+def _tokens_by_id(folder: Path, config: Json) -> dict[str, str]:
+    """The bos and eos that only config.json has, as ids.
+
+    The hub's GPT-2 folders rely on defaults of transformers' class and name no token.
+    """
+    model = _read_json(folder / "config.json")
+    ids = {
+        f"{kind}_token": model.get(f"{kind}_token_id")
+        for kind in ("bos", "eos")
+        if f"{kind}_token" not in config
+    }
+    if not any(isinstance(id_, int) for id_ in ids.values()):
+        return {}
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens = {
+        name: tokenizer.id_to_token(id_)
+        for name, id_ in ids.items()
+        if isinstance(id_, int)
+    }
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _chat_template(folder: Path, config: Json) -> str | dict[str, str] | None:

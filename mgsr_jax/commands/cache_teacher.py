@@ -80,10 +80,16 @@ def write_teacher_cache(
         data, a checkpoint, or the folder's contents; logits that are not finite.
     """
     from mgsr_jax.data import teacher_cache
-    from mgsr_jax.training.inputs import check_candidates, origin_of, read_inputs
+    from mgsr_jax.training.inputs import (
+        check_candidates,
+        origin_of,
+        read_inputs,
+        with_local_models,
+    )
 
     console = console or Console(stderr=True)
     _check(config)
+    config = with_local_models(config)
     setup = read_inputs(config, console=console)
     check_candidates(config, top_k, setup.vocab_size)
     recipe = teacher_cache.Recipe(

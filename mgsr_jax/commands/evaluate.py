@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,14 +16,13 @@ from mgsr_jax.commands.loaded import (
     LoadedModel,
     check_sampling,
     load,
+    make_mesh,
     new_folder,
 )
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from mgsr_jax.data.prompts import Prompt
     from mgsr_jax.evaluation.evaluate import EvaluationResult
     from mgsr_jax.evaluation.responses import EvaluationConfig
@@ -36,7 +34,8 @@ class EvaluateConfig:
     """Settings of evaluate.
 
     Attributes:
-      model: folder of a Hugging Face checkpoint.
+      model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
+        org/name@revision).
       data: JSONL file with instruction, input and output (a string or a list of
         references), or a list of files in brackets. A record with "minillm": false is
         not scored.
@@ -50,8 +49,8 @@ class EvaluateConfig:
         excess of KL(teacher || model) on the model's own samples over that on the
         teacher's samples, in percent. Both sample the same prompts with the same seeds
         at temperature 1, whatever the settings of sampling are. Needs teacher.
-      teacher: folder of the teacher's checkpoint, for exposure_bias; must have the same
-        tokenizer.
+      teacher: the teacher's checkpoint, given like model, for exposure_bias; must have
+        the same tokenizer.
       template: "alpaca", or "chat" for the tokenizer's chat template.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.
@@ -115,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> int:
     from mgsr_jax.evaluation.tables import score_table, write_scores
 
     _check(config)
-    folder, mesh = new_folder(config.output), _make_mesh(config.mesh)
+    folder, mesh = new_folder(config.output), make_mesh(config.mesh)
     loaded, teacher = load(config.model, mesh=mesh), None
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
@@ -166,21 +165,6 @@ def _check_same_tokenizer(student: LoadedModel, teacher: LoadedModel) -> None:
             "exposure_bias compares distributions over one vocabulary, so give a "
             "teacher with the same tokenizer"
         )
-
-
-def _make_mesh(sizes: MeshConfig) -> "Mesh | None":
-    """A mesh of the first devices, as many as the sizes need; None for one device."""
-    import jax
-
-    from mgsr_jax import sharding
-
-    shape = dataclasses.astuple(sizes)
-    if shape == (1, 1, 1):
-        return None
-    devices = jax.devices()
-    if min(shape) > 0:
-        devices = devices[: math.prod(shape)]
-    return sharding.make_mesh(*shape, devices=devices)
 
 
 def _load_prompts(

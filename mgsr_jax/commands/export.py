@@ -66,13 +66,14 @@ def export_student(
     import jax.numpy as jnp
 
     from mgsr_jax import models
-    from mgsr_jax.checkpoint import hf
+    from mgsr_jax.checkpoint import hf, hub
     from mgsr_jax.checkpoint.peft import save_adapter
     from mgsr_jax.models import lora
     from mgsr_jax.training.run_folder import read_run_config
 
     config = read_run_config(run)
-    source, settings = config["student"], LoraConfig(**config.get("lora", {}))
+    source = hub.local_folder(config["student"])
+    settings = LoraConfig(**config.get("lora", {}))
     model = dataclasses.replace(models.from_config(source), lora=settings)
     if adapter and not settings.rank:
         raise ValueError(

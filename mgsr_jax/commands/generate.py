@@ -1,10 +1,30 @@
 """`mgsr generate`: sample or decode responses to prompts."""
 
 import dataclasses
-from typing import Literal
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from mgsr_jax.commands.exit_status import DONE
-from mgsr_jax.commands.loaded import Dtype, LoadedModel, check_sampling, load
+from mgsr_jax.commands.loaded import (
+    Dtype,
+    LoadedModel,
+    check_sampling,
+    load,
+    make_mesh,
+)
+from mgsr_jax.commands.prompts import (
+    Request,
+    Template,
+    encode_request,
+    read_requests,
+)
+from mgsr_jax.training.config import MeshConfig
+from mgsr_jax.training.distributed import DistributedConfig, is_lead, start
+
+if TYPE_CHECKING:
+    from mgsr_jax.data.prompts import Prompt
+    from mgsr_jax.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,11 +32,16 @@ class GenerateConfig:
     """Settings of generate.
 
     Attributes:
-      model: folder of a Hugging Face checkpoint.
+      model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
+        org/name@revision).
       prompt: an instruction, or a list of instructions in brackets.
+      file: file of prompts. In a .jsonl file a line is a JSON object with prompt,
+        messages, instruction (and input) or question; a prompt may be a list of
+        messages. In any other file, and on standard input (-), a line is a prompt.
+        Without prompt and file, standard input is read.
       input: context that is added to each instruction (the field `input` of Alpaca).
       template: "alpaca", "chat" for the tokenizer's chat template, or "none" for the
-        plain text.
+        plain text. Messages are always rendered by the chat template.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.
       max_length: longest prompt and response in tokens.
@@ -24,78 +49,125 @@ class GenerateConfig:
       top_k: sample from the k most probable tokens; 0: from all.
       top_p: sample from the fewest most probable tokens whose mass reaches top_p.
       seed: seed of sampling.
+      batch_size: prompts decoded at a time.
       dtype: precision of weights and cache.
+      mesh: devices that share the work; by default one device. Responses do not depend
+        on it.
+      distributed: how several processes find each other without a launcher.
     """
 
     model: str
-    prompt: str | list[str]
+    prompt: str | list[str] | None = None
+    file: str | None = None
     input: str = ""
-    template: Literal["alpaca", "chat", "none"] = "alpaca"
+    template: Template = "alpaca"
     add_special_tokens: bool = True
     max_length: int = 512
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 10
+    batch_size: int = 32
     dtype: Dtype = "float32"
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
+    distributed: DistributedConfig = dataclasses.field(
+        default_factory=DistributedConfig
+    )
 
 
 def generate(config: GenerateConfig) -> int:
-    """Print a response to each prompt."""
-    import jax
-    import jax.numpy as jnp
+    """Print one JSON object a line for each prompt, with the model's response.
 
-    from mgsr_jax import rows
-    from mgsr_jax.decoding import decode
-    from mgsr_jax.decoding.sampling import Sampling
-
+    Its keys are prompt (the rendered text), response, length (tokens of the response
+    without the stop token) and finish_reason: "stop" after a token that ends a
+    response, "length" at max_length.
+    """
     check_sampling(
-        config.temperature, config.top_k, config.top_p, max_length=config.max_length
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
     )
-    loaded = load(config.model)
-    texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
-    ids = [_prompt_ids(config, loaded, text) for text in texts]
-    prompts = rows.from_lists(ids, [[]] * len(ids), width=config.max_length)
-    responses = decode.generate(
-        loaded.model,
-        loaded.params(config.dtype),
-        jax.tree.map(jnp.asarray, prompts),
-        key=jax.random.key(config.seed),
-        decoding=decode.Decoding(
-            max_length=config.max_length,
-            eos_ids=loaded.eos_ids(),
-            sampling=Sampling(config.temperature, config.top_k, config.top_p),
-            vocab_size=len(loaded.tokenizer),
-        ),
-        dtype=jnp.dtype(config.dtype),
-    )
-    for tokens, start, end in zip(
-        responses.tokens, responses.prompt_lengths, responses.lengths, strict=True
-    ):
-        text = loaded.tokenizer.decode(
-            tokens[int(start) : int(end)].tolist(), skip_special_tokens=True
-        )
-        print(text)
+    requests = read_requests(config.prompt, config.file, config.input)
+    start(config.distributed)
+    loaded = load(config.model, mesh=make_mesh(config.mesh))
+    prompts = [_prompt(config, loaded, i, r) for i, r in enumerate(requests)]
+    for rows in _responses(config, loaded, prompts):
+        if is_lead():
+            _print_lines(loaded, rows)
     return DONE
 
 
-def _prompt_ids(config: GenerateConfig, loaded: LoadedModel, text: str) -> list[int]:
-    from mgsr_jax.data.encoding import encode_prompt
+def _prompt(
+    config: GenerateConfig, loaded: LoadedModel, index: int, request: Request
+) -> "Prompt":
+    from mgsr_jax.data.prompts import Prompt
 
-    if config.template == "none":
-        ids = loaded.tokenizer(text, add_special_tokens=config.add_special_tokens)
-        ids = ids["input_ids"]
-    else:
-        ids = encode_prompt(
-            loaded.tokenizer,
-            text,
-            config.input,
-            template=config.template,
-            add_special_tokens=config.add_special_tokens,
-        )
+    ids = encode_request(
+        loaded.tokenizer,
+        request,
+        template=config.template,
+        add_special_tokens=config.add_special_tokens,
+    )
     if len(ids) >= config.max_length:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room for a response in "
-            f"max_length={config.max_length}; raise max_length"
+            f"{request.source}: a prompt of {len(ids)} tokens leaves no room for a "
+            f"response in max_length={config.max_length}; raise max_length"
         )
-    return ids
+    return Prompt(tuple(ids), (), (), index, True, request.source)
+
+
+def _responses(
+    config: GenerateConfig, loaded: LoadedModel, prompts: list["Prompt"]
+) -> Iterator["Rows"]:
+    """Rows of each batch in the prompts' order, on every host."""
+    import contextlib
+
+    import jax
+    import jax.numpy as jnp
+
+    from mgsr_jax import sharding
+    from mgsr_jax.decoding.sampling import Sampling
+    from mgsr_jax.evaluation.responses import EvaluationConfig, sample_responses
+
+    mesh = loaded.mesh
+    parts = 1 if mesh is None else sharding.row_parts(mesh)
+    size = min(config.batch_size, -(-len(prompts) // parts) * parts)
+    protocol = EvaluationConfig(
+        sampling=Sampling(config.temperature, config.top_k, config.top_p),
+        max_prompt_length=max(len(prompt.tokens) for prompt in prompts),
+        max_length=config.max_length,
+        batch_size=size,
+        dtype=jnp.dtype(config.dtype),
+    )
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for rows in sample_responses(
+            loaded.model,
+            loaded.params(config.dtype),
+            prompts,
+            protocol,
+            decoding=protocol.decoding(loaded.eos_ids(), len(loaded.tokenizer)),
+            seed=config.seed,
+            mesh=mesh,
+        ):
+            yield sharding.fetch_whole(rows)
+
+
+def _print_lines(loaded: LoadedModel, rows: "Rows") -> None:
+    stop_ids = loaded.eos_ids()
+    for example, tokens, start_, end in zip(
+        rows.example, rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+    ):
+        if example < 0:  # a row that fills up the last batch
+            continue
+        ids = tokens[start_:end].tolist()
+        stopped = ids[-1] in stop_ids
+        ids = ids[:-1] if stopped else ids
+        line = {
+            "prompt": loaded.text(tokens[:start_].tolist(), special=True),
+            "response": loaded.text(ids),
+            "length": len(ids),
+            "finish_reason": "stop" if stopped else "length",
+        }
+        print(json.dumps(line, ensure_ascii=False), flush=True)

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
+from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class LoadedModel:
     """A checkpoint's model and tokenizer; `params` reads its weights.
 
     Attributes:
-      folder: folder of the Hugging Face checkpoint.
+      folder: folder of the Hugging Face checkpoint; for a hub name, in its cache.
       model: the model as pure functions.
       tokenizer: the checkpoint's tokenizer.
       mesh: device mesh for the weights; None for one device.
@@ -44,18 +45,32 @@ class LoadedModel:
 
         return eos_ids(self.tokenizer, self.model)
 
+    def text(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of tokens, with or without special tokens."""
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return cast(str, text)  # one sequence: not a list
 
-def load(folder: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
+
+def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
     """Read config.json and the tokenizer of a checkpoint.
+
+    Args:
+      name: a folder or a hub name; a hub name is downloaded to its cache.
+      mesh: device mesh for the weights; None for one device.
 
     Raises:
       ValueError: the tokenizer has more tokens than the embedding has rows; the model
         does not divide over the mesh.
       FileNotFoundError: the folder or one of its files is missing.
+      OSError: see `hub.local_folder`.
     """
     from mgsr_jax import models
-    from mgsr_jax.checkpoint import hf
+    from mgsr_jax.checkpoint import hf, hub
+    from mgsr_jax.training.distributed import lead_first
 
+    folder = lead_first(lambda: hub.local_folder(name))
     model, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
     rows = model.config.vocab_size
     if len(tokenizer) > rows:
@@ -67,6 +82,31 @@ def load(folder: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
         padded = tensor * math.ceil(rows / tensor)
         model = dataclasses.replace(model, vocab_rows=padded, tensor=tensor)
     return LoadedModel(folder, model, tokenizer, mesh)
+
+
+def make_mesh(sizes: MeshConfig) -> "Mesh | None":
+    """A mesh of the first devices, as many as the sizes need; None for one device.
+
+    Several processes share the devices of all of them, so they have no such default.
+    """
+    import jax
+
+    from mgsr_jax import sharding
+
+    shape = dataclasses.astuple(sizes)
+    if shape == (1, 1, 1) and jax.process_count() == 1:
+        return None
+    devices = jax.devices()
+    if min(shape) > 0:
+        devices = devices[: math.prod(shape)]
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) < jax.process_count():
+        raise ValueError(
+            f"mesh={shape} has devices of only {len(processes)} of the "
+            f"{jax.process_count()} processes; set --mesh.data -1, or start fewer"
+        )
+    return mesh
 
 
 def check_sampling(

@@ -16,6 +16,7 @@ import jsonargparse
 
 from mgsr_jax import __version__
 from mgsr_jax.commands.cache_teacher import cache_teacher
+from mgsr_jax.commands.chat import chat
 from mgsr_jax.commands.convert import convert
 from mgsr_jax.commands.evaluate import evaluate
 from mgsr_jax.commands.exit_status import DIVERGED, MISTAKE
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plan": plan,
     "cache-teacher": cache_teacher,
     "generate": generate,
+    "chat": chat,
     "evaluate": evaluate,
     "export": export,
     "convert": convert,
@@ -38,6 +40,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 """The fields of a parameter named `config`, which is a dataclass, and all other
 parameters become options."""
+
+_POSITIONAL = ("convert",)
+"""Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,7 +81,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         sub.add_argument("--config", action="config", help="YAML file")
         if (record := _config_class(command)) is not None:
             sub.add_class_arguments(record)
-        sub.add_function_arguments(command, skip={"config"})
+        sub.add_function_arguments(
+            command, skip={"config"}, as_positional=name in _POSITIONAL
+        )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
 

@@ -37,11 +37,11 @@ def plan(
 
     The rollout and the training step are compiled for the target by its own compiler
     (the plan-tpu or plan-gpu extra); no device is used. The YAML file and the settings
-    are those of train. student and teacher are folders or config.json files. Weights,
-    tokenizers and data are not read, and nothing is written, so output, data.train,
-    data.valid, steps and epochs may be left out. A teacher_cache that does not exist
-    yet is planned with 512 classes per token. The exit status is 2 if the run does not
-    fit.
+    are those of train. student and teacher are folders, config.json files or hub names.
+    Weights, tokenizers and data are not read, and nothing is written, so output,
+    data.train, data.valid, steps and epochs may be left out. A teacher_cache that does
+    not exist yet is planned with 512 classes per token. The exit status is 2 if the run
+    does not fit.
 
     Args:
       target: a TPU slice such as v5e:4x4, v5p:4x4x4 or v6e:16x16, or GPUs as
@@ -51,10 +51,14 @@ def plan(
         the fewest micro_batches first; the settings of mesh.data, mesh.fsdp and
         micro_batches are not read.
     """
+    from mgsr_jax.checkpoint.hub import local_folder
     from mgsr_jax.planning import machines
     from mgsr_jax.planning.plan import plan_run, search_mesh
 
     machines.use_no_device()
+    student = local_folder(config.student, weights=None)
+    teacher = config.teacher and local_folder(config.teacher, weights=None)
+    config = dataclasses.replace(config, student=student, teacher=teacher)
     console, machine = Console(), machines.describe(target, slices=slices)
     if not search:
         run = plan_run(config, machine)

@@ -116,12 +116,14 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-      student: folder of the student's Hugging Face checkpoint.
+      student: folder of the student's Hugging Face checkpoint, or its hub name
+        (org/name, or org/name@revision).
       output: run folder, on storage that all hosts share; must be new, or hold the
         same run (see `resume`). For cache-teacher: the cache's folder; must be new, or
         hold an unfinished copy of the same cache.
       data: instruction data.
-      teacher: folder of the teacher's checkpoint; none: plain fine-tuning (SFT).
+      teacher: the teacher's checkpoint, given like student; none: plain fine-tuning
+        (SFT).
       teacher_cache: folder that `mgsr cache-teacher` wrote for this teacher and this
         training data; ground-truth rows read it instead of running the teacher.
       steps: optimizer steps; set either `steps` or `epochs`.

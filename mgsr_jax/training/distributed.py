@@ -207,6 +207,18 @@ def on_all_processes(call: Callable[[], T]) -> T:
     return result
 
 
+def lead_first(call: Callable[[], T]) -> T:
+    """The result of `call`, which returns in the lead process before others begin it.
+
+    Hosts that share a cache then read what the lead process has downloaded.
+
+    Raises:
+      ValueError, Exception: see `on_all_processes`.
+    """
+    first = on_all_processes(lambda: call() if is_lead() else None)
+    return on_all_processes(lambda: call() if first is None else first)
+
+
 def check_equal(parts: Mapping[str, str]) -> None:
     """Refuse `parts`, by name, that are not the same in every process.
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mgsr_jax import __version__, models, sharding
-from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint import hf, hub
 from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
@@ -23,6 +23,7 @@ from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
 from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.distributed import lead_first
 from mgsr_jax.training.run_folder import check_output
 from mgsr_jax.typing import Tokenizer
 
@@ -137,6 +138,23 @@ def _steps(config: TrainConfig, examples: int) -> int:
             f"run's {steps} steps; lower it"
         )
     return steps
+
+
+def with_local_models(config: TrainConfig) -> TrainConfig:
+    """The settings with folders for the models; hub names are downloaded first.
+
+    With several processes all of them must call this.
+
+    Raises:
+      FileNotFoundError, PermissionError, OSError: see `hub.local_folder`.
+    """
+
+    def local() -> TrainConfig:
+        teacher = None if config.teacher is None else hub.local_folder(config.teacher)
+        student = hub.local_folder(config.student)
+        return dataclasses.replace(config, student=student, teacher=teacher)
+
+    return lead_first(local)
 
 
 def read_models(config: TrainConfig) -> tuple[LanguageModel, LanguageModel | None]:

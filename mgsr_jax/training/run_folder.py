@@ -8,11 +8,14 @@ from typing import Any
 
 import yaml
 
+from mgsr_jax.checkpoint.hub import portable_name
+
 CONFIG_FILE = "config.yaml"
 REJECTED_FILE = "rejected.txt"
 CHECKPOINTS = "checkpoints"
 STUDENT_FOLDER = "student"
 
+_MODELS = ("student", "teacher")
 _MAY_CHANGE = (
     "resume",
     "output",
@@ -55,7 +58,7 @@ def read_run_config(run: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def check_output(output: Path, settings: Mapping[str, object], *, resume: bool) -> None:
+def check_output(output: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     """Refuse an output folder that is neither new nor the same run to be resumed.
 
     Raises:
@@ -72,7 +75,7 @@ def check_output(output: Path, settings: Mapping[str, object], *, resume: bool) 
             "run in it with resume: true"
         )
     old = read_run_config(output)
-    new = json.loads(json.dumps(settings))
+    new = json.loads(json.dumps(_portable(settings)))
     changed = [
         name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]
     ]
@@ -84,12 +87,18 @@ def check_output(output: Path, settings: Mapping[str, object], *, resume: bool) 
         )
 
 
-def write_run_config(output: Path, settings: Mapping[str, object]) -> None:
+def write_run_config(output: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings file, complete or not at all: a resumed run needs it."""
-    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    text = yaml.safe_dump(_portable(settings), sort_keys=False)
     unfinished = output / f".{CONFIG_FILE}"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(output / CONFIG_FILE)
+
+
+def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with a model of the hub given by its name and commit."""
+    models = {name: portable_name(settings[name]) for name in _MODELS}
+    return {**settings, **models}
 
 
 def write_rejected(output: Path, messages: Sequence[str]) -> Path:

@@ -27,7 +27,7 @@ from mgsr_jax.training.distributed import (
     on_all_processes,
 )
 from mgsr_jax.training.initial_state import load_state, load_teacher
-from mgsr_jax.training.inputs import RunInputs, common_parts, prepare
+from mgsr_jax.training.inputs import RunInputs, common_parts, prepare, with_local_models
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.optimizer import learning_rate_schedule
 from mgsr_jax.training.programs import make_programs
@@ -71,6 +71,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
       Diverged: the loss is not finite; the last checkpoint is kept.
     """
     console = console or Console(stderr=True, quiet=not is_lead())
+    on_all_processes(config.check)  # before a long download
+    config = with_local_models(config)
     inputs = on_all_processes(lambda: prepare(config, console=console))
     if jax.process_count() > 1:
         check_equal(common_parts(inputs))

@@ -298,6 +298,15 @@ def test_a_folder_without_safetensors_raises(tmp_path):
         hf.load_params(tmp_path, model)
 
 
+def test_weights_that_are_a_git_lfs_pointer_are_named(tmp_path):
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 9\n"
+    )
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a git-lfs pointer"):
+        hf.load_params(tmp_path, models.from_config(LLAMA))
+
+
 def test_only_an_earlier_export_is_overwritten(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()  # an empty folder is accepted

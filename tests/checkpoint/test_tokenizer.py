@@ -11,6 +11,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from mgsr_jax import models
 from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint.tokenizer import eos_ids
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -18,6 +19,15 @@ TEXTS = [
     "Être ou ne pas être, das ist hier die Frage.",
 ]
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 300,
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,17 +172,7 @@ def test_fingerprints_of_different_vocabularies_of_equal_size_differ(
 def test_an_export_contains_the_tokenizer(kind, request, tmp_path_factory):
     folder = request.getfixturevalue(kind)
     out = tmp_path_factory.mktemp("export") / "out"
-    model = models.from_config(
-        {
-            "model_type": "gpt2",
-            "vocab_size": 300,
-            "n_embd": 8,
-            "n_layer": 1,
-            "n_head": 2,
-            "n_positions": 16,
-            "eos_token_id": 0,
-        }
-    )
+    model = models.from_config({**GPT2, "eos_token_id": 0})
     params = jax.jit(model.init)(jax.random.key(0))
     hf.save_pretrained(out, model, params, tokenizer_from=folder)
     assert not list(out.glob("*.py"))
@@ -180,3 +180,54 @@ def test_an_export_contains_the_tokenizer(kind, request, tmp_path_factory):
     check(hf.load_tokenizer(out), loaded)
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 0 and "pad_token_id" not in generation
+
+
+def test_several_end_ids_of_generation_config_end_a_text_and_are_exported(
+    json_folder, tmp_path_factory
+):
+    config = {**GPT2, "eos_token_id": 0}
+    given = {"eos_token_id": [0, 77], "do_sample": True, "temperature": 0.6}
+    (json_folder / "config.json").write_text(json.dumps(config))
+    (json_folder / "generation_config.json").write_text(json.dumps(given))
+    model = models.from_config(json_folder)
+    assert eos_ids(hf.load_tokenizer(json_folder), model) == (0, 77)
+    out = tmp_path_factory.mktemp("export") / "out"
+    params = jax.jit(model.init)(jax.random.key(0))
+    hf.save_pretrained(out, model, params, tokenizer_from=json_folder)
+    assert json.loads((out / "generation_config.json").read_text()) == given
+    assert models.from_config(out) == model
+
+
+@pytest.mark.parametrize("ids", [0, [0], None])
+def test_end_ids_that_config_has_already_leave_it_unchanged(json_folder, ids):
+    config = {**GPT2, "eos_token_id": 0}
+    (json_folder / "config.json").write_text(json.dumps(config))
+    text = json.dumps({} if ids is None else {"eos_token_id": ids})
+    (json_folder / "generation_config.json").write_text(text)
+    assert models.from_config(json_folder).config.eos_token_id == 0
+
+
+def test_a_gpt2_folder_of_the_hub_names_its_tokens_only_by_id(json_folder):
+    (json_folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    config = {**GPT2, "bos_token_id": 0, "eos_token_id": 0}
+    (json_folder / "config.json").write_text(json.dumps(config))
+    tokenizer = hf.load_tokenizer(json_folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(json_folder)
+    assert tokenizer.eos_token == theirs.eos_token == "<|endoftext|>"
+    assert tokenizer.bos_token == theirs.bos_token
+    # A token that the tokenizer's own files name, or deny, is not replaced.
+    (json_folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|pad|>", "bos_token": null}'
+    )
+    tokenizer = hf.load_tokenizer(json_folder)
+    assert tokenizer.eos_token_id == 1 and tokenizer.bos_token is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json"])
+def test_a_pointer_of_git_lfs_is_named_for_what_it_is(tmp_path, name):
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 9\n"
+    )
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
+        hf.load_tokenizer(tmp_path)

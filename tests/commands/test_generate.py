@@ -1,19 +1,99 @@
 """`mgsr generate`."""
 
+import io
+import json
+
 import pytest
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
 from mgsr_jax.commands.parser import main
 
 
-def test_each_prompt_gets_a_response(project, capsys):
-    command = ["generate", "--model", str(project / "student"), "--max_length", "24"]
-    command += ["--template", "none", "--prompt", '["the", "a red"]', "--dtype"]
-    assert main([*command, "bfloat16", "--temperature", "0"]) == DONE
-    first = capsys.readouterr().out
-    assert main([*command, "bfloat16", "--temperature", "0", "--seed", "1"]) == DONE
-    assert capsys.readouterr().out == first
-    assert len(first.splitlines()) >= 2
+@pytest.fixture
+def generate(project, capsys):
+    """Runs the command greedily on 24 tokens; returns its lines."""
+
+    def run(*arguments):
+        command = ["generate", "--model", str(project / "student"), "--max_length"]
+        command += ["24", "--template", "none", "--temperature", "0"]
+        assert main([*command, *arguments]) == DONE
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_each_prompt_gets_a_line(generate):
+    prompts = ["--prompt", '["the", "a red"]', "--dtype", "bfloat16"]
+    lines = generate(*prompts)
+    assert generate(*prompts, "--seed", "1") == lines
+    assert [line["prompt"] for line in lines] == ["the", "a red"]
+    for line in lines:
+        assert list(line) == ["prompt", "response", "length", "finish_reason"]
+        assert line["finish_reason"] in ("stop", "length") and line["length"] < 24
+
+
+@pytest.mark.slow
+def test_a_response_does_not_depend_on_batch_or_mesh(generate):
+    prompts = ["--prompt", '["the", "a red dog", "old"]', "--temperature", "1"]
+    lines = generate(*prompts)
+    assert generate(*prompts, "--batch_size", "1") == lines
+    assert generate(*prompts, "--mesh.data", "2") == lines
+    assert generate(*prompts, "--mesh.data", "1", "--mesh.tensor", "2") == lines
+
+
+def test_the_end_of_a_response_is_explained(project, generate, tmp_path):
+    """A token that the model surely writes becomes a second end id."""
+    import shutil
+
+    from mgsr_jax.checkpoint import hf
+
+    (line,) = generate("--prompt", "the")
+    tokenizer = hf.load_tokenizer(project / "student")
+    assert (line["finish_reason"], line["length"]) == ("length", 23)
+    ids = tokenizer(line["response"], add_special_tokens=False).input_ids
+    folder = tmp_path / "student"
+    shutil.copytree(project / "student", folder)
+    text = json.dumps({"eos_token_id": [0, ids[0]]})
+    (folder / "generation_config.json").write_text(text)
+    (line,) = generate("--prompt", "the", "--model", str(folder))
+    assert (line["finish_reason"], line["length"]) == ("stop", 0)
+    assert line["response"] == ""
+
+
+def test_prompts_come_from_files_and_standard_input(generate, tmp_path, monkeypatch):
+    text = tmp_path / "prompts.txt"
+    text.write_text("the\n\na red\n")
+    expected = generate("--prompt", '["the", "a red"]')
+    assert generate("--file", str(text)) == expected
+    for source in ([], ["--file", "-"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text.read_text()))
+        assert generate(*source) == expected
+    records = [{"prompt": "the"}, {"instruction": "a", "input": "red"}, "the"]
+    records += [{"question": "a red"}]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("\n".join(map(json.dumps, records)))
+    prompts = [line["prompt"] for line in generate("--file", str(lines))]
+    assert prompts == ["the", "a\n\nred", "the", "a red"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "prompts.jsonl:2 is not valid JSON"),
+        ('{"text": "a"}', r"prompts.jsonl:2 has the keys \['text'\]"),
+        ('{"prompt": [{"role": "user"}]}', "messages that have a role"),
+        ('{"prompt": ""}', "prompts.jsonl:2 is empty"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
+    ],
+)
+def test_a_bad_line_is_named(project, capsys, tmp_path, line, message):
+    import re
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"the"\n{line}\n')
+    command = ["generate", "--model", str(project / "student"), "--file", str(file)]
+    assert main([*command, "--template", "none"]) == MISTAKE
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +104,7 @@ def test_each_prompt_gets_a_response(project, capsys):
         (["--max_length", "8"], "leaves no room for a response"),
         (["--template", "chat"], "has no chat template"),
         (["--model", "nowhere"], "nowhere"),
+        (["--file", "x.txt"], "both prompt and file"),
     ],
 )
 def test_a_mistake_is_one_line(project, capsys, arguments, message):

@@ -32,7 +32,8 @@ def fails(capsys, *arguments):
         (["evaluate", "--model", "nowhere", "--data", "x.jsonl"], "nowhere"),
         (["export", "--run", "nowhere", "--output", "x"], "nowhere"),
         (["report", "--run", "nowhere"], "nowhere"),
-        (["convert", "--source", "nowhere", "--output", "x"], "nowhere"),
+        (["convert", "nowhere", "x"], "nowhere"),
+        (["convert", "nowhere"], "output"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):

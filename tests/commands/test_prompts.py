@@ -1,0 +1,54 @@
+"""How prompts of `generate` become tokens."""
+
+import json
+
+import pytest
+import tiny
+
+from mgsr_jax.checkpoint.hf import load_tokenizer
+from mgsr_jax.commands.prompts import Request, encode_bare, encode_request
+
+BOS, EOS = 391, 0
+
+
+@pytest.fixture(scope="module")
+def surrounded(tmp_path_factory):
+    """A tokenizer that puts <s> before a text and <|end|> behind it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": BOS, "content": "<s>", "special": True, **flags}
+    state["added_tokens"].append(token)
+    names = {"<s>": BOS, "<|end|>": EOS}
+    parts = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+    parts += [{"Sequence": {"id": "A", "type_id": 0}}]
+    parts += [{"SpecialToken": {"id": "<|end|>", "type_id": 0}}]
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": parts,
+        "special_tokens": {
+            name: {"id": name, "ids": [id_], "tokens": [name]}
+            for name, id_ in names.items()
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    config = {"eos_token": "<|end|>", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+def test_a_bare_text_has_one_bos_and_no_end_of_sequence(surrounded):
+    plain = encode_bare(surrounded, "the dog", add_special_tokens=False)
+    assert surrounded("the dog").input_ids == [BOS, *plain, EOS]
+    assert encode_bare(surrounded, "the dog") == [BOS, *plain]
+    assert encode_bare(surrounded, "<s>the dog") == [BOS, *plain]
+    # A text may end a turn of its own.
+    assert encode_bare(surrounded, "the dog<|end|>") == [BOS, *plain, EOS]
+
+
+def test_an_input_follows_a_bare_text(surrounded):
+    settings = dict(template="none", add_special_tokens=True)
+    both = encode_request(surrounded, Request("the dog", "a cat"), **settings)
+    assert both == encode_bare(surrounded, "the dog\n\na cat")
