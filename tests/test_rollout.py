@@ -144,3 +144,11 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
         np.testing.assert_array_equal(
             infos[i].error_position, want_info.error_position[:, here]
         )
+
+
+def test_settings_are_checked():
+    config = RolloutConfig("on")
+    # Types are checked under pytest and nowhere else, so the typo is put there late.
+    object.__setattr__(config, "teacher_token", "max")
+    with pytest.raises(ValueError, match="rollout.teacher_token='max'; .*'argmax'"):
+        make_rollout(MODEL, MODEL, config, eos_ids=(EOS,))

@@ -227,3 +227,11 @@ def test_validation_reports_every_part_and_always_the_cross_entropy(initial):
     assert metrics["sft"].count == metrics["forward_kl"].count == 21
     # A student that is its teacher has no divergence.
     assert abs(metrics["forward_kl"].total) < 1e-4 and metrics["span"].total == 0
+
+
+def test_settings_of_the_objective_are_checked():
+    objective = Objective()
+    # Types are checked under pytest and nowhere else, so the typo is put there late.
+    object.__setattr__(objective, "normalization", "techer")
+    with pytest.raises(ValueError, match="objective.normalization='techer'; expected"):
+        make_train_step(MODEL, MODEL, make_optimizer(CONFIG, STEPS), objective)

@@ -144,6 +144,12 @@ def test_the_error_for_an_unmatched_target_lists_all_kernels():
         lora.init(jax.random.key(0), built("gpt2")[0], config)
 
 
+def test_settings_are_checked():
+    config = dataclasses.replace(ALL, targets="(query")
+    with pytest.raises(ValueError, match=r"'\(query' is not a regular expression"):
+        lora.init(jax.random.key(0), built("gpt2")[0], config)
+
+
 def test_adapters_without_settings_in_the_model_raise():
     model, params, adapters = built("llama")
     bare = dataclasses.replace(model, lora=LoraConfig())

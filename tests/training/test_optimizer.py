@@ -91,3 +91,9 @@ def test_the_clip_network_has_its_own_rate_and_neither_decay_nor_clipping():
         {"student": small, "clip_network": zero}, optimizer.init(params), params
     )
     assert not any(jnp.any(u) for u in jax.tree.leaves(updates["clip_network"]))
+
+
+def test_settings_are_checked():
+    config = dataclasses.replace(CONFIG, clip_norm=0.0)
+    with pytest.raises(ValueError, match="optimizer.clip_norm must be above 0"):
+        make_optimizer(config, 1)
