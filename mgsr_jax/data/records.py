@@ -17,22 +17,34 @@ from datasets.exceptions import DatasetGenerationError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
 class Example(NamedTuple):
-    """One usable record.
+    """One usable record: a conversation up to a response, and the response.
 
     Attributes:
-      instruction: the task.
-      input: further context; may be empty.
-      references: the acceptable outputs; training uses the first.
+      messages: the turns before the response; an instruction is one turn of the user.
+      input: further context of the last turn; may be empty.
+      references: the acceptable responses; training uses the first.
       scored: whether metrics count the record; false where it has `"minillm": false`.
       source: "file:line".
     """
 
-    instruction: str
+    messages: tuple[Message, ...]
     input: str
     references: tuple[str, ...]
     scored: bool
     source: str
+
+    @property
+    def instruction(self) -> str:
+        """The text of the last turn before the response."""
+        return self.messages[-1].content
 
 
 class Rejected(NamedTuple):
@@ -216,7 +228,8 @@ def _check(record: object, source: str) -> Example | Rejected:
         return Rejected("empty", f"{source}: empty 'instruction'")
     if not references or not all(reference.strip() for reference in references):
         return Rejected("empty", f"{source}: empty 'output'")
-    return Example(str(instruction), context, references, scored, source)
+    turns = (Message("user", str(instruction)),)
+    return Example(turns, context, references, scored, source)
 
 
 def _not_a_text(field: str, value: object) -> str:

@@ -5,9 +5,10 @@ import json
 import datasets
 import pytest
 
-from mgsr_jax.data.records import Example, Rejected, read_examples
+from mgsr_jax.data.records import Example, Message, Rejected, read_examples
 
 GOOD = {"instruction": "Say hi.", "output": "Hi!"}
+SAY_HI = (Message("user", "Say hi."),)
 
 
 def read(tmp_path, *lines, name="some.jsonl"):
@@ -28,9 +29,9 @@ def test_fields_of_good_records(tmp_path):
         as_line(input="now", output=["a", "b"], minillm=False, other=1),
         as_line(input=None),
     ) == [
-        Example("Say hi.", "", ("Hi!",), True, "some.jsonl:1"),
-        Example("Say hi.", "now", ("a", "b"), False, "some.jsonl:3"),
-        Example("Say hi.", "", ("Hi!",), True, "some.jsonl:4"),
+        Example(SAY_HI, "", ("Hi!",), True, "some.jsonl:1"),
+        Example(SAY_HI, "now", ("a", "b"), False, "some.jsonl:3"),
+        Example(SAY_HI, "", ("Hi!",), True, "some.jsonl:4"),
     ]
 
 
@@ -64,7 +65,7 @@ def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, line, problem, reaso
 
 def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
     (example,) = read(tmp_path, b"\xef\xbb\xbf" + as_line() + b"\r", name="some.json")
-    assert example == Example("Say hi.", "", ("Hi!",), True, "some.json:1")
+    assert example == Example(SAY_HI, "", ("Hi!",), True, "some.json:1")
 
 
 def test_the_error_for_a_json_array_gives_the_command_to_convert_it(tmp_path):
@@ -77,7 +78,7 @@ def test_parquet_files_are_read(tmp_path, monkeypatch):
     file = tmp_path / "some.parquet"
     datasets.Dataset.from_list([GOOD, GOOD | {"instruction": ""}]).to_parquet(file)
     assert list(read_examples(file)) == [
-        Example("Say hi.", "", ("Hi!",), True, "some.parquet:1"),
+        Example(SAY_HI, "", ("Hi!",), True, "some.parquet:1"),
         Rejected("empty", "some.parquet:2: empty 'instruction'"),
     ]
 
@@ -108,7 +109,7 @@ def test_a_hub_data_set_is_loaded_by_the_package_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (example,) = read_examples("some/set", split="validation")
     assert calls == [("some/set", "validation")]
-    assert example == Example("Say hi.", "", ("Hi!",), True, "set:1")
+    assert example == Example(SAY_HI, "", ("Hi!",), True, "set:1")
 
 
 @pytest.mark.parametrize(
