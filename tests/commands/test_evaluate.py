@@ -147,7 +147,7 @@ def test_another_set_or_template_is_refused(project, greedy_only, capsys):
     more = ["--against", str(greedy_only), "--seeds", "[]", "--limit"]
     for changed, message in (
         (["2"], "it has 3 prompts, got 2"),
-        (["3", "--metrics", "rouge_l", "math"], "it has no scores of ['math']"),
+        (["3", "--metrics", "math"], "it has no scores of ['math']"),
         (["3", "--data", str(project / "student")], "it has no scores of"),
     ):
         assert main(command(project, *more, *changed)) == MISTAKE
