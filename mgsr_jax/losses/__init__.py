@@ -24,6 +24,8 @@ from mgsr_jax.losses._divergences import (
     symmetric_kl,
     total_variation,
 )
+from mgsr_jax.losses._kl_mixes import entropy_gated_kl, per_class_kl
+from mgsr_jax.losses._logit_difference import logit_difference
 from mgsr_jax.losses._mixtures import (
     jensen_shannon,
     skewed_forward_kl,
@@ -32,6 +34,8 @@ from mgsr_jax.losses._mixtures import (
 )
 from mgsr_jax.losses._projection import Projection, project
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
+from mgsr_jax.losses._reverse_kl_top_k import reverse_kl_top_k
+from mgsr_jax.losses._sampled_reverse_kl import sampled_reverse_kl
 from mgsr_jax.losses._span import span_correlation, span_pairs
 from mgsr_jax.losses._teacher import (
     TopKTeacher,
@@ -56,15 +60,20 @@ __all__ = [
     "dac_kl",
     "dac_kl_fixed",
     "default_chunk_size",
+    "entropy_gated_kl",
     "forward_kl",
     "forward_kl_top_k",
     "held_mass",
     "init_clip_network",
     "jensen_shannon",
+    "logit_difference",
     "masked_mean",
     "masked_sum",
+    "per_class_kl",
     "project",
     "reverse_kl",
+    "reverse_kl_top_k",
+    "sampled_reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "span_correlation",
