@@ -43,6 +43,13 @@ from mgsr_jax.losses._teacher import (
     held_mass,
     top_k_teacher,
 )
+from mgsr_jax.losses._token_weights import (
+    acceptance_weights,
+    discrepancy_weights,
+    entropy,
+    student_entropy_weights,
+    teacher_entropy_weights,
+)
 from mgsr_jax.losses._top_k import top_k
 
 __all__ = [
@@ -52,6 +59,7 @@ __all__ = [
     "Projection",
     "Sum",
     "TopKTeacher",
+    "acceptance_weights",
     "adaptive_kl",
     "alpha_beta_divergence",
     "at_bound",
@@ -60,6 +68,8 @@ __all__ = [
     "dac_kl",
     "dac_kl_fixed",
     "default_chunk_size",
+    "discrepancy_weights",
+    "entropy",
     "entropy_gated_kl",
     "forward_kl",
     "forward_kl_top_k",
@@ -78,8 +88,10 @@ __all__ = [
     "skewed_reverse_kl",
     "span_correlation",
     "span_pairs",
+    "student_entropy_weights",
     "symmetric_kl",
     "taid",
+    "teacher_entropy_weights",
     "top_k",
     "top_k_teacher",
     "total_variation",
