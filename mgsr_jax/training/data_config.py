@@ -1,6 +1,7 @@
 """Settings of the data: where it is, how it is read, and how long its rows are."""
 
 import dataclasses
+import os
 from typing import Literal
 
 from mgsr_jax import settings
@@ -148,5 +149,5 @@ class DataConfig:
 def _identity(source: DataSource, split: str) -> tuple[str, ...]:
     """What a source holds: the path, and the split if it has several."""
     if is_files(source.path):
-        return (source.path,)
+        return (os.path.normpath(source.path),)
     return (source.path, source.split or split)

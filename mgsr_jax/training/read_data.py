@@ -7,6 +7,7 @@ import datasets
 from rich.console import Console
 
 from mgsr_jax.data import dataset
+from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.data.mixture import mixed
 from mgsr_jax.data.report import DataReport
 from mgsr_jax.data.source_settings import DataSource
@@ -130,15 +131,18 @@ def _print_report(
     for message in report.messages[:3]:
         write(f"  {message}")
     if report.many_too_long and config.data.too_long == "drop":
-        names = "50 %, 90 %, 99 % and all records have at most"
-        write(
-            f"  warning: {report.too_long} of {report.kept + report.too_long} records "
-            f"are left out as too long. {names} {_listed(report.prompt_lengths)} "
-            f"tokens of prompt (data.max_prompt_length={config.data.max_prompt_length})"
-            f" and {_listed(report.lengths)} tokens of prompt and response "
-            f"(data.max_length={config.data.max_length}); raise the two settings to "
-            "keep more"
-        )
+        write(f"  {_too_long_warning(config.data.encoding, report)}")
+
+
+def _too_long_warning(encoding: Encoding, report: DataReport) -> str:
+    return (
+        f"warning: {report.too_long} of {report.kept + report.too_long} records are "
+        "left out as too long. 50 %, 90 %, 99 % and 100 % of all have at most "
+        f"{_listed(report.prompt_lengths)} tokens of prompt "
+        f"(data.max_prompt_length={encoding.max_prompt_length}) and "
+        f"{_listed(report.lengths)} tokens of prompt and response "
+        f"(data.max_length={encoding.max_length}); raise these settings to keep more"
+    )
 
 
 def _listed(lengths: tuple[int, ...]) -> str:
