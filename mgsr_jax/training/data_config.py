@@ -129,6 +129,10 @@ class DataConfig:
         """The sources of the validation data; empty without validation."""
         return as_sources(self.valid or [])
 
+    def columns_of(self, source: DataSource) -> dict[str, str]:
+        """The names of a source's columns."""
+        return self.columns if source.columns is None else source.columns
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Allowed widths of rows, ascending."""

@@ -91,15 +91,16 @@ def test_a_warning_says_which_settings_keep_long_records(tmp_path, tokenizer):
 def test_several_sources_are_mixed(tmp_path, tokenizer):
     one = write(tmp_path, *[{"instruction": "dog", "output": "a"}] * 4, name="1.jsonl")
     two = write(tmp_path, *[{"query": "cat", "text": "the"}] * 2, name="2.jsonl")
+    three = write(tmp_path, *[{"instruction": "dog", "output": "a"}] * 3)
     other = {"prompt": "query", "completion": "text"}
     found, log = read(tmp_path, tokenizer, [one, DataSource(two, columns=other)])
     assert len(found.train) == 6
     assert f"data.train: 6 examples an epoch: 66.7% {one}, 33.3% {two}" in log
     weighted = [DataSource(one, 1.0), DataSource(two, 3.0, columns=other)]
-    found, log = read(tmp_path, tokenizer, weighted, valid=[one])
+    found, log = read(tmp_path, tokenizer, weighted, valid=[three])
     (line,) = [line for line in log if "an epoch" in line]
     assert line.endswith(f"25.0% {one}, 75.0% {two}")
-    assert len(found.train) > 8 and len(found.valid) == 4
+    assert len(found.train) > 8 and len(found.valid) == 3
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,10 @@ def test_prompts_only_are_read_for_rollouts_but_not_validated_on(tmp_path, token
     with pytest.raises(ValueError, match="a validation loss needs responses; give oth"):
         valid = write(tmp_path, {"prompt": "the dog"}, name="valid.jsonl")
         read(tmp_path, tokenizer, train, valid=valid, **ON_POLICY)
+
+
+def test_a_file_in_both_sets_is_found_before_anything_is_tokenised(tmp_path, tokenizer):
+    file = write(tmp_path, {"instruction": "the dog", "output": "a cat"})
+    with pytest.raises(ValueError, match=f"{file} is in data.train and in data.valid"):
+        read(tmp_path, tokenizer, f"{tmp_path}/*.jsonl", valid=[file])
+    assert not (tmp_path / "cache").exists()
