@@ -39,7 +39,7 @@ class RunData:
 def read_data(
     config: TrainConfig, tokenizer: Tokenizer, *, console: Console
 ) -> RunData:
-    """Read the data of a run, and print its form, its counts and its first example.
+    """Read the data of a run; print each source's form, counts and first example.
 
     Raises:
       ValueError: the data cannot be used, or holds only prompts and the settings need
@@ -54,6 +54,7 @@ def read_data(
         for source in sources:
             table, report = _load(config, source, split, tokenizer)
             _print_report(config, source.path, report, console)
+            _print_example(table, tokenizer, console)
             rejected.extend(_rejected(source.path, report))
             found.append(table)
         return found
@@ -63,7 +64,6 @@ def read_data(
     mixture = mixed(train, weights or None)
     sizes = [len(table) for table in train]
     _print_mixture(data.train_sources, sizes, len(mixture), console)
-    _print_example(mixture, tokenizer, console)
     valid = tables(data.valid_sources, data.valid_split)
     return RunData(mixture, mixed(valid) if valid else None, tuple(rejected))
 
@@ -199,7 +199,7 @@ def _print_example(
     first = table[0]
     for part in ("prompt", "response"):
         text = _shortened(str(tokenizer.decode(first[part])))
-        console.print(f"first {part}: {text!r}", markup=False, soft_wrap=True)
+        console.print(f"  first {part}: {text!r}", markup=False, soft_wrap=True)
 
 
 def _shortened(text: str) -> str:
