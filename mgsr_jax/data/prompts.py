@@ -3,13 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+from mgsr_jax.checkpoint.chat_template import RenderingError
 from mgsr_jax.data.encoding import (
     ALPACA,
+    Encoder,
     Encoding,
     cut_prompt,
-    encode_prompt,
-    encode_response,
-    eos_id,
 )
 from mgsr_jax.data.records import (
     DataReport,
@@ -28,8 +27,8 @@ class Prompt:
 
     Attributes:
       tokens: token ids of the prompt.
-      response: token ids of the first reference and end-of-sequence, cut at
-        `max_length`.
+      response: token ids of the first reference, with the token that ends a response,
+        cut at `max_length`.
       references: text of every reference, uncut.
       example: index among the prompts; random keys are folded by it.
       scored: whether the set's metrics count it.
@@ -63,19 +62,18 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     problems, messages = [], []
-    limit = encoding.max_prompt_length
+    encoder, limit = Encoder(tokenizer, encoding), encoding.prompt_limit
     for example in read_examples(path, split=split):
         if isinstance(example, Rejected):
             problems.append(example.problem)
             messages.append(example.message)
             continue
-        tokens = encode_prompt(
-            tokenizer,
-            example.instruction,
-            example.input,
-            template=encoding.template,
-            add_special_tokens=encoding.add_special_tokens,
-        )
+        try:
+            tokens, response = _tokens(encoder, example)
+        except RenderingError as error:
+            problems.append("malformed")
+            messages.append(f"{example.source}: {error}")
+            continue
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")
         if too_long:
@@ -84,23 +82,28 @@ def load_prompts(
             )
         if not too_long or encoding.too_long == "truncate":
             tokens = cut_prompt(tokenizer, tokens, limit)
-            prompts.append(_prompt(tokenizer, example, encoding, tokens, len(prompts)))
+            response = response[: encoding.max_length - len(tokens)]
+            prompts.append(_prompt(example, tokens, response, len(prompts)))
     report = data_report(len(prompts), problems, messages)
     check_report(path, report, len(problems), max_bad_fraction)
     return prompts, report
 
 
+def _tokens(encoder: Encoder, example: Example) -> tuple[list[int], list[int]]:
+    """Prompt and first reference; prompts only have no reference."""
+    messages, input = example.messages, example.input
+    if not example.references:
+        return encoder.prompt(messages, input), []
+    turns = encoder.turns(messages, input, example.references[0])
+    return turns.prompt, turns.response
+
+
 def _prompt(
-    tokenizer: Tokenizer,
-    example: Example,
-    encoding: Encoding,
-    tokens: list[int],
-    index: int,
+    example: Example, tokens: list[int], response: list[int], index: int
 ) -> Prompt:
-    response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
     return Prompt(
         tokens=tuple(tokens),
-        response=tuple(response[: encoding.max_length - len(tokens)]),
+        response=tuple(response),
         references=example.references,
         example=index,
         scored=example.scored,
