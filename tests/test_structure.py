@@ -28,8 +28,8 @@ step_loss
 train_step
 rollout
 data.*
-training.*
 evaluation.*
+training.*
 planning.*
 commands.*
 integrations.*

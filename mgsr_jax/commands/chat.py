@@ -10,8 +10,8 @@ from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.loaded import Dtype, LoadedModel, check_sampling, load
 
 if TYPE_CHECKING:
+    from mgsr_jax.data.conversations import Message
     from mgsr_jax.data.encoding import Encoding
-    from mgsr_jax.data.records import Message
     from mgsr_jax.decoding.decode import Decoding
 
 RESET, EXIT = "/reset", "/exit"
@@ -56,7 +56,7 @@ def chat(config: ChatConfig) -> int:
     response. /reset begins a new conversation, /exit or the end of the input ends the
     command, and Ctrl-C stops a response.
     """
-    from mgsr_jax.data.records import Message
+    from mgsr_jax.data.conversations import Message
 
     check_sampling(
         config.temperature, config.top_k, config.top_p, max_length=config.max_length

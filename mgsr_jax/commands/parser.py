@@ -8,6 +8,8 @@ traceback of an error.
 import argparse
 import dataclasses
 import inspect
+import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,10 +46,14 @@ parameters become options."""
 _POSITIONAL = ("convert",)
 """Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
+_LISTS = ("--data", "--metrics")
+"""Options that take several words: `--metrics rouge_l math` is
+`--metrics '["rouge_l", "math"]'`."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    arguments = list(arguments)
+    arguments = _with_lists(arguments)
     try:
         parser = _parser()
         settings = parser.instantiate(parser.parse_args(arguments))
@@ -86,6 +92,17 @@ def _parser() -> jsonargparse.ArgumentParser:
         )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
+
+
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """Join the words of an option that takes several; jsonargparse reads one."""
+    result: list[str] = []
+    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
+    for start, end in itertools.pairwise([0, *starts, len(arguments)]):
+        option, words = arguments[start:end][:1], list(arguments[start:end][1:])
+        is_list = option and option[0] in _LISTS and len(words) > 1
+        result += [*option, *([json.dumps(words)] if is_list else words)]
+    return result
 
 
 def _config_class(command: Callable[..., int]) -> type | None:

@@ -69,7 +69,7 @@ def encode_request(encoder: "Encoder", request: Request) -> list[int]:
       ValueError: the template has no place for the messages, refuses them, or the
         prompt has no tokens.
     """
-    from mgsr_jax.data.records import Message
+    from mgsr_jax.data.conversations import Message
 
     if isinstance(request.content, str):
         messages = [Message("user", request.content)]

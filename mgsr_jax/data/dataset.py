@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import datasets
 import datasets.config
@@ -20,8 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from mgsr_jax.checkpoint import chat_template
-from mgsr_jax.checkpoint.chat_template import RenderingError
-from mgsr_jax.data import records, spans
+from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import (
     ALPACA,
     Encoder,
@@ -30,7 +29,11 @@ from mgsr_jax.data.encoding import (
     eos_id,
     resolved,
 )
-from mgsr_jax.data.records import DataReport, Example, Rejected
+from mgsr_jax.data.forms import Form, recognise
+from mgsr_jax.data.records import Example, Rejected, examples_of
+from mgsr_jax.data.report import DataReport, check_report, data_report
+from mgsr_jax.data.source_settings import Columns
+from mgsr_jax.data.sources import OpenSource, open_source
 from mgsr_jax.data.templates import Turns
 from mgsr_jax.rows import UNTRAINED
 from mgsr_jax.typing import Tokenizer
@@ -42,22 +45,34 @@ _COLUMNS = datasets.Features(
     {name: datasets.List(datasets.Value("int32")) for name in (*_TOKENS, EARLIER)}
     | {name: datasets.Value("string") for name in ("problem", "message")}
     | {"kept": datasets.Value("bool")}
+    | {name: datasets.Value("int32") for name in ("prompt_length", "length")}
 )
 _KEYED_MODULES = (
+    "conversations",
     "dataset",
     "encoding",
+    "files",
+    "forms",
     "plain_text",
     "records",
+    "report",
+    "source_settings",
+    "sources",
     "spans",
     "templates",
 )
 """Modules of this folder whose source is part of the cache key."""
 _SLAB = 256  # records that are tokenised and chunked together
+_BATCH = 10_000  # rows of the cached table that are in memory at a time
 _NOTHING = Turns([], [])
 
 
 class _Row(TypedDict):
-    """One row of the cached table: a record, used or not."""
+    """One row of the cached table: a record, used or not.
+
+    `prompt_length` and `length`, of prompt and response, are those before any cut; 0 if
+    the record was rejected.
+    """
 
     prompt: list[int]
     response: list[int]
@@ -66,6 +81,8 @@ class _Row(TypedDict):
     problem: str
     message: str
     kept: bool
+    prompt_length: int
+    length: int
 
 
 def load(
@@ -76,35 +93,39 @@ def load(
     chunker: spans.Chunker | None = "textblob",
     spacy_model: str = "en_core_web_sm",
     split: str = "train",
+    columns: Columns | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     max_bad_fraction: float = 0.05,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Load tokens and spans of a training or validation set from the cache, or fill it.
 
     The columns are `prompt`, `response` (ends with the token that ends a response
-    unless it was cut) and `span_ids` (one id a token of the response); with train_on
-    "all" also `earlier_span_ids` (see `rows.from_lists`). The cache key covers
-    everything that they depend on: the content of the file, the tokenizer, the
-    encoding, the chunker, and this code.
+    unless it was cut; empty for prompts only) and `span_ids` (one id a token of the
+    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`). The
+    cache key covers everything that they depend on: the content of the files, the names
+    of columns, the tokenizer, the encoding, the chunker, and this code.
 
     Args:
-      path: file or name of a hub data set.
+      path: file, pattern, folder or hub data set; see `sources.open_source`.
       tokenizer: a fast tokenizer of transformers.
       encoding: template and lengths.
       chunker: see `spans.chunk`; None for no spans.
       spacy_model: pipeline for the chunker "spacy".
-      split: split of a hub data set.
+      split: split of a folder or hub data set.
+      columns: the data's names of columns; see `forms.recognise`.
       cache_dir: folder of the cache; default: that of `datasets` (HF_DATASETS_CACHE).
       max_bad_fraction: largest share of malformed records that is accepted.
 
     Raises:
-      ValueError: there is no usable record, or too many are malformed; the error names
-        the first few.
-      FileNotFoundError: see `records.read_examples`.
+      ValueError: there is no usable record, too many are malformed (the error names the
+        first few), or the columns fit no form.
+      FileNotFoundError: see `sources.open_source`.
     """
     eos_id(tokenizer)
     encoding = resolved(encoding, tokenizer)
-    options = (path, split, tokenizer, encoding, chunker, spacy_model)
+    source = open_source(path, split)
+    form = recognise(source, columns)
+    options = (source, form, tokenizer, encoding, chunker, spacy_model)
     try:
         table = datasets.Dataset.from_generator(
             lambda: _encoded(*options),
@@ -115,29 +136,44 @@ def load(
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     assert isinstance(table, datasets.Dataset)
-    kept = np.flatnonzero(table["kept"]).tolist()
-    report = records.data_report(len(kept), table["problem"], table["message"])
-    records.check_report(path, report, len(table), max_bad_fraction)
-    columns = [*_TOKENS, *([EARLIER] if encoding.train_on == "all" else [])]
-    return table.select(kept).select_columns(columns), report
+    kept = np.flatnonzero(np.fromiter(_column(table, "kept"), bool))
+    report = _report(form, len(kept), table)
+    check_report(path, report, len(table), max_bad_fraction)
+    names = [*_TOKENS, *([EARLIER] if encoding.train_on == "all" else [])]
+    return table.select(kept).select_columns(names), report
+
+
+def _report(form: Form, kept: int, table: datasets.Dataset) -> DataReport:
+    lengths = {
+        name: (length for length in _column(table, name) if length)
+        for name in ("prompt_length", "length")
+    }
+    return data_report(
+        form,
+        kept,
+        _column(table, "problem"),
+        _column(table, "message"),
+        prompt_lengths=lengths["prompt_length"],
+        lengths=lengths["length"],
+    )
+
+
+def _column(table: datasets.Dataset, name: str) -> Iterator[Any]:
+    """The values of a column; it is never in memory as a whole."""
+    rows = table.select_columns([name]).with_format("arrow")
+    for batch in rows.iter(batch_size=_BATCH):
+        yield from cast(pa.Table, batch)[name].to_pylist()
 
 
 def _cache_key(
-    path: str | Path,
-    split: str,
+    source: OpenSource,
+    form: Form,
     tokenizer: Tokenizer,
     encoding: Encoding,
     chunker: spans.Chunker | None,
     spacy_model: str,
 ) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    if records.is_local(path):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        source = Path(path).name
-    else:
-        source = f"{path} {split} {records.load_table(path, split)._fingerprint}"
     files = [Path(__file__).with_name(f"{module}.py") for module in _KEYED_MODULES]
     for file in (*files, Path(chat_template.__file__)):
         digest.update(file.read_bytes())
@@ -146,8 +182,9 @@ def _cache_key(
     backend = tokenizer.backend_tokenizer.to_str()
     packages = ("tokenizers", "transformers", "textblob", "spacy")
     versions = [_version(name) for name in packages]
-    values = (source, encoding, chunked, spacy_model, _version(spacy_model), versions)
-    digest.update(repr((values, special, backend)).encode())
+    values = (source.digest(), form, encoding, chunked, spacy_model)
+    versions = (_version(spacy_model), versions)
+    digest.update(repr((values, versions, special, backend)).encode())
     return digest.hexdigest()
 
 
@@ -159,21 +196,15 @@ def _version(distribution: str) -> str:
 
 
 def _encoded(
-    path: str | Path,
-    split: str,
+    source: OpenSource,
+    form: Form,
     tokenizer: Tokenizer,
     encoding: Encoding,
     chunker: spans.Chunker | None,
     spacy_model: str,
 ) -> Iterator[_Row]:
     """Rows of the cached table, one a record."""
-    examples = records.read_examples(path, split=split)
-    first = next(examples, None)
-    if first is None:  # the error of `datasets` would not name the file
-        records.check_report(path, records.data_report(0, (), ()), 0, 0.0)
-        return
-    examples = itertools.chain([first], examples)
-    encoder = Encoder(tokenizer, encoding)
+    examples, encoder = examples_of(source, form), Encoder(tokenizer, encoding)
     while slab := list(itertools.islice(examples, _SLAB)):
         rows = [_encode(example, encoder) for example in slab]
         if chunker is not None:
@@ -206,17 +237,15 @@ def _trained(earlier_span_ids: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
-    if isinstance(example, Rejected):
-        return _row(_NOTHING, example.problem, example.message, kept=False)
-    try:
-        turns = _turns(example, encoder)
-    except RenderingError as error:
-        message = f"{example.source}: {error}"
-        return _row(_NOTHING, "malformed", message, kept=False)
+    turns = example if isinstance(example, Rejected) else encoder.encode(example)
+    if isinstance(turns, Rejected):
+        return _row(_NOTHING, turns.problem, turns.message, kept=False)
+    assert isinstance(example, Example)
     encoding, (prompt, response, _) = encoder.encoding, turns
+    lengths = len(prompt), len(prompt) + len(response)
     limits = (
-        ("prompt", len(prompt), encoding.prompt_limit),
-        ("prompt and response", len(prompt) + len(response), encoding.max_length),
+        ("prompt", lengths[0], encoding.prompt_limit),
+        ("prompt and response", lengths[1], encoding.max_length),
     )
     too_long = [
         f"{length} tokens of {name}, at most {limit}"
@@ -226,22 +255,21 @@ def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
     problem = "too_long" if too_long else ""
     message = f"{example.source}: {'; '.join(too_long)}" if too_long else ""
     if too_long and encoding.too_long == "drop":
-        return _row(_NOTHING, problem, message, kept=False)
+        return _row(_NOTHING, problem, message, lengths, kept=False)
     if too_long:  # only without a chat template, where no earlier response exists
         prompt = cut_prompt(encoder.tokenizer, prompt, encoding.prompt_limit)
         turns = Turns(prompt, response[: encoding.max_length - len(prompt)])
-    return _row(turns, problem, message, kept=True)
+    return _row(turns, problem, message, lengths, kept=True)
 
 
-def _turns(example: Example, encoder: Encoder) -> Turns:
-    """Tokens of an example; prompts only have no response."""
-    messages, input = example.messages, example.input
-    if not example.references:
-        return Turns(encoder.prompt(messages, input), [])
-    return encoder.turns(messages, input, example.references[0])
-
-
-def _row(turns: Turns, problem: str, message: str, *, kept: bool) -> _Row:
+def _row(
+    turns: Turns,
+    problem: str,
+    message: str,
+    lengths: tuple[int, int] = (0, 0),
+    *,
+    kept: bool,
+) -> _Row:
     earlier = []
     if turns.earlier:
         earlier = [UNTRAINED] * len(turns.prompt)
@@ -255,6 +283,8 @@ def _row(turns: Turns, problem: str, message: str, *, kept: bool) -> _Row:
         problem=problem,
         message=message,
         kept=kept,
+        prompt_length=lengths[0],
+        length=lengths[1],
     )
 
 
@@ -267,7 +297,7 @@ def lengths(dataset: datasets.Dataset) -> np.ndarray:
     columns = dataset.select_columns(["prompt", "response"]).with_format("arrow")
     sizes = [np.zeros(0, np.int32)]
     # In batches: the whole table may take gigabytes.
-    for batch in columns.iter(batch_size=10_000):
+    for batch in columns.iter(batch_size=_BATCH):
         table = cast(pa.Table, batch)
         parts = [column_lengths(table, name) for name in ("prompt", "response")]
         sizes.append(np.add(*parts))

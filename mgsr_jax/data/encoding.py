@@ -12,6 +12,7 @@ from mgsr_jax.checkpoint.chat_template import (
     RenderingError,
     own_template,
 )
+from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.plain_text import (
     alpaca_prompt,
     bare_prompt,
@@ -23,7 +24,7 @@ from mgsr_jax.data.templates import Turns, chat_prompt, chat_turns
 from mgsr_jax.typing import Tokenizer
 
 if TYPE_CHECKING:  # the package datasets, which records need, is slow to import
-    from mgsr_jax.data.records import Message
+    from mgsr_jax.data.records import Example, Rejected
 
 TEMPLATES = ("auto", "alpaca", "chat", "none")
 TEMPLATE_SUFFIX = ".jinja"
@@ -160,7 +161,7 @@ class Encoder:
             arguments = self.encoding.template_args
             self.chat = ChatTemplate(tokenizer, text, arguments, name)
 
-    def prompt(self, messages: Sequence["Message"], input: str = "") -> list[int]:
+    def prompt(self, messages: Sequence[Message], input: str = "") -> list[int]:
         """Tokens of a conversation up to its response.
 
         Args:
@@ -181,7 +182,19 @@ class Encoder:
             add_special_tokens=self.encoding.add_special_tokens,
         )
 
-    def turns(self, messages: Sequence["Message"], input: str, response: str) -> Turns:
+    def encode(self, example: "Example") -> "Turns | Rejected":
+        """Tokens of a record; it is rejected if the template has no place for it."""
+        from mgsr_jax.data.records import Rejected
+
+        messages, input = example.messages, example.input
+        try:
+            if example.references:
+                return self.turns(messages, input, example.references[0])
+            return Turns(self.prompt(messages, input), [])
+        except RenderingError as error:
+            return Rejected("malformed", f"{example.source}: {error}")
+
+    def turns(self, messages: Sequence[Message], input: str, response: str) -> Turns:
         """Tokens of a conversation up to a response, and of the response with its end.
 
         Args:
@@ -208,7 +221,7 @@ class Encoder:
     def _chat_turns(
         self,
         chat: ChatTemplate,
-        messages: Sequence["Message"],
+        messages: Sequence[Message],
         input: str,
         response: str,
         end: list[int],
@@ -249,7 +262,7 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(id_ for id_, token in added if token.special)
 
-    def _instruction(self, messages: Sequence["Message"]) -> str:
+    def _instruction(self, messages: Sequence[Message]) -> str:
         """The text of the only turn."""
         roles = [message.role for message in messages]
         if roles != ["user"]:
@@ -261,7 +274,7 @@ class Encoder:
         return messages[0].content
 
     def _conversation(
-        self, messages: Sequence["Message"], input: str
+        self, messages: Sequence[Message], input: str
     ) -> list[dict[str, str]]:
         conversation = [message._asdict() for message in messages]
         if input:
@@ -289,8 +302,6 @@ def encode_prompt(
     Raises:
       ValueError: see `Encoder`.
     """
-    from mgsr_jax.data.records import Message
-
     encoding = Encoding(template, add_special_tokens)
     return Encoder(tokenizer, encoding).prompt([Message("user", instruction)], input)
 

@@ -3,21 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from mgsr_jax.checkpoint.chat_template import RenderingError
 from mgsr_jax.data.encoding import (
     ALPACA,
     Encoder,
     Encoding,
     cut_prompt,
 )
-from mgsr_jax.data.records import (
-    DataReport,
-    Example,
-    Rejected,
-    check_report,
-    data_report,
-    read_examples,
-)
+from mgsr_jax.data.forms import Form, recognise
+from mgsr_jax.data.records import Example, Rejected, examples_of
+from mgsr_jax.data.report import DataReport, check_report, data_report
+from mgsr_jax.data.source_settings import Columns
+from mgsr_jax.data.sources import open_source
 from mgsr_jax.typing import Tokenizer
 
 
@@ -49,31 +45,33 @@ def load_prompts(
     encoding: Encoding = ALPACA,
     *,
     split: str = "train",
+    columns: Columns | None = None,
     max_bad_fraction: float = 0.05,
 ) -> tuple[list[Prompt], DataReport]:
-    """Load an evaluation set.
+    """Load an evaluation set, in any of the forms of `records.read_examples`.
 
     Only a prompt can be too long: references are compared uncut.
 
     Raises:
-      ValueError: there is no usable record, or too many are malformed; the error names
-        the first few.
-      FileNotFoundError: see `records.read_examples`.
+      ValueError: there is no usable record, too many are malformed (the error names the
+        first few), or there are prompts only, with which no response is compared.
+      FileNotFoundError: see `sources.open_source`.
     """
+    source = open_source(path, split)
+    form = recognise(source, columns)
+    _check_responses(path, form)
     prompts: list[Prompt] = []
-    problems, messages = [], []
+    problems, messages, lengths = [], [], []
     encoder, limit = Encoder(tokenizer, encoding), encoding.prompt_limit
-    for example in read_examples(path, split=split):
-        if isinstance(example, Rejected):
-            problems.append(example.problem)
-            messages.append(example.message)
+    for example in examples_of(source, form):
+        turns = example if isinstance(example, Rejected) else encoder.encode(example)
+        if isinstance(turns, Rejected):
+            problems.append(turns.problem)
+            messages.append(turns.message)
             continue
-        try:
-            tokens, response = _tokens(encoder, example)
-        except RenderingError as error:
-            problems.append("malformed")
-            messages.append(f"{example.source}: {error}")
-            continue
+        assert isinstance(example, Example)
+        tokens, response, _ = turns
+        lengths.append(len(tokens))
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")
         if too_long:
@@ -84,18 +82,18 @@ def load_prompts(
             tokens = cut_prompt(tokenizer, tokens, limit)
             response = response[: encoding.max_length - len(tokens)]
             prompts.append(_prompt(example, tokens, response, len(prompts)))
-    report = data_report(len(prompts), problems, messages)
+    report = data_report(form, len(prompts), problems, messages, prompt_lengths=lengths)
     check_report(path, report, len(problems), max_bad_fraction)
     return prompts, report
 
 
-def _tokens(encoder: Encoder, example: Example) -> tuple[list[int], list[int]]:
-    """Prompt and first reference; prompts only have no reference."""
-    messages, input = example.messages, example.input
-    if not example.references:
-        return encoder.prompt(messages, input), []
-    turns = encoder.turns(messages, input, example.references[0])
-    return turns.prompt, turns.response
+def _check_responses(path: str | Path, form: Form) -> None:
+    if form.prompts_only:
+        raise ValueError(
+            f"data {str(path)!r} holds prompts only ({', '.join(form.read)}), but "
+            "scores compare with references; give data with responses, or use mgsr "
+            "generate"
+        )
 
 
 def _prompt(

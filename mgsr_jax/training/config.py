@@ -1,7 +1,6 @@
 """Settings of a run: one dataclass a topic, read from YAML and the command line."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from mgsr_jax import settings
@@ -185,13 +184,7 @@ def _check_validation(config: TrainConfig) -> None:
             f"validate_every={config.validate_every}, but there is no validation data; "
             "set data.valid, or validate_every to 0"
         )
-    is_file = Path(data.train).suffix in (".json", ".jsonl", ".parquet")
-    same_part = is_file or data.train_split == data.valid_split
-    if data.train == data.valid and same_part:
-        raise ValueError(
-            f"data.train and data.valid are both {data.train!r} ({data.train_split}); "
-            "validate on data that is not trained on"
-        )
+    data.check_validation()
 
 
 def _check_replay(config: TrainConfig) -> None:

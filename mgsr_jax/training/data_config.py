@@ -5,17 +5,34 @@ from typing import Any, Literal
 
 from mgsr_jax import settings
 from mgsr_jax.data.encoding import Encoding
+from mgsr_jax.data.source_settings import (
+    DataSource,
+    as_sources,
+    check_columns,
+    is_files,
+)
+
+Sources = str | list[str | DataSource]
+"""One source or several; a `DataSource` has a weight, a split or names of columns."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Instruction data and how it becomes token rows.
+    """Training data and how it becomes token rows.
 
     Attributes:
-      train: JSONL or Parquet file, or a hub data set's name.
-      valid: validation data, given like `train`; none: no validation.
-      train_split: training split of a hub data set.
-      valid_split: validation split of a hub data set.
+      train: a data file (.jsonl, .json or .parquet; the first two also with .gz, .xz or
+        .zst), a pattern such as parts/*.jsonl, a folder of data files or of datasets'
+        save_to_disk, or a hub data set (org/name, org/name:config,
+        org/name:config@revision). Several in brackets are concatenated. Where each is
+        given as {path: ..., weight: ...}, examples are drawn in proportion to the
+        weights, until every source has been used up once.
+      valid: validation data, given like `train` but without weights; none: no
+        validation.
+      train_split: training split of a folder or hub data set.
+      valid_split: validation split of a folder or hub data set.
+      columns: the data's names of columns that it names differently, such as {prompt:
+        query, completion: text}.
       template: "chat" for the tokenizer's own chat template, the path of a template
         file (.jinja), "alpaca", "none" for the texts as they are, or "auto": chat where
         the tokenizer has a template, otherwise alpaca.
@@ -41,10 +58,11 @@ class DataConfig:
         is never cleared automatically.
     """
 
-    train: str
-    valid: str | None = None
+    train: Sources
+    valid: Sources | None = None
     train_split: str = "train"
     valid_split: str = "validation"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     template: str = "auto"
     template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     system: str = ""
@@ -78,6 +96,48 @@ class DataConfig:
                 f"data.chunker={self.chunker!r}; expected textblob, spacy, or a "
                 "function as module:function"
             )
+        self._check_sources()
+
+    def check_validation(self) -> None:
+        """Refuse validation data that is trained on.
+
+        Raises:
+          ValueError: names the data and its split.
+        """
+        trained = {_identity(s, self.train_split) for s in self.train_sources}
+        for source in self.valid_sources:
+            if (same := _identity(source, self.valid_split)) in trained:
+                raise ValueError(
+                    f"data.train and data.valid are both {' '.join(same)!r}; validate "
+                    "on data that is not trained on"
+                )
+
+    def _check_sources(self) -> None:
+        sources = [*self.train_sources, *self.valid_sources]
+        for columns in [self.columns, *(source.columns for source in sources)]:
+            check_columns(columns or {})
+        weights = [source.weight for source in self.train_sources]
+        given = [weight for weight in weights if weight is not None]
+        if given and (len(given) < len(weights) or not min(given) > 0):
+            raise ValueError(
+                f"data.train has the weights {weights}; give every source a weight "
+                "above 0, or none of them"
+            )
+        if any(source.weight is not None for source in self.valid_sources):
+            raise ValueError(
+                "data.valid has weights, but every validation example counts once; "
+                "leave the weights out"
+            )
+
+    @property
+    def train_sources(self) -> tuple[DataSource, ...]:
+        """The sources of the training data."""
+        return as_sources(self.train)
+
+    @property
+    def valid_sources(self) -> tuple[DataSource, ...]:
+        """The sources of the validation data; empty without validation."""
+        return as_sources(self.valid or [])
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -97,3 +157,10 @@ class DataConfig:
             max_length=self.max_length,
             too_long=self.too_long,
         )
+
+
+def _identity(source: DataSource, split: str) -> tuple[str, ...]:
+    """What a source holds: the path, and the split if it has several."""
+    if is_files(source.path):
+        return (source.path,)
+    return (source.path, source.split or split)

@@ -311,7 +311,7 @@ def _due(step: int, every: int) -> bool:
 
 def _checkpoint_inputs(inputs: RunInputs) -> CheckpointInputs:
     return CheckpointInputs(
-        data=inputs.config.data.train,
+        data=", ".join(s.path for s in inputs.config.data.train_sources),
         data_fingerprint=inputs.train_fingerprint,
         student=inputs.config.student,
         student_digest=inputs.student_digest,

@@ -3,8 +3,8 @@
 from instruction_data import make_tokenizer
 from tokenizers import AddedToken
 
+from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding
-from mgsr_jax.data.records import Message
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

@@ -22,9 +22,10 @@ from transformers.utils import chat_template_utils
 
 from mgsr_jax.checkpoint.chat_template import RenderingError, same_template
 from mgsr_jax.data import dataset, spans
+from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding, encode_prompt, resolved
 from mgsr_jax.data.prompts import load_prompts
-from mgsr_jax.data.records import Example, Message
+from mgsr_jax.data.records import Example
 from mgsr_jax.data.templates import Turns
 from mgsr_jax.rows import UNTRAINED
 
@@ -374,7 +375,7 @@ def test_records_that_a_template_refuses_are_counted(tmp_path, monkeypatch):
         file, ours.tokenizer, ours.encoding, cache_dir=tmp_path, **settings
     )
     (prompts, second) = load_prompts(file, ours.tokenizer, ours.encoding, **settings)
-    assert len(prompts) == 3 and second == report
+    assert len(prompts) == 3 and second.messages == report.messages
     assert (report.kept, report.malformed) == (3, 1)
     assert "some.jsonl:4: the tokenizer's chat template refuses" in report.messages[0]
     assert json.dumps(report.messages[0]).count("not this") == 1
