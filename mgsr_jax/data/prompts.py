@@ -5,20 +5,15 @@ from pathlib import Path
 
 from mgsr_jax.data.encoding import (
     ALPACA,
+    Encoder,
     Encoding,
     cut_prompt,
-    encode_prompt,
-    encode_response,
-    eos_id,
 )
-from mgsr_jax.data.records import (
-    DataReport,
-    Example,
-    Rejected,
-    check_report,
-    data_report,
-    read_examples,
-)
+from mgsr_jax.data.forms import Form, recognise
+from mgsr_jax.data.records import Example, Rejected, examples_of
+from mgsr_jax.data.report import DataReport, check_report, data_report
+from mgsr_jax.data.source_settings import Columns
+from mgsr_jax.data.sources import open_source
 from mgsr_jax.typing import Tokenizer
 
 
@@ -28,8 +23,8 @@ class Prompt:
 
     Attributes:
       tokens: token ids of the prompt.
-      response: token ids of the first reference and end-of-sequence, cut at
-        `max_length`.
+      response: token ids of the first reference, with the token that ends a response,
+        cut at `max_length`.
       references: text of every reference, uncut.
       example: index among the prompts; random keys are folded by it.
       scored: whether the set's metrics count it.
@@ -50,32 +45,33 @@ def load_prompts(
     encoding: Encoding = ALPACA,
     *,
     split: str = "train",
+    columns: Columns | None = None,
     max_bad_fraction: float = 0.05,
 ) -> tuple[list[Prompt], DataReport]:
-    """Load an evaluation set.
+    """Load an evaluation set, in any of the forms of `records.read_examples`.
 
     Only a prompt can be too long: references are compared uncut.
 
     Raises:
-      ValueError: there is no usable record, or too many are malformed; the error names
-        the first few.
-      FileNotFoundError: see `records.read_examples`.
+      ValueError: there is no usable record, too many are malformed (the error names the
+        first few), or there are prompts only, with which no response is compared.
+      FileNotFoundError: see `sources.open_source`.
     """
+    source = open_source(path, split)
+    form = recognise(source, columns)
+    _check_responses(path, form)
     prompts: list[Prompt] = []
-    problems, messages = [], []
-    limit = encoding.max_prompt_length
-    for example in read_examples(path, split=split):
-        if isinstance(example, Rejected):
-            problems.append(example.problem)
-            messages.append(example.message)
+    problems, messages, lengths = [], [], []
+    encoder, limit = Encoder(tokenizer, encoding), encoding.prompt_limit
+    for example in examples_of(source, form):
+        turns = example if isinstance(example, Rejected) else encoder.encode(example)
+        if isinstance(turns, Rejected):
+            problems.append(turns.problem)
+            messages.append(turns.message)
             continue
-        tokens = encode_prompt(
-            tokenizer,
-            example.instruction,
-            example.input,
-            template=encoding.template,
-            add_special_tokens=encoding.add_special_tokens,
-        )
+        assert isinstance(example, Example)
+        tokens, response, _ = turns
+        lengths.append(len(tokens))
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")
         if too_long:
@@ -84,23 +80,28 @@ def load_prompts(
             )
         if not too_long or encoding.too_long == "truncate":
             tokens = cut_prompt(tokenizer, tokens, limit)
-            prompts.append(_prompt(tokenizer, example, encoding, tokens, len(prompts)))
-    report = data_report(len(prompts), problems, messages)
+            response = response[: encoding.max_length - len(tokens)]
+            prompts.append(_prompt(example, tokens, response, len(prompts)))
+    report = data_report(form, len(prompts), problems, messages, prompt_lengths=lengths)
     check_report(path, report, len(problems), max_bad_fraction)
     return prompts, report
 
 
+def _check_responses(path: str | Path, form: Form) -> None:
+    if form.prompts_only:
+        raise ValueError(
+            f"data {str(path)!r} holds prompts only ({', '.join(form.read)}), but "
+            "scores compare with references; give data with responses, or use mgsr "
+            "generate"
+        )
+
+
 def _prompt(
-    tokenizer: Tokenizer,
-    example: Example,
-    encoding: Encoding,
-    tokens: list[int],
-    index: int,
+    example: Example, tokens: list[int], response: list[int], index: int
 ) -> Prompt:
-    response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
     return Prompt(
         tokens=tuple(tokens),
-        response=tuple(response[: encoding.max_length - len(tokens)]),
+        response=tuple(response),
         references=example.references,
         example=index,
         scored=example.scored,

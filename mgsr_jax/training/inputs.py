@@ -15,15 +15,18 @@ from rich.console import Console
 
 from mgsr_jax import __version__, models, sharding
 from mgsr_jax.checkpoint import hf, hub
+from mgsr_jax.checkpoint.chat_template import same_template
 from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
+from mgsr_jax.data.encoding import Encoder
 from mgsr_jax.data.spans import Chunker, resolve_chunker
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
 from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.distributed import lead_first
+from mgsr_jax.training.read_data import read_data
 from mgsr_jax.training.run_folder import check_output
 from mgsr_jax.typing import Tokenizer
 
@@ -103,29 +106,38 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
     tokenizer = hf.load_tokenizer(config.student)
     vocab_size = shared_vocabulary(config, student, teacher, tokenizer)
     check_sizes(config, student, teacher, mesh)
-    data = config.data
-    train, report = _load_data(config, data.train, data.train_split, tokenizer)
-    _print_report(data.train, report, console)
-    valid, rejected = None, [*report.messages]
-    if data.valid:
-        valid, report = _load_data(config, data.valid, data.valid_split, tokenizer)
-        _print_report(data.valid, report, console)
-        rejected += report.messages
+    encoder = _encoder(config, tokenizer, console)
+    data = read_data(config, tokenizer, console=console)
     return RunInputs(
         config=config,
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_ids=eos_ids(tokenizer, student),
+        eos_ids=eos_ids(tokenizer, student, encoder.chat),
         mesh=mesh,
-        train=train,
-        train_fingerprint=dataset.fingerprint(train),
-        valid=valid,
-        chunker=resolve_chunker(data.chunker),
-        rejected=tuple(rejected),
-        steps=_steps(config, len(train)),
+        train=data.train,
+        train_fingerprint=dataset.fingerprint(data.train),
+        valid=data.valid,
+        chunker=resolve_chunker(config.data.chunker),
+        rejected=data.rejected,
+        steps=_steps(config, len(data.train)),
     )
+
+
+def _encoder(config: TrainConfig, tokenizer: Tokenizer, console: Console) -> Encoder:
+    """The encoder of the data; prints which template it uses."""
+    encoder = Encoder(tokenizer, config.data.encoding)
+    lines = list(encoder.notes)
+    if config.teacher is not None and encoder.encoding.template == "chat":
+        if not same_template(tokenizer, hf.load_tokenizer(config.teacher)):
+            lines.append(
+                f"teacher {config.teacher} has another chat template; the student's is "
+                "used for both"
+            )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    return encoder
 
 
 def _steps(config: TrainConfig, examples: int) -> int:
@@ -322,28 +334,3 @@ def _open_cache(folder: str, inputs: RunInputs, console: Console) -> TeacherCach
         markup=False,
     )
     return cache
-
-
-def _load_data(
-    config: TrainConfig, path: str, split: str, tokenizer: Tokenizer
-) -> tuple[datasets.Dataset, dataset.DataReport]:
-    data = config.data
-    return dataset.load(
-        path,
-        tokenizer,
-        data.encoding,
-        chunker=resolve_chunker(data.chunker) if config.objective.span else None,
-        spacy_model=data.spacy_model,
-        split=split,
-        cache_dir=data.cache_dir,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-
-
-def _print_report(path: str, report: dataset.DataReport, console: Console) -> None:
-    console.print(
-        f"{path}: {report.kept} examples, {report.too_long} too long, "
-        f"{report.empty} empty, {report.malformed} malformed"
-    )
-    for message in report.messages[:3]:
-        console.print(f"  {message}", markup=False)

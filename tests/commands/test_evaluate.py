@@ -128,7 +128,6 @@ def test_two_sets_are_two_files(project, greedy_only):
         assert list(values["greedy"]["metrics"]) == ["rouge_l", "exact_match"]
 
 
-@pytest.mark.slow
 def test_the_difference_to_another_run(project, greedy_only, tmp_path, capsys):
     more = ["--limit", "3", "--samples", "2", "--metrics", "rouge_l", "exact_match"]
     more += ["--against", str(greedy_only), "--output", str(tmp_path / "scores")]

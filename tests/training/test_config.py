@@ -138,7 +138,16 @@ def test_what_works_is_let_through(changes):
             dict(data__max_prompt_length=512),
             "max_prompt_length is 512; .* max_length=512",
         ),
-        (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
+        (dict(data__template="vicuna"), "template is 'vicuna'; expected .*'alpaca'"),
+        (dict(data__train_on="both"), "data.train_on='both'; expected .*'all'"),
+        (
+            dict(data__template="alpaca", data__system="Be brief."),
+            "system is set, but template 'alpaca' has no place for it; set template to",
+        ),
+        (
+            dict(data__template="none", data__template_args={"enable_thinking": False}),
+            "template_args is set, but template 'none' has no place",
+        ),
         (dict(data__chunker="nltk"), "data.chunker='nltk'; expected textblob, spacy"),
         (dict(dtype="float16"), "dtype='float16'; expected one of .*'bfloat16'"),
         (dict(rollout__policy="onn"), "rollout.policy='onn'; expected .*'replay'"),
@@ -188,6 +197,18 @@ def test_what_works_is_let_through(changes):
             "objective.alpha=0.0; expected another number",
         ),
         (dict(objective__divergence="taid"), "'taid' needs objective.mix"),
+        (dict(mesh__fsdp=0), "mesh.fsdp=0; expected at least 1, or -1"),
+        (dict(distributed__timeout=0), "distributed.timeout must be above 0"),
+        (dict(distributed__num_processes=0), "num_processes must be above 0, got 0"),
+        (
+            dict(distributed__process_id=-1),
+            "process_id=-1, num_processes=None; processes are numbered from 0",
+        ),
+        (dict(evaluate_every=-1), "evaluate_every must be at least 0, got -1"),
+        (dict(evaluate__limit=0), "evaluate.limit must be above 0, got 0"),
+        (dict(best_metric="loss"), "best_metric='loss'; .* valid/loss or eval/rouge_l"),
+        (dict(best_metric="valid/loss"), "while the run trains; set validate_every"),
+        (dict(best_metric="eval/rouge_l"), "while the run trains; set evaluate_every"),
         (dict(chunk_size=1), "chunk_size=1 leaves no neighbouring token"),
         (
             dict(objective__temperature=2.0),
@@ -256,8 +277,20 @@ def test_counts_and_weights_are_not_negative(field):
 
 
 def test_the_encoding_is_the_data_section():
-    data = DataConfig("x", add_special_tokens=False, max_prompt_length=7, max_length=9)
-    assert dataclasses.asdict(data.encoding).items() <= dataclasses.asdict(data).items()
+    data = DataConfig(
+        "x",
+        template="chat",
+        template_args={"enable_thinking": False},
+        system="Be brief.",
+        train_on="all",
+        add_special_tokens=False,
+        max_prompt_length=7,
+        max_length=9,
+    )
+    encoding = dataclasses.asdict(data.encoding)
+    assert encoding.pop("template_text") is None  # the tokenizer is not known yet
+    assert encoding == {name: getattr(data, name) for name in encoding}
+    assert DataConfig("x", max_length=90).encoding.prompt_limit == 45
 
 
 def test_two_configurations_share_no_section():
