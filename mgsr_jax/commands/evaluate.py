@@ -83,7 +83,8 @@ class EvaluateConfig:
       mesh: devices that share the work; by default one device. Scores do not depend on
         it.
       distributed: how several processes find each other without a launcher.
-      output: folder for all responses (JSONL) and the scores (JSON); must be new.
+      output: folder for all responses (JSONL), the scores (JSON) and these settings;
+        must be new.
       against: output folder of another evaluation of the same sets with the same
         metrics. The differences to its scores, paired by prompt, are added.
     """
@@ -175,8 +176,8 @@ def evaluate(config: EvaluateConfig) -> int:
     baselines = on_all_processes(lambda: _read_baselines(config))
     mesh = make_mesh(config.mesh)
     loaded, teacher = load(config.model, config.encoding, mesh=mesh), None
-    if is_lead():
-        print(*loaded.encoder.notes, sep="\n")
+    for note in loaded.encoder.notes if is_lead() else ():
+        print(note)
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
         check_same_tokenizer(loaded, teacher)
@@ -188,10 +189,29 @@ def evaluate(config: EvaluateConfig) -> int:
             difference = baselines[path].difference(result)
             result = dataclasses.replace(result, difference=difference)
         results[path] = result
-        write_scores(folder if is_lead() else None, results)
+        if folder is not None and is_lead():
+            write_scores(folder, results)
+            _write_settings(folder, config, loaded, teacher)
     if is_lead():
         Console().print(score_table(results), text_table(results))
     return DONE
+
+
+def _write_settings(
+    folder: Path,
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    teacher: LoadedModel | None,
+) -> None:
+    """Write the settings, with a model of the hub given by its name and commit."""
+    import yaml
+
+    from mgsr_jax.checkpoint.hub import portable_name
+
+    models = {"model": loaded, "teacher": teacher}
+    names = {name: m and portable_name(m.folder) for name, m in models.items()}
+    text = yaml.safe_dump(dataclasses.asdict(config) | names, sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _check(config: EvaluateConfig) -> None:

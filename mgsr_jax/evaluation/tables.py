@@ -148,17 +148,15 @@ def text_table(results: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
-def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -> None:
+def write_scores(folder: Path, results: Mapping[str, EvaluationResult]) -> None:
     """Write the responses of every set to JSONL files and the scores to scores.json.
 
     Files of an earlier call with fewer sets are overwritten.
 
     Args:
-      folder: created if it is missing; None writes nothing.
+      folder: created if it is missing.
       results: path of a set -> its result.
     """
-    if folder is None:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for number, (path, result) in enumerate(results.items(), 1):

@@ -150,9 +150,3 @@ def test_write_scores_writes_responses_and_scores(tmp_path, result):
     ]  # fmt: skip
     by_seed = scores["sni.jsonl"]["by_seed"]["10"]
     assert by_seed["metrics"]["rouge_l"] == {"mean": 12.345, "low": 10.0, "high": 14.69}
-
-
-def test_write_scores_without_a_folder_writes_nothing(tmp_path, monkeypatch, result):
-    monkeypatch.chdir(tmp_path)
-    write_scores(None, {"dolly.jsonl": result})
-    assert not list(tmp_path.iterdir())
