@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mgsr_jax.commands.evaluation_output import print_tables, write_evaluation
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.exposure_bias import check_same_tokenizer, measure_exposure_bias
 from mgsr_jax.commands.loaded import (
@@ -166,7 +167,6 @@ def evaluate(config: EvaluateConfig) -> int:
     Every prompt is sampled with each seed and answered greedily once. A metric is the
     mean over the prompts, with the 95 % interval over the prompts in brackets.
     """
-    from mgsr_jax.evaluation.tables import score_table, text_table, write_scores
     from mgsr_jax.evaluation.text_metrics import check_metrics
 
     _check(config)
@@ -190,28 +190,11 @@ def evaluate(config: EvaluateConfig) -> int:
             result = dataclasses.replace(result, difference=difference)
         results[path] = result
         if folder is not None and is_lead():
-            write_scores(folder, results)
-            _write_settings(folder, config, loaded, teacher)
+            models = {"model": loaded, "teacher": teacher}
+            write_evaluation(folder, dataclasses.asdict(config), models, results)
     if is_lead():
-        Console().print(score_table(results), text_table(results))
+        print_tables(results)
     return DONE
-
-
-def _write_settings(
-    folder: Path,
-    config: EvaluateConfig,
-    loaded: LoadedModel,
-    teacher: LoadedModel | None,
-) -> None:
-    """Write the settings, with a model of the hub given by its name and commit."""
-    import yaml
-
-    from mgsr_jax.checkpoint.hub import portable_name
-
-    models = {"model": loaded, "teacher": teacher}
-    names = {name: m and portable_name(m.folder) for name, m in models.items()}
-    text = yaml.safe_dump(dataclasses.asdict(config) | names, sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _check(config: EvaluateConfig) -> None:
