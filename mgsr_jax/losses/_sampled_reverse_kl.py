@@ -104,12 +104,7 @@ def _jitted(
         log_p, log_q = log_probs_of_both(
             vocabulary, student, teacher, where, temperature, vocab_size
         )
-        is_token = vocabulary.columns(log_q) == tokens[..., None]
-        of_p, of_q = (
-            vocabulary.sum(jnp.where(is_token, x, 0.0)) for x in (log_p, log_q)
-        )
-        exists = (tokens >= 0) & (tokens < vocabulary.width(log_q))
-        of_q = jnp.where(exists, of_q, -jnp.inf)
+        of_p, of_q = (_at(vocabulary, x, tokens) for x in (log_p, log_q))
         allowed = jnp.where(log_p > -jnp.inf, log_q, -jnp.inf)
         return of_p, of_q, lax.stop_gradient(kl(vocabulary, allowed, log_p))
 
@@ -124,3 +119,13 @@ def _jitted(
     # The second term is 0; only its gradient counts.
     values = estimate + advantage * (of_q - lax.stop_gradient(of_q))
     return zero_where_masked(jnp.where(possible, values, jnp.inf), where)
+
+
+def _at(
+    vocabulary: Vocabulary, log_probs: Float[Array, "*B V"], tokens: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """The tokens' log-probabilities; -inf for a token that is no column."""
+    is_token = vocabulary.columns(log_probs) == tokens[..., None]
+    picked = vocabulary.sum(jnp.where(is_token, log_probs, 0.0))
+    exists = (tokens >= 0) & (tokens < vocabulary.width(log_probs))
+    return jnp.where(exists, picked, -jnp.inf)
