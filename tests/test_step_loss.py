@@ -114,6 +114,41 @@ def test_chunks_do_not_change_the_loss(chunk_size):
     assert_close(jax.device_get(metrics), jax.device_get(want_metrics), rtol=2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "entropy_gated_kl"},
+        {"divergence": "per_class_kl"},
+        {"divergence": "logit_difference", "alpha": 0.5},
+        {"divergence": "reverse_kl_top_k", "top_k": 3, "support": "union"},
+        {"divergence": "sampled_reverse_kl"},
+        {"divergence": "reverse_kl", "token_weights": "acceptance"},
+    ],
+    ids=lambda settings: settings["divergence"],
+)
+def test_chunks_do_not_change_a_gradient(settings):
+    """The dense form is the sum itself, once, on all logits."""
+    objective = Objective(sft=0.0, span=0.0, **settings)
+    weights = position_weights(ROWS, objective)
+    spec = StepLoss(Table(), Table("teacher"), objective, VOCAB, chunk_size=7)
+
+    def in_chunks(params):
+        return micro_batch_loss(params, TEACHER, ROWS, weights, spec=spec)
+
+    def dense(params):
+        logits = params["student"]["logits"], TEACHER["logits"]
+        targets = make_targets(ROWS, weights, objective)
+        return weighted_sum(None, *logits, targets, objective, vocab_size=VOCAB)
+
+    (got, grads), (want, want_grads) = (
+        jax.jit(jax.value_and_grad(f, has_aux=True))(PARAMS) for f in (in_chunks, dense)
+    )
+    assert_close(jax.device_get(got), jax.device_get(want), rtol=2e-6)
+    assert np.any(want_grads["student"]["logits"])
+    assert_close(grads["student"], want_grads["student"], rtol=3e-6)
+
+
 DRIFTING = Objective(
     span=0.0, divergence="forward_kl", token_weights="discrepancy", weight_gain=2.0
 )
