@@ -95,8 +95,9 @@ class RolloutConfig:
         Raises:
           ValueError: names the field, its value and the one that is needed.
         """
-        needed = {"policy": "on", "rounds": 0, "temperature": temperature}
-        for name, value in (needed | {"top_k": 0, "top_p": 1.0}).items():
+        needed = {"policy": "on", "probability": 1.0, "rounds": 0}
+        needed |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        for name, value in needed.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"rollout.{name}={getattr(self, name)!r}, but "
