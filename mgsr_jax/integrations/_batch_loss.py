@@ -13,7 +13,6 @@ from mgsr_jax.typing import Leaf, Params
 from mgsr_jax.weighted_sum import (
     Targets,
     VocabArguments,
-    check_teacher,
     label_discrepancy,
     weighted_sum,
     with_discrepancy_weights,
@@ -128,9 +127,9 @@ def mgsr_loss(
     columns = VocabArguments(vocab_size=vocab_size, vocab_axis=vocab_axis)
     targets = _targets(labels, objective, scale or {})
     models = student_logits, teacher_logits
-    if objective.weighs_by_discrepancy:
-        check_teacher(teacher_logits, objective)
-        gaps = label_discrepancy(*models, targets, **columns)
+    # `weighted_sum` refuses a teacher of K classes with these weights.
+    if objective.weighs_by_discrepancy and not isinstance(teacher_logits, TopKTeacher):
+        gaps = label_discrepancy(student_logits, teacher_logits, targets, **columns)
         targets = with_discrepancy_weights(targets, gaps, objective)
     return weighted_sum(clip_params, *models, targets, objective, **columns)
 

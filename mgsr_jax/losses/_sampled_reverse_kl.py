@@ -39,7 +39,8 @@ def sampled_reverse_kl(
     reduces the gradient's variance: to 0.2 to 0.5 of it on random logits of 50 to 500
     classes. It can raise it where the student is nearly certain of one token.
 
-    vOPD, arXiv 2605.07865, of which we read the abstract: on-policy distillation as
+    vOPD, arXiv 2605.07865, of which we read the abstract and a public
+    re-implementation: on-policy distillation as
     policy gradient, with the negative reverse KL as value function and baseline. Our
     choice: the value, which is the plain estimate and not the product that the paper's
     loss is formed from.
