@@ -123,6 +123,22 @@ def test_arguments_of_the_template_on_the_command_line(arguments):
     assert settings.train.data.template_args == {"enable_thinking": False}
 
 
+@pytest.mark.slow
+def test_training_and_generation_read_the_same_prompt(talkers, tmp_path, capsys):
+    read, _ = inputs(talkers)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": RECORD["messages"][:-1]}))
+    command = ["generate", "--model", str(talkers / "student"), "--temperature", "0"]
+    command += ["--file", str(prompts), "--max_length", "96"]
+    assert main(command) == DONE
+    prompt = json.loads(capsys.readouterr().out)["prompt"]
+    assert prompt == read.tokenizer.decode(read.train[0]["prompt"])
+    system = ["--system", "Be brief .", "--prompt", "the child"]
+    assert main([*command[:5], "--max_length", "96", *system]) == DONE
+    prompt = json.loads(capsys.readouterr().out)["prompt"]
+    assert prompt.startswith("<|turn|>system\nBe brief .<|endturn|>\n<|turn|>user\nthe")
+
+
 @pytest.fixture
 def train_command(talkers, recipe):
     """`mgsr train` on conversations, with the whole objective."""
