@@ -6,6 +6,7 @@ the rows of a batch. "tensor" splits heads, MLPs and the vocabulary.
 Functions without an argument `mesh` read the ambient mesh, which `jax.set_mesh` sets.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -31,6 +32,40 @@ Axes = str | tuple[str, ...] | None
 """Mesh axes that split one dimension of an array."""
 
 Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; -1 fills the rest.
+
+    Attributes:
+      data: copies of the models, each of which processes different rows.
+      fsdp: devices that share one copy's parameters (and process different rows too).
+      tensor: devices that share one copy's heads, MLPs and vocabulary, and its rows;
+        must divide the attention heads of both models.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def check(self) -> None:
+        """Refuse sizes that no number of devices fits.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(
+                    f"mesh.{name}={size}; expected at least 1, or -1 for the rest of "
+                    "the devices"
+                )
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(
+                f"mesh={sizes} has more than one -1; give all sizes but one"
+            )
 
 
 class DoesNotDivide(ValueError):

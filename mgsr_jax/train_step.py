@@ -270,8 +270,12 @@ def make_validation_step(
     The cross-entropy is always reported, whatever its weight in training, and so is the
     teacher's as "teacher_sft": a teacher that is worse than its student on the data's
     text was loaded, templated or tokenised wrongly.
+
+    Raises:
+      ValueError: a field of `objective` has a value that does not work.
     """
     objective = dataclasses.replace(objective, sft=objective.sft or 1.0)
+    objective.check()
     spec = StepLoss(
         student,
         teacher,

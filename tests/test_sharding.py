@@ -43,6 +43,20 @@ def shapes(**sizes):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 0}, "mesh.fsdp=0; expected at least 1, or -1"),
+        ({"tensor": -2}, "mesh.tensor=-2; expected"),
+        ({"fsdp": -1}, "more than one -1"),
+    ],
+)
+def test_sizes_that_fit_no_devices_are_refused(sizes, message):
+    sharding.MeshConfig(data=1, fsdp=-1).check()
+    with pytest.raises(ValueError, match=message):
+        sharding.MeshConfig(**sizes).check()
+
+
+@pytest.mark.parametrize(
     ("sizes", "shape"),
     [
         ({}, (8, 1, 1)),

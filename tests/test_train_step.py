@@ -235,3 +235,5 @@ def test_settings_of_the_objective_are_checked():
     object.__setattr__(objective, "normalization", "techer")
     with pytest.raises(ValueError, match="objective.normalization='techer'; expected"):
         make_train_step(MODEL, MODEL, make_optimizer(CONFIG, STEPS), objective)
+    with pytest.raises(ValueError, match="objective.width must be above 0, got 0.0"):
+        make_validation_step(MODEL, MODEL, Objective(width=0.0))

@@ -5,15 +5,22 @@ position in the data, replay ratio, ...) and `replay` (the buffer). Orbax commit
 three or none.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+    PreservationPolicy,
+)
 
 from mgsr_jax.checkpoint.folder import PathLike
 from mgsr_jax.sharding import path_name
@@ -26,17 +33,64 @@ Tree = TypeVar("Tree")
 Replay = TypeVar("Replay")
 
 
-def open_manager(folder: PathLike, *, keep: int = 2) -> ocp.CheckpointManager:
-    """Open the checkpoints of a run for writing; only the latest `keep` are kept."""
+def open_manager(
+    folder: PathLike, *, keep: int = 2, best_metric: str | None = None
+) -> ocp.CheckpointManager:
+    """Open the checkpoints of a run for writing.
+
+    Args:
+      folder: the run's folder of checkpoints.
+      keep: number of latest checkpoints to keep.
+      best_metric: name of a metric; its best checkpoint is kept too.
+    """
+    policies: list[PreservationPolicy] = [LatestN(keep)]
+    if best_metric is not None:
+        best = BestN(
+            get_metric_fn=operator.itemgetter(best_metric),
+            reverse=_best_mode(best_metric) == "min",
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
     return ocp.CheckpointManager(
         Path(folder).absolute(),
         item_names=("state", "host", "replay"),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            # Orbax writes and reads the metric of a checkpoint only with a `best_fn`.
+            best_fn=None if best_metric is None else operator.itemgetter(best_metric),
+            preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
         ),
     )
+
+
+def _best_mode(metric: str) -> Literal["min", "max"]:
+    """The lowest validation metric or loss is the best, and the highest of others."""
+    is_loss = metric.startswith("valid/") or metric.endswith("loss")
+    return "min" if is_loss else "max"
+
+
+def best_step(folder: PathLike, metric: str) -> int:
+    """The step of the checkpoint with the best value of a metric.
+
+    Raises:
+      FileNotFoundError: no checkpoint has a value of it.
+    """
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        best_fn=operator.itemgetter(metric),
+        best_mode=_best_mode(metric),
+    )
+    with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
+        step = manager.best_step()
+    if step is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {folder} has a value of {metric}; export the latest, or "
+            "a step of your choice"
+        )
+    return step
 
 
 def save(
@@ -46,8 +100,16 @@ def save(
     state: PyTree,
     host: Host,
     replay: PyTree,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Write the checkpoint of one step and wait until it is committed.
+
+    Args:
+      manager: the run's checkpoints.
+      step: the step; later than those of earlier checkpoints.
+      state, host, replay: the content.
+      metrics: the metric that the manager keeps the best checkpoint of, by name; None
+        where it was not measured at this step.
 
     Raises:
       ValueError: a checkpoint of this step exists; it is not changed.
@@ -60,6 +122,7 @@ def save(
             host=ocp.args.JsonSave(host),
             replay=ocp.args.StandardSave(replay),
         ),
+        metrics=metrics,
     )
     manager.wait_until_finished()
     if not written:

@@ -21,6 +21,7 @@ def export(
     output: str,
     *,
     step: int | None = None,
+    best: bool = False,
     dtype: Dtype = "float32",
     adapter: bool = False,
 ) -> int:
@@ -32,6 +33,7 @@ def export(
       run: folder of a training run.
       output: folder to create; must be new.
       step: step of the checkpoint; default: the latest.
+      best: export the checkpoint that is best by the run's best_metric.
       dtype: precision of the weights written.
       adapter: write only the adapters of a run with LoRA, as a folder that peft loads
         onto the original student.
@@ -39,9 +41,31 @@ def export(
     import jax.numpy as jnp
 
     new_folder(output)
+    if best:
+        step = _best_step(run, step)
     export_student(run, output, step=step, dtype=jnp.dtype(dtype), adapter=adapter)
     print(output)
     return DONE
+
+
+def _best_step(run: str, step: int | None) -> int:
+    """The step of the run's best checkpoint, which is printed."""
+    from mgsr_jax.checkpoint.state import best_step
+    from mgsr_jax.training.run_folder import CHECKPOINTS, read_run_config
+
+    if step is not None:
+        raise ValueError(
+            f"step={step} and best=true name two checkpoints; give only one of them"
+        )
+    metric = read_run_config(run).get("best_metric")
+    if metric is None:
+        raise ValueError(
+            f"{run} has no best checkpoint: best_metric was not set; leave --best out, "
+            "or choose a checkpoint with --step"
+        )
+    best = best_step(Path(run) / CHECKPOINTS, metric)
+    print(f"best {metric}: step {best}")
+    return best
 
 
 def export_student(

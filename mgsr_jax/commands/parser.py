@@ -21,11 +21,14 @@ from mgsr_jax.commands.cache_teacher import cache_teacher
 from mgsr_jax.commands.chat import chat
 from mgsr_jax.commands.convert import convert
 from mgsr_jax.commands.evaluate import evaluate
-from mgsr_jax.commands.exit_status import DIVERGED, MISTAKE
+from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE
 from mgsr_jax.commands.export import export
 from mgsr_jax.commands.generate import generate
+from mgsr_jax.commands.help import help_page
 from mgsr_jax.commands.plan import plan
 from mgsr_jax.commands.report import report
+from mgsr_jax.commands.settings_reference import config_class, settings_of
+from mgsr_jax.commands.suggestions import with_suggestion
 from mgsr_jax.commands.train import train
 from mgsr_jax.train_step import Diverged
 
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     arguments = _with_lists(arguments)
     try:
+        if (page := _short_help(arguments)) is not None:
+            print(page)
+            return DONE
         parser = _parser()
         settings = parser.instantiate(parser.parse_args(arguments))
         return _run(settings.subcommand, settings[settings.subcommand])
@@ -67,7 +73,10 @@ def main(arguments: Sequence[str]) -> int:
     ) as error:
         if os.environ.get("MGSR_TRACEBACK"):
             raise
-        print(f"mgsr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if isinstance(error, argparse.ArgumentError):
+            message = with_suggestion(message, _names(arguments))
+        print(f"mgsr: error: {message}", file=sys.stderr)
         return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
 
@@ -85,7 +94,7 @@ def _parser() -> jsonargparse.ArgumentParser:
             description=text.partition("\n\nArgs:")[0], exit_on_error=False
         )
         sub.add_argument("--config", action="config", help="YAML file")
-        if (record := _config_class(command)) is not None:
+        if (record := config_class(command)) is not None:
             sub.add_class_arguments(record)
         sub.add_function_arguments(
             command, skip={"config"}, as_positional=name in _POSITIONAL
@@ -105,15 +114,29 @@ def _with_lists(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _config_class(command: Callable[..., int]) -> type | None:
-    parameter = inspect.signature(command).parameters.get("config")
-    return None if parameter is None else parameter.annotation
+def _short_help(arguments: list[str]) -> str | None:
+    """The page for `COMMAND --help [TOPIC]`; None where the parser prints the help."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return None
+    name, *rest = arguments
+    flags = [i for i, word in enumerate(rest) if word in ("-h", "--help")]
+    if not flags:
+        return None
+    topic = next(iter(rest[flags[0] + 1 :]), "")
+    return help_page(name, COMMANDS[name], "" if topic.startswith("-") else topic)
+
+
+def _names(arguments: list[str]) -> list[str]:
+    """Names of the settings of the command that was given; of commands without one."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return list(COMMANDS)
+    return [setting.name for setting in settings_of(COMMANDS[arguments[0]])]
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:
     values = dict(vars(settings))
     values.pop("config", None)
-    if (record := _config_class(COMMANDS[name])) is not None:
+    if (record := config_class(COMMANDS[name])) is not None:
         fields = [field.name for field in dataclasses.fields(record)]
         values["config"] = record(**{field: values.pop(field) for field in fields})
     return COMMANDS[name](**values)

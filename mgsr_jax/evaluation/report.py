@@ -42,7 +42,7 @@ PANELS = (
     Panel("Forward KL", "nats per token", {"train/forward_kl": ""}),
     Panel("Span correlation", "L2 distance per pair", {"train/span": ""}),
     Panel("Validation loss", "nats per token", {"valid/loss": ""}),
-    Panel("Validation ROUGE-L", "F1 x 100", {"valid/rouge_l": ""}),
+    Panel("ROUGE-L of greedy responses", "F1 x 100", {"eval/rouge_l": ""}),
     Panel(
         "DAC-KL limits",
         "quantile level",

@@ -1,7 +1,7 @@
 """Checkpoints of a run: trained state, row source, and digests of the inputs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -38,20 +38,39 @@ class RunCheckpoints:
       manager: the open checkpoints.
       run: the run folder, for errors.
       inputs: the run's inputs; their digests are stored and compared.
+      best_metric: the metric that the best checkpoint is kept of, or None.
     """
 
     def __init__(
-        self, manager: ocp.CheckpointManager, run: Path, inputs: CheckpointInputs
+        self,
+        manager: ocp.CheckpointManager,
+        run: Path,
+        inputs: CheckpointInputs,
+        *,
+        best_metric: str | None = None,
     ):
         self._manager, self._run, self._inputs = manager, run, inputs
+        self._best_metric = best_metric
 
     @property
     def latest_step(self) -> int | None:
         """Step of the latest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, source: RowSource) -> None:
-        """Write a checkpoint of the state's step."""
+    def save(
+        self,
+        state: TrainState,
+        source: RowSource,
+        measured: Mapping[str, float],
+    ) -> None:
+        """Write a checkpoint of the state's step.
+
+        Args:
+          state: the trained state.
+          source: the row source after that step.
+          measured: metrics of validation and evaluation at that step, by name.
+        """
+        names = [name for name in measured if name == self._best_metric]
         checkpoint_state.save(
             self._manager,
             int(state.step),
@@ -62,6 +81,7 @@ class RunCheckpoints:
                 "student_digest": self._inputs.student_digest,
             },
             replay=source.replay_rows,
+            metrics={name: measured[name] for name in names} or None,
         )
 
     def restore(self, step: int, state: TrainState, source: RowSource) -> TrainState:
@@ -97,7 +117,11 @@ class RunCheckpoints:
 
 @contextmanager
 def open_checkpoints(
-    folder: Path, *, keep: int, inputs: CheckpointInputs
+    folder: Path,
+    *,
+    keep: int,
+    inputs: CheckpointInputs,
+    best_metric: str | None = None,
 ) -> Iterator[RunCheckpoints]:
     """The checkpoints in a folder of the run folder, closed at the end.
 
@@ -105,6 +129,10 @@ def open_checkpoints(
       folder: the checkpoints' own folder.
       keep: number of latest checkpoints to keep.
       inputs: stored with every checkpoint, and compared when one is restored.
+      best_metric: metric whose best checkpoint is kept too.
     """
-    with checkpoint_state.open_manager(folder, keep=keep) as manager:
-        yield RunCheckpoints(manager, folder.parent, inputs)
+    with checkpoint_state.open_manager(
+        folder, keep=keep, best_metric=best_metric
+    ) as manager:
+        run = folder.parent
+        yield RunCheckpoints(manager, run, inputs, best_metric=best_metric)

@@ -8,28 +8,14 @@ from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.sharding import MeshConfig
 from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
+from mgsr_jax.training.measurement_config import PeriodicEvaluation, check_best_metric
 from mgsr_jax.training.optimizer import OptimizerConfig
 
 _FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
 """Divergences that need only the teacher's most probable classes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the device mesh's axes; -1 fills the rest.
-
-    Attributes:
-      data: copies of the models, each of which processes different rows.
-      fsdp: devices that share one copy's parameters (and process different rows too).
-      tensor: devices that share one copy's heads, MLPs and vocabulary, and its rows;
-        must divide the attention heads of both models.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +55,13 @@ class TrainConfig:
       mesh: device mesh.
       distributed: how several processes find each other without a launcher.
       validate_every: steps between validations; 0: only at the start and the end.
+      evaluate_every: steps between evaluations of the student's greedy responses, which
+        also run at the start and the end; 0: none.
+      evaluate: the prompts of these evaluations.
+      best_metric: metric of validation or evaluation, such as valid/loss or
+        eval/rouge_l; a checkpoint is saved whenever it is measured, and the best one is
+        kept beside the latest (see mgsr export --best). Of valid/ metrics and losses
+        the lowest is the best, of others the highest. none: only the latest are kept.
       save_every: steps between checkpoints; 0: only at the end.
       keep_checkpoints: number of latest checkpoints to keep.
       log_every: steps between lines in the metrics files.
@@ -100,6 +93,9 @@ class TrainConfig:
         default_factory=DistributedConfig
     )
     validate_every: int = 0
+    evaluate_every: int = 0
+    evaluate: PeriodicEvaluation = dataclasses.field(default_factory=PeriodicEvaluation)
+    best_metric: str | None = None
     save_every: int = 0
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -116,6 +112,11 @@ class TrainConfig:
         check_folder("output", self.output)
         _check_size_of_run(self, required=True)
         _check_validation(self)
+        check_best_metric(
+            self.best_metric,
+            validate_every=self.validate_every,
+            evaluate_every=self.evaluate_every,
+        )
 
     def check_programs(self) -> None:
         """Refuse settings that the run's programs cannot be compiled for.
@@ -131,12 +132,17 @@ class TrainConfig:
         _check_size_of_run(self, required=False)
         positive = ("batch_size", "micro_batches", "log_every", "keep_checkpoints")
         settings.check_positive(self, "steps", "epochs", "chunk_size", *positive)
-        settings.check_not_negative(self, "validate_every", "save_every")
+        settings.check_not_negative(
+            self, "validate_every", "evaluate_every", "save_every"
+        )
         self.data.check()
         self.objective.check()
         self.rollout.check()
         self.optimizer.check()
         self.lora.check()
+        self.mesh.check()
+        self.distributed.check()
+        self.evaluate.check()
         _check_parts(self)
         _check_replay(self)
         _check_teacher(self)

@@ -11,6 +11,7 @@ data trains on something else without an error. `on_all_processes`, `check_equal
 
 import dataclasses
 import json
+import math
 import os
 import time
 import uuid
@@ -21,6 +22,8 @@ from typing import TypedDict, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from mgsr_jax import settings
 
 T = TypeVar("T")
 
@@ -58,6 +61,22 @@ class DistributedConfig:
     timeout: int = 300
     detect: bool = True
 
+    def check(self) -> None:
+        """Refuse numbers that no run of several processes has.
+
+        Raises:
+          ValueError: names the field, its value and the values that are allowed.
+        """
+        section = "distributed."
+        settings.check_positive(self, "num_processes", "timeout", section=section)
+        processes = math.inf if self.num_processes is None else self.num_processes
+        if self.process_id is not None and not 0 <= self.process_id < processes:
+            raise ValueError(
+                f"distributed.process_id={self.process_id}, "
+                f"num_processes={self.num_processes}; processes are numbered from 0 to "
+                "num_processes - 1"
+            )
+
 
 class _Address(TypedDict, total=False):
     """Arguments of `jax.distributed.initialize` that are known."""
@@ -73,12 +92,13 @@ def start(config: DistributedConfig) -> None:
     Call it before a device is used. A second call does nothing.
 
     Raises:
-      ValueError: some settings are missing, or are not numbers.
+      ValueError: some settings are missing, are not numbers, or are out of range.
       ConnectionError: the other processes did not connect in time.
       RuntimeError: devices are already in use, and there are others to connect to.
     """
     if jax.distributed.is_initialized():
         return
+    config.check()
     address = _address(config)
     try:
         jax.distributed.initialize(

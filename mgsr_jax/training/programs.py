@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from mgsr_jax import sharding
@@ -25,6 +27,7 @@ from mgsr_jax.train_step import (
     make_validation_step,
 )
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.first_batch import Comparison, make_comparison
 from mgsr_jax.training.optimizer import make_optimizer
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
 
@@ -39,6 +42,7 @@ class Programs:
         student's own weights.
       train_step: result of `make_train_step`.
       validation_step: result of `make_validation_step`.
+      comparison: result of `make_comparison`.
       rollout: result of `make_rollout`; None if the student never generates.
     """
 
@@ -46,7 +50,16 @@ class Programs:
     init_trained: Callable[[], Params]
     train_step: TrainStep
     validation_step: Callable[[Params, Params | None, Rows], Metrics]
+    comparison: Comparison
     rollout: Rollout | None
+
+
+class _SharedArguments(TypedDict):
+    """Arguments that every program with logits takes."""
+
+    vocab_size: int
+    dtype: DTypeLike
+    chunk_size: int
 
 
 def make_programs(
@@ -69,36 +82,25 @@ def make_programs(
       vocab_size: columns of logits at or beyond it are padding.
       eos_ids: tokens that end a response.
       steps: length of the learning rate's schedule.
-      teacher_validates: whether validation has the teacher's weights.
+      teacher_validates: whether validation and the comparison of the first batch have
+        the teacher's weights.
     """
-    dtype, columns = jnp.dtype(config.dtype), _columns_per_device(student)
-    platform = mesh.devices.flat[0].platform
-    chunk_size = config.chunk_size or default_chunk_size(columns, platform)
+    shared = _shared_arguments(config, student, mesh, vocab_size)
     optimizer = make_optimizer(config.optimizer, steps)
     validated = config.objective
     if teacher is not None and not teacher_validates:
         validated = dataclasses.replace(validated, token=0.0, span=0.0)
+    dropout = config.lora.dropout > 0
     train_step = make_train_step(
-        student,
-        teacher,
-        optimizer,
-        config.objective,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        chunk_size=chunk_size,
-        dropout=config.lora.dropout > 0,
+        student, teacher, optimizer, config.objective, dropout=dropout, **shared
     )
-    validation_step = make_validation_step(
-        student,
-        teacher,
-        validated,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        chunk_size=chunk_size,
+    validation_step = make_validation_step(student, teacher, validated, **shared)
+    comparison = make_comparison(
+        student, teacher if teacher_validates else None, **shared
     )
     rollout = _rollout(config, student, teacher, eos_ids, vocab_size)
     init = functools.partial(init_trained, config, student, steps)
-    return Programs(optimizer, init, train_step, validation_step, rollout)
+    return Programs(optimizer, init, train_step, validation_step, comparison, rollout)
 
 
 def _rollout(
@@ -121,8 +123,16 @@ def _rollout(
     )
 
 
-def _columns_per_device(student: LanguageModel) -> int:
-    return (student.vocab_rows or student.config.vocab_size) // student.tensor
+def _shared_arguments(
+    config: TrainConfig, student: LanguageModel, mesh: Mesh, vocab_size: int
+) -> _SharedArguments:
+    columns = (student.vocab_rows or student.config.vocab_size) // student.tensor
+    platform = mesh.devices.flat[0].platform
+    return _SharedArguments(
+        vocab_size=vocab_size,
+        dtype=jnp.dtype(config.dtype),
+        chunk_size=config.chunk_size or default_chunk_size(columns, platform),
+    )
 
 
 def init_trained(config: TrainConfig, student: LanguageModel, steps: int) -> Params:

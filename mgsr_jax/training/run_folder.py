@@ -26,6 +26,8 @@ _MAY_CHANGE = (
     "attention",
     "remat",
     "log_every",
+    "evaluate_every",
+    "evaluate",
     "save_every",
     "keep_checkpoints",
     "tensorboard",

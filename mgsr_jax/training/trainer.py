@@ -1,22 +1,18 @@
-"""One run: check, load, resume, then step, validate and save; export at the end."""
+"""One run: check, load, resume, then step, measure and save; export at the end."""
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.data.batches import eval_batches, train_batches
+from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.divergences import DIVERGENCES
 from mgsr_jax.models import lora
-from mgsr_jax.rollout import Rollout
-from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Diverged, Metrics, TrainState
 from mgsr_jax.training.checkpoints import CheckpointInputs, open_checkpoints
 from mgsr_jax.training.config import TrainConfig
@@ -28,17 +24,19 @@ from mgsr_jax.training.distributed import (
 )
 from mgsr_jax.training.initial_state import load_state, load_teacher
 from mgsr_jax.training.inputs import RunInputs, common_parts, prepare, with_local_models
+from mgsr_jax.training.measurements import VALID, Measurements, due
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.optimizer import learning_rate_schedule
+from mgsr_jax.training.periodic_evaluation import load_evaluation
 from mgsr_jax.training.programs import make_programs
 from mgsr_jax.training.progress import StepProgress, limit_warning
-from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 from mgsr_jax.training.run_folder import (
     CHECKPOINTS,
     STUDENT_FOLDER,
     write_rejected,
     write_run_config,
 )
+from mgsr_jax.training.run_rows import make_row_source
 from mgsr_jax.training.signals import stop_signals
 from mgsr_jax.typing import STUDENT, Params
 
@@ -76,15 +74,16 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     inputs = on_all_processes(lambda: prepare(config, console=console))
     if jax.process_count() > 1:
         check_equal(common_parts(inputs))
+    prompts = on_all_processes(lambda: load_evaluation(inputs, console=console))
     check_shared(Path(config.output))
     with jax.set_mesh(inputs.mesh):
-        return _Run(inputs, console).run()
+        return _Run(inputs, prompts, console).run()
 
 
 class _Run:
     """The state of one run and its loop."""
 
-    def __init__(self, inputs: RunInputs, console: Console):
+    def __init__(self, inputs: RunInputs, prompts: Sequence[Prompt], console: Console):
         config = inputs.config
         self.inputs, self.config, self.console = inputs, config, console
         self.output = Path(config.output)
@@ -105,9 +104,11 @@ class _Run:
             steps=inputs.steps,
             teacher_validates=config.runs_teacher,
         )
+        self.measurements = Measurements(inputs, self.programs, prompts, console)
         self.learning_rate = learning_rate_schedule(config.optimizer, inputs.steps)
-        self.source = _row_source(inputs, self.programs.rollout)
+        self.source = make_row_source(inputs, self.programs.rollout)
         self.means = Means()
+        self.validation: dict[str, float] = {}
         self.pending: tuple[int, Metrics] | None = None
 
     def run(self) -> TrainResult:
@@ -119,6 +120,7 @@ class _Run:
             self.output / CHECKPOINTS,
             keep=self.config.keep_checkpoints,
             inputs=_checkpoint_inputs(inputs),
+            best_metric=self.config.best_metric,
         ) as self.checkpoints:
             if self.config.resume:
                 self.state = self._restored()
@@ -131,7 +133,7 @@ class _Run:
                 MetricsLog(folder, step=start, tensorboard=tensorboard) as self.log,
                 stop_signals() as stop_requested,
             ):
-                validation = self._loop(start, stop_requested)
+                self._loop(start, stop_requested)
         step = int(self.state.step)
         student = self.output / STUDENT_FOLDER
         finished = step == inputs.steps
@@ -139,7 +141,7 @@ class _Run:
             self._export(student)
         else:
             self.console.print(f"stopped after step {step}; resume with --resume true")
-        return TrainResult(self.output, student, step, validation, finished)
+        return TrainResult(self.output, student, step, self.validation, finished)
 
     def _load_state(self) -> TrainState:
         config, student, mesh = self.config, self.inputs.student, self.inputs.mesh
@@ -164,13 +166,15 @@ class _Run:
         self.console.print(f"resumed from step {step}")
         return state
 
-    def _loop(
-        self, start: int, stop_requested: Callable[[int], bool]
-    ) -> dict[str, float]:
-        """Make the steps after `start`; returns the means of the last validation."""
+    def _loop(self, start: int, stop_requested: Callable[[int], bool]) -> None:
+        """Make the steps after `start`."""
         steps, config = self.inputs.steps, self.config
+        if start == 0:
+            models = self.state.all_params, self.teacher_params
+            self._log(0, self.measurements.first_batch(*models))
         timer = time.monotonic()
-        validation = self._validate() if start == 0 else {}
+        if start == 0:
+            self._measure(0)
         title = "SFT" if self.inputs.teacher is None else "distilling"
         with StepProgress(
             self.console, start=start, steps=steps, title=title
@@ -181,20 +185,19 @@ class _Run:
                 last = stop_requested(step) or step == steps
                 if last or self._pauses(step):
                     self._settle()
-                if last or _due(step, config.log_every):
+                if last or due(step, config.log_every):
                     values = self._take_values(step, time.monotonic() - timer)
                     timer = time.monotonic()
                     self.log.write(step, values)
                     progress.show(step, values)
                 paused = time.monotonic()
-                if step == steps or _due(step, config.validate_every):
-                    validation = self._validate() or validation
-                if last or _due(step, config.save_every):
-                    self.checkpoints.save(self.state, self.source)
+                measured = self._measure(step)
+                ranked = config.best_metric in measured
+                if last or ranked or due(step, config.save_every):
+                    self.checkpoints.save(self.state, self.source, measured)
                 timer += time.monotonic() - paused  # exclude it from training time
                 if last:
                     break
-        return validation
 
     def _make_step(self, step: int) -> None:
         """Start the `step`-th update; keys and rows count steps from 0."""
@@ -242,46 +245,35 @@ class _Run:
         }
         return values | own | peak_memory()
 
-    def _validate(self) -> dict[str, float]:
-        """Means over the validation data; the replay policy gets the loss."""
-        if self.inputs.valid is None:
-            return {}
-        step, values = int(self.state.step), self._validation_means()
-        loss = values["loss"] = values["sft"]
-        if not math.isfinite(loss):
-            raise Diverged(f"step {step}: the validation loss is {loss}")
-        self.source.validated(loss)
-        self.log.write(step, {f"valid/{name}": value for name, value in values.items()})
-        teacher = values.get("teacher_sft")
-        of_teacher = "" if teacher is None else f" (teacher {teacher:.4f})"
-        self.console.print(
-            f"step {step}: validation loss {loss:.4f}{of_teacher} nats per token"
-        )
-        return values
+    def _measure(self, step: int) -> dict[str, float]:
+        """Metrics of the validation and evaluation that are due, by name.
 
-    def _validation_means(self) -> dict[str, float]:
-        assert self.inputs.valid is not None
-        means, size = Means(), self.config.micro_batch_size
-        for rows in eval_batches(
-            self.inputs.valid,
-            size,
-            widths=self.config.data.widths,
-            share=sharding.host_rows(self.inputs.mesh, size),
-        ):
-            means.add(
-                self.programs.validation_step(
-                    self.state.all_params,
-                    self.teacher_params,
-                    sharding.put_batch(self.inputs.mesh, rows),
-                )
-            )
-        return means.take()
+        The replay policy gets the validation loss.
+        """
+        models = self.state.all_params, self.teacher_params
+        measured = self.measurements.after(step, *models)
+        self._log(step, measured)
+        if f"{VALID}loss" in measured:
+            names = [name for name in measured if name.startswith(VALID)]
+            values = {name.removeprefix(VALID): measured[name] for name in names}
+            self.validation = values
+            self.source.validated(values["loss"])
+        return measured
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if values:
+            self.log.write(step, values)
 
     def _pauses(self, step: int) -> bool:
-        """Whether logging, validation or saving follows `step`."""
+        """Whether logging, validation, evaluation or saving follows `step`."""
         config = self.config
-        every = (config.log_every, config.validate_every, config.save_every)
-        return any(_due(step, n) for n in every)
+        every = (
+            config.log_every,
+            config.validate_every,
+            config.evaluate_every,
+            config.save_every,
+        )
+        return any(due(step, n) for n in every)
 
     def _export(self, target: Path) -> None:
         hf.save_pretrained(
@@ -305,46 +297,10 @@ class _Run:
 _SCORED = ("sft", *DIVERGENCES)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _checkpoint_inputs(inputs: RunInputs) -> CheckpointInputs:
     return CheckpointInputs(
         data=", ".join(s.path for s in inputs.config.data.train_sources),
         data_fingerprint=inputs.train_fingerprint,
         student=inputs.config.student,
         student_digest=inputs.student_digest,
-    )
-
-
-def _row_source(inputs: RunInputs, rollout: Rollout | None) -> RowSource:
-    config, data = inputs.config, inputs.config.data
-    layout = BatchLayout(
-        inputs.mesh, config.batch_size, config.micro_batches, data.widths
-    )
-    batches = train_batches(
-        inputs.train,
-        config.batch_size,
-        widths=data.widths,
-        seed=config.seed,
-        share=layout.host_share,
-    )
-
-    def add_spans(rows: Rows) -> Rows:
-        if not config.objective.span:
-            return rows
-        return with_spans(
-            rows, inputs.tokenizer, inputs.chunker, spacy_model=data.spacy_model
-        )
-
-    return RowSource(
-        batches,
-        config.rollout,
-        rollout,
-        add_spans,
-        layout=layout,
-        steps=inputs.steps,
-        keep_ground_truth=config.objective.sft > 0,
-        lookup=inputs.teacher_cache.lookup if inputs.teacher_cache else None,
     )

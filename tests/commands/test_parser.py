@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mgsr_jax.commands.exit_status import MISTAKE
+from mgsr_jax.commands.exit_status import DONE, MISTAKE
 from mgsr_jax.commands.parser import COMMANDS, _with_lists, main
 
 
@@ -123,15 +123,56 @@ def test_without_the_train_extra_the_program_names_it():
     assert done.stderr.strip().endswith("pip install 'mgsr_jax[train]'")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["trian"], "train"),
+        (["cache_teacher"], "cache-teacher"),
+        (["train", "--learning_rate", "1"], "optimizer.learning_rate"),
+        (["train", "--rollout.polcy", "on"], "rollout.policy"),
+        (["train", "--stepz=3"], "steps"),
+        (["train", "--rollout.policy", "replya"], "replay"),
+        (["train", "--objective.divergence", "foward_kl"], "forward_kl"),
+        (["evaluate", "--exposure_bais", "true"], "exposure_bias"),
+        (["export", "--runn", "x"], "run"),
+    ],
+)
+def test_a_typo_is_answered_with_what_it_may_mean(arguments, meant, capsys):
+    assert fails(capsys, *arguments).endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("rollout: {polcy: 'on'}", "rollout.policy"),
+        ("bacth_size: 3", "batch_size"),
+        ("objectives: {sft: 1}", "objective.sft"),
+        ("rollout: {policy: onn}", "on"),
+    ],
+)
+def test_a_typo_in_a_file_is_answered_too(text, meant, capsys, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text)
+    line = fails(capsys, "train", "--config", str(wrong), "--output", "x")
+    assert line.endswith(f"did you mean {meant}?")
+
+
+def test_a_word_that_is_like_no_other_gets_no_suggestion(capsys):
+    assert "did you mean" not in fails(capsys, "train", "--zzzzzz", "1")
+
+
 def help_of(capsys, *command):
-    with pytest.raises(SystemExit, match="0"):
-        main([*command, "--help"])
+    """What `command --help` prints; `command` may end with a topic."""
+    try:
+        assert main(command) == DONE
+    except SystemExit as end:
+        assert end.code == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_setting(command, capsys):
-    text = help_of(capsys, command)
+    text = help_of(capsys, command, "--help", "all")
     options = [" ".join(option.split()) for option in text.split("\n  --")[1:]]
     assert options
     for option in options:
@@ -140,15 +181,37 @@ def test_help_explains_every_setting(command, capsys):
 
 
 def test_help_lists_the_commands(capsys):
-    text = help_of(capsys)
+    text = help_of(capsys, "--help")
     for name in COMMANDS:
         assert re.search(rf"^ +{name} +[A-Z]\w+ ", text, re.MULTILINE), name
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "cache-teacher"])
+def test_help_shows_the_common_settings_on_one_screen(command, capsys):
+    text = help_of(capsys, command, "--help")
+    assert len(text.splitlines()) <= 36
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for name in ("config", "student", "data.train", "rollout.policy", "mesh.fsdp"):
+        assert re.search(rf"^  --{re.escape(name)} +\w", text, re.MULTILINE), name
+    assert "--objective.prior_weight" not in text
+    if command == "plan":
+        assert "--target" in text and "--search" in text
+    section = re.search(r"one of ([\w, \n]+);", text)
+    for name in section[1].replace("\n", " ").split(", "):
+        assert f"--{name}." in help_of(capsys, command, "--help", name)
+
+
+def test_help_of_a_section_explains_only_its_settings(capsys):
+    text = help_of(capsys, "train", "--help", "rollout")
+    assert "--rollout.policy (off, on, replay; default: off)\n    " in text
+    assert "--student" not in text and "--data" not in text
+    assert "one of data, objective" in fails(capsys, "train", "--help", "rolout")
+
+
 def test_help_has_the_limits_of_a_setting(capsys):
-    text = help_of(capsys, "train")
+    text = help_of(capsys, "train", "--help", "all")
     assert "--objective.prior_weight" in text
     assert re.search(r"0:[\w\s,]* all\s+weights\s+are\s+trained", text)
-    text = " ".join(help_of(capsys, "cache-teacher").split())
+    text = " ".join(help_of(capsys, "cache-teacher", "--help", "all").split())
     assert "train reads this folder with --teacher_cache" in text
     assert "objective.span must be 0" in text and "K * 4 + 4 bytes" in text

@@ -1,5 +1,6 @@
 """`mgsr train` and the commands that read its run: export and report."""
 
+import json
 import os
 
 import pytest
@@ -24,6 +25,41 @@ def test_a_run_is_trained_exported_and_reported(project, recipe, capsys):
     assert (project / "step1" / "model.safetensors").is_file()
     assert main(["report", "--run", str(run)]) == DONE
     assert (run / "report.md").is_file() and (run / "curves.png").is_file()
+
+    best = ["export", "--run", str(run), "--best", "true", "--output"]
+    assert main([*best, str(project / "best_of_none")]) == MISTAKE
+    assert "best_metric was not set" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_student_that_is_its_teacher_starts_with_no_kl(project, recipe, capsys):
+    run = project / "same"
+    command = ["train", "--config", recipe, "--teacher", str(project / "student")]
+    command += ["--objective.token", "1", "--objective.divergence", "forward_kl"]
+    assert main([*command, "--steps", "1", "--output", str(run)]) == DONE
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "KL(teacher || student) 0.0000; teacher loss" in printed
+    assert "warning" not in printed
+    first, *others = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert first["step"] == 0 and abs(first["start/kl"]) < 1e-6
+    for name in ("loss", "entropy"):
+        of_both = first[f"start/teacher_{name}"], first[f"start/student_{name}"]
+        assert of_both[0] == pytest.approx(of_both[1], rel=1e-6)
+    assert not any("start/kl" in line for line in others)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_exported(project, recipe, capsys):
+    run, best = project / "with_best", project / "best"
+    command = ["train", "--config", recipe, "--output", str(run), "--validate_every"]
+    command += ["1", "--data.valid", str(project / "valid.jsonl")]
+    assert main([*command, "--best_metric", "valid/loss"]) == DONE
+    export = ["export", "--run", str(run), "--output", str(best), "--best", "true"]
+    assert main([*export, "--step", "1"]) == MISTAKE
+    assert "name two checkpoints" in capsys.readouterr().err
+    assert main(export) == DONE
+    assert "best valid/loss: step 2" in capsys.readouterr().out
+    assert (best / "model.safetensors").is_file()
 
 
 @pytest.mark.exhaustive

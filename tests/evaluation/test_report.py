@@ -23,7 +23,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "mgsr"
     folder.mkdir()
     records = [{"step": s, "train/loss": 3 / s, "note": "text"} for s in range(1, 60)]
-    records.append({"step": 60, "valid/loss": 0.5, "valid/rouge_l": 41.0})
+    records.append({"step": 60, "valid/loss": 0.5, "eval/rouge_l": 41.0})
     write_metrics(folder / "metrics.jsonl", records)
     return folder
 
@@ -98,5 +98,5 @@ def test_the_report_has_the_last_values_and_the_curves(run_folder):
     text = path.read_text()
     assert path == run_folder / "report.md"
     assert text.startswith("# mgsr\n\n![curves](curves.png)\n")
-    assert "| valid/rouge_l |        60 |    41 |" in text
+    assert "| eval/rouge_l |        60 |    41 |" in text
     assert png_size(run_folder / "curves.png") > (0, 0)

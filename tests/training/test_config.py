@@ -197,6 +197,18 @@ def test_what_works_is_let_through(changes):
             "objective.alpha=0.0; expected another number",
         ),
         (dict(objective__divergence="taid"), "'taid' needs objective.mix"),
+        (dict(mesh__fsdp=0), "mesh.fsdp=0; expected at least 1, or -1"),
+        (dict(distributed__timeout=0), "distributed.timeout must be above 0"),
+        (dict(distributed__num_processes=0), "num_processes must be above 0, got 0"),
+        (
+            dict(distributed__process_id=-1),
+            "process_id=-1, num_processes=None; processes are numbered from 0",
+        ),
+        (dict(evaluate_every=-1), "evaluate_every must be at least 0, got -1"),
+        (dict(evaluate__limit=0), "evaluate.limit must be above 0, got 0"),
+        (dict(best_metric="loss"), "best_metric='loss'; .* valid/loss or eval/rouge_l"),
+        (dict(best_metric="valid/loss"), "while the run trains; set validate_every"),
+        (dict(best_metric="eval/rouge_l"), "while the run trains; set evaluate_every"),
         (dict(chunk_size=1), "chunk_size=1 leaves no neighbouring token"),
         (
             dict(objective__temperature=2.0),

@@ -203,7 +203,7 @@ def test_a_process_on_its_own_needs_no_launcher():
         (DistributedConfig(num_processes=2), "coordinator_address"),
         (DistributedConfig("127.0.0.1:1"), "JAX_NUM_PROCESSES"),
         (DistributedConfig("127.0.0.1:1", 2), "process_id"),
-        (DistributedConfig("127.0.0.1:1", 2, 2), "process_id=2, num_processes=2"),
+        (DistributedConfig("127.0.0.1:1", 2, 2), "process_id=2, num_processes=2; pro"),
     ],
 )
 def test_settings_of_which_some_are_missing_are_refused(config, message, monkeypatch):

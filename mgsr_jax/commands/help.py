@@ -1,0 +1,120 @@
+"""`--help` of commands that have many settings: the common ones on one screen.
+
+`--help SECTION` explains the settings of a section, `--help all` explains all.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+
+from mgsr_jax.commands.settings_reference import (
+    Setting,
+    config_class,
+    own_settings,
+    settings_of,
+)
+from mgsr_jax.training.config import TrainConfig
+
+COMMON = (
+    "student",
+    "teacher",
+    "output",
+    "data.train",
+    "data.valid",
+    "steps",
+    "epochs",
+    "batch_size",
+    "micro_batches",
+    "optimizer.learning_rate",
+    "objective.divergence",
+    "rollout.policy",
+    "lora.rank",
+    "mesh.fsdp",
+    "validate_every",
+    "save_every",
+    "resume",
+)
+"""Settings that most runs give."""
+
+_WIDTH, _INDENT = 80, 28
+
+
+def help_page(name: str, command: Callable[..., int], topic: str) -> str | None:
+    """The text of `mgsr NAME --help TOPIC`; None where the parser's own help is short.
+
+    Args:
+      name: of the command.
+      command: its function.
+      topic: a section, "all", or "" for the common settings.
+
+    Raises:
+      ValueError: no section has this name.
+    """
+    record = config_class(command)
+    if topic == "all" or record is None or not issubclass(record, TrainConfig):
+        return None
+    settings = settings_of(command)
+    sections = list(dict.fromkeys(s.section for s in settings if s.section))
+    if not topic:
+        return _common_page(name, command, settings, sections)
+    if topic not in sections:
+        raise ValueError(
+            f"--help {topic}: no such section; expected all or one of "
+            f"{', '.join(sections)}"
+        )
+    return "\n".join(_explained(s) for s in settings if s.section == topic)
+
+
+def _common_page(
+    name: str,
+    command: Callable[..., int],
+    settings: Sequence[Setting],
+    sections: Sequence[str],
+) -> str:
+    """A line for each setting of the command itself and each common one."""
+    by_name = {setting.name: setting for setting in settings}
+    common = [*own_settings(command), *(by_name[name] for name in COMMON)]
+    title = (command.__doc__ or "").partition("\n")[0]
+    more = (
+        f"--help SECTION explains the settings of one of {', '.join(sections)}; "
+        f"--help all explains all {len(settings)} settings."
+    )
+    lines = [
+        f"usage: mgsr {name} --config FILE [--SETTING VALUE ...]",
+        "",
+        title,
+        "",
+        _line("--config", "YAML file with settings; an option overrides it"),
+        *(_line(f"--{s.name}", _shortened(s)) for s in common),
+        "",
+        textwrap.fill(more, _WIDTH),
+    ]
+    return "\n".join(lines)
+
+
+def _shortened(setting: Setting) -> str:
+    """The words that are allowed, or how the explanation begins, and the default."""
+    first = re.split(r"[,;:.] | \(", setting.text)[0].rstrip(".")
+    if ", " in setting.allowed:
+        first = setting.allowed
+    default = f" [{setting.default}]"
+    if setting.default in ("none", "false"):
+        default = ""
+    room = _WIDTH - _INDENT - len(default)
+    return textwrap.shorten(first, room, placeholder=" ...") + default
+
+
+def _line(option: str, text: str) -> str:
+    return f"  {option}".ljust(_INDENT) + text
+
+
+def _explained(setting: Setting) -> str:
+    """The option, what it takes, and the whole explanation."""
+    head = f"--{setting.name} ({setting.allowed}; default: {setting.default})"
+    if setting.default == "required":
+        head = f"--{setting.name} ({setting.allowed}; required)"
+    indent = " " * 4
+    text = textwrap.fill(
+        setting.text, _WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
+    return f"{head}\n{text}"

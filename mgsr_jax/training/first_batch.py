@@ -1,0 +1,191 @@
+"""The comparison of teacher and student on the first batch, before the first step.
+
+Most runs that fail without an error are wrong from the start: a chat template that the
+teacher was not trained with, a tokenizer that does not fit, the wrong checkpoint. It
+shows here, and costs one forward pass of both models.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mgsr_jax import losses, sharding
+from mgsr_jax.losses import masked_sum
+from mgsr_jax.objective import VocabArguments
+from mgsr_jax.rows import Rows, next_token_view
+from mgsr_jax.train_step import Metrics
+from mgsr_jax.training.metrics import Means
+from mgsr_jax.typing import STUDENT, Leaf, Model, Params
+
+Comparison = Callable[[Params, Params | None, Rows], Metrics]
+"""(all parameters, the teacher's or None, rows) -> sums over the scored positions."""
+
+
+class _Chunk(NamedTuple):
+    """Adjacent tokens: all that is read of them except the student's hidden states."""
+
+    labels: Leaf
+    where: Leaf
+    teacher_hidden: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The arguments of `make_comparison`."""
+
+    student: Model
+    teacher: Model | None
+    vocab_size: int
+    dtype: DTypeLike
+    chunk_size: int
+
+    @property
+    def columns(self) -> VocabArguments:
+        """Arguments of the losses about the columns of logits."""
+        axis = sharding.vocab_axis()
+        return VocabArguments(vocab_size=self.vocab_size, vocab_axis=axis)
+
+
+def make_comparison(
+    student: Model,
+    teacher: Model | None,
+    *,
+    vocab_size: int,
+    dtype: DTypeLike,
+    chunk_size: int,
+) -> Comparison:
+    """A jitted `metrics(params, teacher_params, rows)`: how two models read responses.
+
+    "kl" is KL(teacher || student), "student_loss" and "teacher_loss" are the responses'
+    cross-entropies, "student_entropy" and "teacher_entropy" are of the models' own
+    distributions. They are in nats, per token. Without a teacher there are only the
+    student's two.
+
+    Args:
+      student, teacher: the models.
+      vocab_size: columns of logits at or beyond it are padding.
+      dtype: of the student's computation.
+      chunk_size: tokens per device whose logits exist at a time.
+    """
+    spec = _Spec(student, teacher, vocab_size, dtype, chunk_size)
+    return jax.jit(functools.partial(_compare, spec))
+
+
+def _compare(
+    spec: _Spec, params: Params, teacher_params: Params | None, rows: Rows
+) -> Metrics:
+    view = next_token_view(rows)
+    student = jax.tree.map(lambda p: p.astype(spec.dtype), params[STUDENT])
+    hidden, _ = spec.student.forward(student, view.inputs)
+    teacher_hidden, teacher_head = None, None
+    if spec.teacher is not None and teacher_params is not None:
+        teacher_hidden, _ = spec.teacher.forward(teacher_params, view.inputs)
+        teacher_head = spec.teacher.head_params(teacher_params)
+    by_token = P(sharding.vocab_axis())
+    _, metrics = losses.chunked(
+        functools.partial(_compare_chunk, spec=spec),
+        {"student": spec.student.head_params(student), "teacher": teacher_head},
+        hidden,
+        _Chunk(view.labels, view.where, teacher_hidden),
+        chunk_size=spec.chunk_size,
+        overlap=0,
+        where=view.where,
+        batch_axes=sharding.batch_axes(),
+        shared_specs={"student": by_token, "teacher": by_token},
+    )
+    return metrics
+
+
+def _compare_chunk(
+    heads: Params, hidden: Float[Array, "N D"], chunk: _Chunk, *, spec: _Spec
+) -> tuple[Float[Array, ""], Metrics]:
+    """Metrics of adjacent tokens; the scalar is not used, as nothing is trained."""
+    student = spec.student.unembed(heads["student"], hidden)
+    metrics = _of_model("student", student, chunk, spec)
+    if spec.teacher is not None and chunk.teacher_hidden is not None:
+        teacher = spec.teacher.unembed(heads["teacher"], chunk.teacher_hidden)
+        metrics |= _of_model("teacher", teacher, chunk, spec)
+        kl = losses.forward_kl(student, teacher, where=chunk.where, **spec.columns)
+        metrics["kl"] = masked_sum(kl, chunk.where)
+    return metrics["student_loss"].total, metrics
+
+
+def _of_model(
+    name: str, logits: Float[Array, "N V"], chunk: _Chunk, spec: _Spec
+) -> Metrics:
+    """Cross-entropy and entropy of one model.
+
+    H(p) = log V - KL(p || uniform), also where the vocabulary is split over devices.
+    """
+    where, columns = chunk.where, spec.columns
+    loss = losses.cross_entropy(logits, chunk.labels, where=where, **columns)
+    uniform = jnp.zeros_like(logits)
+    kl = losses.forward_kl(uniform, logits, where=where, **columns)
+    entropy = math.log(spec.vocab_size) - kl
+    return {
+        f"{name}_loss": masked_sum(loss, where),
+        f"{name}_entropy": masked_sum(entropy, where),
+    }
+
+
+def compare_first_batch(
+    comparison: Comparison,
+    params: Params,
+    teacher_params: Params | None,
+    micro_batches: Iterable[Rows],
+) -> dict[str, float]:
+    """Means over the scored positions of a batch; empty if there is none."""
+    means = Means()
+    for rows in micro_batches:
+        means.add(comparison(params, teacher_params, rows))
+    return means.take()
+
+
+def describe(values: Mapping[str, float], vocab_size: int) -> list[str]:
+    """What a run prints about its first batch: one line, then warnings.
+
+    The teacher should read the references better than the student does, and the student
+    should be closer to it than a uniform distribution: KL(teacher || uniform) is
+    log V - H(teacher).
+
+    Args:
+      values: from `compare_first_batch`.
+      vocab_size: number of tokens, V.
+
+    >>> describe({"student_loss": 3.0, "student_entropy": 2.5}, 50)
+    ['first batch, nats per token: student loss 3.0000, entropy 2.5000']
+    """
+    if not values:
+        return ["first batch: no reference to score, so teacher and student are unread"]
+    parts = [
+        f"{name} loss {values[f'{name}_loss']:.4f}, "
+        f"entropy {values[f'{name}_entropy']:.4f}"
+        for name in ("teacher", "student")
+        if f"{name}_loss" in values
+    ]
+    if "kl" not in values:
+        return [f"first batch, nats per token: {parts[0]}"]
+    kl, uniform = values["kl"], math.log(vocab_size) - values["teacher_entropy"]
+    parts = [f"KL(teacher || student) {kl:.4f}", *parts]
+    lines = [f"first batch, nats per token: {'; '.join(parts)}"]
+    if values["teacher_loss"] > values["student_loss"]:
+        lines.append(
+            "warning: the teacher reads the references of the first batch worse than "
+            "the student does. Check data.template, the teacher's checkpoint and the "
+            "data; only a student that was fine-tuned on this data may be better"
+        )
+    if kl > uniform:
+        lines.append(
+            f"warning: KL(teacher || student) is above {uniform:.4f}, which a uniform "
+            "distribution would have. Check data.template and both checkpoints; only "
+            "an untrained student may be that far from its teacher"
+        )
+    return lines
