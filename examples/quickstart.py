@@ -33,8 +33,9 @@ from mgsr_jax.checkpoint import hf
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.prompts import load_prompts
 from mgsr_jax.evaluation import report
-from mgsr_jax.evaluation.evaluate import EvaluationResult, evaluate
+from mgsr_jax.evaluation.evaluate import evaluate
 from mgsr_jax.evaluation.responses import EvaluationConfig
+from mgsr_jax.evaluation.scores import EvaluationResult
 from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
@@ -277,8 +278,8 @@ class Judge:
         samples = [sample for sample in result.responses if sample.seed is not None]
         valid = statistics.fmean(s.response in s.references for s in samples)
         scores = Scores(
-            greedy=result.greedy.rouge_l,
-            sampled=result.sampled.rouge_l,
+            greedy=result.greedy.metrics["rouge_l"].mean,
+            sampled=result.sampled.metrics["rouge_l"].mean,
             valid=100 * valid,
             distinct_2=result.sampled.distinct_2,
             loss=result.loss,

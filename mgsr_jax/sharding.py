@@ -319,3 +319,16 @@ def fetch_whole(tree: Tree) -> Tree:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_lead(values: np.ndarray) -> np.ndarray:
+    """The lead process's array on every host, bit for bit; every process must call it.
+
+    Args:
+      values: of the same shape and dtype in every process; only the lead's is read.
+    """
+    if jax.process_count() == 1:
+        return values
+    # As bytes: without x64, JAX would round float64 to float32.
+    data = np.ascontiguousarray(values).view(np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).view(values.dtype)

@@ -92,6 +92,7 @@ def write_teacher_cache(
     config = with_local_models(config)
     setup = read_inputs(config, console=console)
     check_candidates(config, top_k, setup.vocab_size)
+    _check_responses(setup)
     recipe = teacher_cache.Recipe(
         origin=origin_of(setup),
         examples=len(setup.train),
@@ -180,6 +181,14 @@ def _check(config: TrainConfig) -> None:
         )
     # Training with the cache must be possible too.
     dataclasses.replace(config, teacher_cache=config.output).check()
+
+
+def _check_responses(setup: "RunInputs") -> None:
+    if not setup.train[0]["response"]:
+        raise ValueError(
+            "data.train holds prompts only, so there is no response for the teacher to "
+            "read; train without a teacher cache"
+        )
 
 
 def _write_shards(

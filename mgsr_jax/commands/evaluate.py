@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import itertools
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mgsr_jax.commands.exit_status import DONE
+from mgsr_jax.commands.exposure_bias import check_same_tokenizer, measure_exposure_bias
 from mgsr_jax.commands.loaded import (
     Dtype,
     LoadedModel,
@@ -19,14 +20,21 @@ from mgsr_jax.commands.loaded import (
     make_mesh,
     new_folder,
 )
+from mgsr_jax.evaluation.text_metrics import MetricName
 from mgsr_jax.training.config import MeshConfig
-from mgsr_jax.typing import Params
+from mgsr_jax.training.distributed import (
+    DistributedConfig,
+    check_equal,
+    is_lead,
+    on_all_processes,
+    start,
+)
 
 if TYPE_CHECKING:
     from mgsr_jax.data.prompts import Prompt
-    from mgsr_jax.evaluation.evaluate import EvaluationResult
+    from mgsr_jax.evaluation.comparison import Baseline
     from mgsr_jax.evaluation.responses import EvaluationConfig
-    from mgsr_jax.rows import Rows
+    from mgsr_jax.evaluation.scores import EvaluationResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +48,12 @@ class EvaluateConfig:
         references), or a list of files in brackets. A record with "minillm": false is
         not scored.
       split: split of a hub data set.
-      seeds: seeds of sampling; each prompt is sampled once per seed. []: only greedy
-        responses.
+      metrics: names of one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
+        stemming), exact_match (equal after SQuAD's normalisation), math (final answer
+        equal as a number or as LaTeX; needs the extra math). The best reference counts.
+      seeds: seeds of sampling. []: only greedy responses.
+      samples: samples of each prompt per seed. avg@k and pass@k count the k = seeds x
+        samples samples of a prompt.
       temperature: sampling temperature; greedy responses do not use it.
       top_k: sample from the k most probable tokens; 0: from all.
       top_p: sample from the fewest most probable tokens whose mass reaches top_p.
@@ -64,13 +76,18 @@ class EvaluateConfig:
       dtype: precision of weights and cache.
       mesh: devices that share the work; by default one device. Scores do not depend on
         it.
+      distributed: how several processes find each other without a launcher.
       output: folder for all responses (JSONL) and the scores (JSON); must be new.
+      against: output folder of another evaluation of the same sets with the same
+        metrics. The differences to its scores, paired by prompt, are added.
     """
 
     model: str
     data: str | list[str]
     split: str = "test"
+    metrics: tuple[MetricName, ...] = ("rouge_l",)
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    samples: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -85,7 +102,16 @@ class EvaluateConfig:
     limit: int | None = None
     dtype: Dtype = "float32"
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
+    distributed: DistributedConfig = dataclasses.field(
+        default_factory=DistributedConfig
+    )
     output: str | None = None
+    against: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The sets, one or several."""
+        return [self.data] if isinstance(self.data, str) else self.data
 
     def protocol(self) -> "EvaluationConfig":
         """The settings of sampling and decoding."""
@@ -96,6 +122,7 @@ class EvaluateConfig:
 
         return EvaluationConfig(
             seeds=self.seeds,
+            samples=self.samples,
             sampling=Sampling(self.temperature, self.top_k, self.top_p),
             max_prompt_length=self.max_prompt_length,
             max_length=self.max_length,
@@ -106,26 +133,35 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Score a model: ROUGE-L of sampled and greedy responses, diversity, loss.
+    """Score a model on data sets: metrics of its responses, diversity, loss.
 
-    ROUGE-L is the F1 with stemming against the best reference, times 100: the mean over
-    the examples for each seed, then mean and standard deviation over the seeds.
+    Every prompt is sampled with each seed and answered greedily once. A metric is the
+    mean over the prompts, with the 95 % interval over the prompts in brackets.
     """
-    from mgsr_jax.evaluation.tables import score_table, write_scores
+    from mgsr_jax.evaluation.tables import score_table, text_table, write_scores
+    from mgsr_jax.evaluation.text_metrics import check_metrics
 
     _check(config)
-    folder, mesh = new_folder(config.output), make_mesh(config.mesh)
+    start(config.distributed)
+    on_all_processes(lambda: check_metrics(config.metrics))
+    folder = on_all_processes(lambda: new_folder(config.output))
+    baselines = on_all_processes(lambda: _read_baselines(config))
+    mesh = make_mesh(config.mesh)
     loaded, teacher = load(config.model, mesh=mesh), None
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
-        _check_same_tokenizer(loaded, teacher)
-    paths = [config.data] if isinstance(config.data, str) else config.data
-    sets = {path: _load_prompts(config, loaded, path) for path in paths}
+        check_same_tokenizer(loaded, teacher)
+    sets = on_all_processes(lambda: _load_sets(config, loaded, baselines))
+    check_equal({path: _digest(prompts) for path, prompts in sets.items()})
     results: dict[str, EvaluationResult] = {}
     for path, result in _score_sets(config, loaded, teacher, sets):
+        if path in baselines:
+            difference = baselines[path].difference(result)
+            result = dataclasses.replace(result, difference=difference)
         results[path] = result
-        write_scores(folder, results)
-    Console().print(score_table(results))
+        write_scores(folder if is_lead() else None, results)
+    if is_lead():
+        Console().print(score_table(results), text_table(results))
     return DONE
 
 
@@ -136,6 +172,7 @@ def _check(config: EvaluateConfig) -> None:
         config.top_p,
         batch_size=config.batch_size,
         limit=config.limit,
+        samples=config.samples,
     )
     if config.exposure_bias and config.teacher is None:
         raise ValueError(
@@ -154,17 +191,38 @@ def _check(config: EvaluateConfig) -> None:
         )
 
 
-def _check_same_tokenizer(student: LoadedModel, teacher: LoadedModel) -> None:
-    from mgsr_jax.checkpoint.tokenizer import tokenizer_fingerprint
+def _read_baselines(config: EvaluateConfig) -> dict[str, "Baseline"]:
+    """Set -> the responses in `against`, read by the lead process, which writes."""
+    from mgsr_jax.evaluation.comparison import read_baseline
 
-    first, second = student.tokenizer, teacher.tokenizer
-    if tokenizer_fingerprint(first) != tokenizer_fingerprint(second):
-        raise ValueError(
-            f"teacher {teacher.folder} ({len(second)} tokens) and model "
-            f"{student.folder} ({len(first)} tokens) have different tokenizers; "
-            "exposure_bias compares distributions over one vocabulary, so give a "
-            "teacher with the same tokenizer"
-        )
+    if config.against is None or not is_lead():
+        return {}
+    baselines = {path: read_baseline(config.against, path) for path in config.paths}
+    for baseline in baselines.values():
+        baseline.check_metrics(config.metrics)
+    return baselines
+
+
+def _load_sets(
+    config: EvaluateConfig, loaded: LoadedModel, baselines: dict[str, "Baseline"]
+) -> dict[str, list["Prompt"]]:
+    """Read the sets, and compare their prompts with those of the baselines."""
+    from mgsr_jax.evaluation.evaluate import prompts_to_score
+    from mgsr_jax.evaluation.responses import prompt_text
+
+    sets, protocol = {}, config.protocol()
+    for path in config.paths:
+        sets[path] = _load_prompts(config, loaded, path)
+        scored = prompts_to_score(sets[path], protocol, config.metrics)
+        if path in baselines:
+            baselines[path].check(
+                [(prompt_text(loaded.tokenizer, p), p.references) for p in scored]
+            )
+    return sets
+
+
+def _digest(prompts: list["Prompt"]) -> str:
+    return hashlib.sha256(repr(prompts).encode()).hexdigest()
 
 
 def _load_prompts(
@@ -181,13 +239,15 @@ def _load_prompts(
         config.max_length,
     )
     prompts, report = load_prompts(path, loaded.tokenizer, encoding, split=config.split)
-    unscored = sum(not prompt.scored for prompt in prompts)
-    print(
-        f"{path}: {report.kept} prompts ({unscored} not scored), {report.too_long} too "
-        f"long, {report.empty} empty, {report.malformed} malformed"
-    )
-    for message in report.messages:
-        print(f"  {message}")
+    if is_lead():
+        unscored = sum(not prompt.scored for prompt in prompts)
+        print(
+            f"{path}: {report.kept} prompts ({unscored} not scored), "
+            f"{report.too_long} too long, {report.empty} empty, {report.malformed} "
+            "malformed"
+        )
+        for message in report.messages:
+            print(f"  {message}")
     return prompts[: config.limit]
 
 
@@ -213,6 +273,7 @@ def _score_sets(
                 loaded.tokenizer,
                 prompts,
                 protocol,
+                metrics=config.metrics,
                 eos_ids=loaded.eos_ids(),
                 mesh=loaded.mesh,
                 progress=progress,
@@ -220,74 +281,14 @@ def _score_sets(
         yield path, result
         if teacher is not None:
             with _progress_bar(f"exposure bias on {name}") as progress:
-                bias = _measure_exposure_bias(models, prompts, protocol, progress)
+                bias = measure_exposure_bias(models, prompts, protocol, progress)
             yield path, dataclasses.replace(result, exposure_bias=bias)
-
-
-def _measure_exposure_bias(
-    models: list[tuple[LoadedModel, Params]],
-    prompts: list["Prompt"],
-    protocol: "EvaluationConfig",
-    progress: Callable[[int, int], None],
-) -> float:
-    """ExAccErr in percent of the first model with the second as its teacher."""
-    import jax
-
-    from mgsr_jax.decoding.sampling import ANCESTRAL
-    from mgsr_jax.evaluation.exposure_bias import exposure_bias
-    from mgsr_jax.evaluation.responses import scored_prompts
-
-    protocol = dataclasses.replace(protocol, sampling=ANCESTRAL, no_repeat_ngram=0)
-    scored = scored_prompts(prompts, protocol)
-    vocab_size = len(models[0][0].tokenizer)
-    batches = -(-len(scored) // protocol.batch_size)
-    total, done = len(models) * len(protocol.seeds) * batches, itertools.count(1)
-
-    def samples(loaded: LoadedModel, params: Params) -> Iterator["Rows"]:
-        for rows in _samples(loaded, params, scored, protocol, vocab_size):
-            yield rows
-            progress(next(done), total)
-
-    (student, student_params), (teacher, teacher_params) = models
-    mesh = student.mesh
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return exposure_bias(
-            student.model,
-            student_params,
-            teacher.model,
-            teacher_params,
-            samples(student, student_params),
-            samples(teacher, teacher_params),
-            vocab_size=vocab_size,
-        )
-
-
-def _samples(
-    loaded: LoadedModel,
-    params: Params,
-    prompts: list["Prompt"],
-    protocol: "EvaluationConfig",
-    vocab_size: int,
-) -> Iterator["Rows"]:
-    """The model's samples of all prompts, batch by batch, once per seed."""
-    from mgsr_jax.evaluation.responses import sample_responses
-
-    decoding = protocol.decoding(loaded.eos_ids(), vocab_size)
-    for seed in protocol.seeds:
-        yield from sample_responses(
-            loaded.model,
-            params,
-            prompts,
-            protocol,
-            decoding=decoding,
-            seed=seed,
-            mesh=loaded.mesh,
-        )
 
 
 @contextlib.contextmanager
 def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar as a function of (done, total)."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    """A progress bar as a function of (done, total); only the lead process shows it."""
+    console = Console(stderr=True, quiet=not is_lead())
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(title)
         yield lambda done, total: progress.update(task, completed=done, total=total)

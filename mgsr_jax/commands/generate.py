@@ -20,7 +20,13 @@ from mgsr_jax.commands.prompts import (
     read_requests,
 )
 from mgsr_jax.training.config import MeshConfig
-from mgsr_jax.training.distributed import DistributedConfig, is_lead, start
+from mgsr_jax.training.distributed import (
+    DistributedConfig,
+    check_equal,
+    is_lead,
+    on_all_processes,
+    start,
+)
 
 if TYPE_CHECKING:
     from mgsr_jax.data.prompts import Prompt
@@ -92,10 +98,13 @@ def generate(config: GenerateConfig) -> int:
     requests = read_requests(config.prompt, config.file, config.input)
     start(config.distributed)
     loaded = load(config.model, mesh=make_mesh(config.mesh))
-    prompts = [_prompt(config, loaded, i, r) for i, r in enumerate(requests)]
+    prompts = on_all_processes(
+        lambda: [_prompt(config, loaded, i, r) for i, r in enumerate(requests)]
+    )
+    check_equal({"prompt": json.dumps([prompt.tokens for prompt in prompts])})
     for rows in _responses(config, loaded, prompts):
         if is_lead():
-            _print_lines(loaded, rows)
+            _print_lines(loaded, prompts, rows)
     return DONE
 
 
@@ -154,20 +163,14 @@ def _responses(
             yield sharding.fetch_whole(rows)
 
 
-def _print_lines(loaded: LoadedModel, rows: "Rows") -> None:
-    stop_ids = loaded.eos_ids()
-    for example, tokens, start_, end in zip(
-        rows.example, rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
-    ):
-        if example < 0:  # a row that fills up the last batch
-            continue
-        ids = tokens[start_:end].tolist()
-        stopped = ids[-1] in stop_ids
-        ids = ids[:-1] if stopped else ids
+def _print_lines(loaded: LoadedModel, prompts: list["Prompt"], rows: "Rows") -> None:
+    from mgsr_jax.evaluation.responses import prompt_text, read_responses
+
+    for example, response in read_responses(rows, loaded.eos_ids()).items():
         line = {
-            "prompt": loaded.text(tokens[:start_].tolist(), special=True),
-            "response": loaded.text(ids),
-            "length": len(ids),
-            "finish_reason": "stop" if stopped else "length",
+            "prompt": prompt_text(loaded.tokenizer, prompts[example]),
+            "response": loaded.text(response.tokens),
+            "length": len(response.tokens),
+            "finish_reason": response.finish_reason,
         }
         print(json.dumps(line, ensure_ascii=False), flush=True)

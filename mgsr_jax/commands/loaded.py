@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.typing import Params
@@ -47,10 +47,9 @@ class LoadedModel:
 
     def text(self, ids: list[int], *, special: bool = False) -> str:
         """Text of tokens, with or without special tokens."""
-        text = self.tokenizer.decode(
-            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
-        return cast(str, text)  # one sequence: not a list
+        from mgsr_jax.evaluation.responses import text_of
+
+        return text_of(self.tokenizer, ids, special=special)
 
 
 def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:

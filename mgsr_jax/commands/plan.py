@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
-from mgsr_jax.training.config import DataConfig, TrainConfig
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.data_config import DataConfig, Sources
 
 if TYPE_CHECKING:
     from mgsr_jax.planning.plan import Plan
@@ -19,7 +20,7 @@ _GIB = 2**30
 class PlannedData(DataConfig):
     """Instruction data, of which a plan reads only the lengths."""
 
-    train: str = ""
+    train: Sources = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _yaml(value: object) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return str(list(value))
     return f"{value:g}" if isinstance(value, float) else str(value) or '""'
 
@@ -112,7 +112,7 @@ def _allowed(hint: object) -> str:
         return ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(a) for a in arguments if a is not type(None))
-    if origin in (list, tuple):
+    if origin is list or origin is tuple:
         return f"list of {_allowed(arguments[0])}"
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    return words[hint] if isinstance(hint, type) else str(hint)
+    return words.get(hint, "mapping")

@@ -11,14 +11,11 @@ from mgsr_jax.data.encoding import (
     encode_response,
     eos_id,
 )
-from mgsr_jax.data.records import (
-    DataReport,
-    Example,
-    Rejected,
-    check_report,
-    data_report,
-    read_examples,
-)
+from mgsr_jax.data.forms import Form, recognise
+from mgsr_jax.data.records import Example, Rejected, examples_of
+from mgsr_jax.data.report import DataReport, check_report, data_report
+from mgsr_jax.data.source_settings import Columns
+from mgsr_jax.data.sources import open_source
 from mgsr_jax.typing import Tokenizer
 
 
@@ -50,21 +47,25 @@ def load_prompts(
     encoding: Encoding = ALPACA,
     *,
     split: str = "train",
+    columns: Columns | None = None,
     max_bad_fraction: float = 0.05,
 ) -> tuple[list[Prompt], DataReport]:
-    """Load an evaluation set.
+    """Load an evaluation set, in any of the forms of `records.read_examples`.
 
     Only a prompt can be too long: references are compared uncut.
 
     Raises:
-      ValueError: there is no usable record, or too many are malformed; the error names
-        the first few.
-      FileNotFoundError: see `records.read_examples`.
+      ValueError: there is no usable record, too many are malformed (the error names the
+        first few), or there are prompts only, with which no response is compared.
+      FileNotFoundError: see `sources.open_source`.
     """
+    source = open_source(path, split)
+    form = recognise(source, columns)
+    _check_responses(path, form)
     prompts: list[Prompt] = []
-    problems, messages = [], []
+    problems, messages, lengths = [], [], []
     limit = encoding.max_prompt_length
-    for example in read_examples(path, split=split):
+    for example in examples_of(source, form):
         if isinstance(example, Rejected):
             problems.append(example.problem)
             messages.append(example.message)
@@ -76,6 +77,7 @@ def load_prompts(
             template=encoding.template,
             add_special_tokens=encoding.add_special_tokens,
         )
+        lengths.append(len(tokens))
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")
         if too_long:
@@ -85,9 +87,18 @@ def load_prompts(
         if not too_long or encoding.too_long == "truncate":
             tokens = cut_prompt(tokenizer, tokens, limit)
             prompts.append(_prompt(tokenizer, example, encoding, tokens, len(prompts)))
-    report = data_report(len(prompts), problems, messages)
+    report = data_report(form, len(prompts), problems, messages, prompt_lengths=lengths)
     check_report(path, report, len(problems), max_bad_fraction)
     return prompts, report
+
+
+def _check_responses(path: str | Path, form: Form) -> None:
+    if form.prompts_only:
+        raise ValueError(
+            f"data {str(path)!r} holds prompts only ({', '.join(form.read)}), but "
+            "scores compare with references; give data with responses, or use mgsr "
+            "generate"
+        )
 
 
 def _prompt(

@@ -1,27 +1,29 @@
-"""Records of an instruction data set, read and checked one by one.
+"""Records of a data set, read and checked one by one.
 
 A bad record does not stop the reading: it becomes a `Rejected` that names its line.
 """
 
-import collections
-import dataclasses
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import datasets
-from datasets.exceptions import DatasetGenerationError
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+from mgsr_jax.data.conversations import (
+    Message,
+    Unusable,
+    filled_text_of,
+    text_of,
+    turns_of,
+)
+from mgsr_jax.data.forms import (
+    CHATS,
+    RESPONSES,
+    Fields,
+    Form,
+    not_an_object,
+    recognise,
+)
+from mgsr_jax.data.source_settings import Columns
+from mgsr_jax.data.sources import OpenSource, open_source
 
 
 class Example(NamedTuple):
@@ -30,7 +32,8 @@ class Example(NamedTuple):
     Attributes:
       messages: the turns before the response; an instruction is one turn of the user.
       input: further context of the last turn; may be empty.
-      references: the acceptable responses; training uses the first.
+      references: the acceptable responses; training uses the first. Empty where the
+        data holds prompts only.
       scored: whether metrics count the record; false where it has `"minillm": false`.
       source: "file:line".
     """
@@ -59,183 +62,120 @@ class Rejected(NamedTuple):
     message: str
 
 
-@dataclasses.dataclass(frozen=True)
-class DataReport:
-    """Counts of used and unused records of a data set, and why they were not used.
-
-    Attributes:
-      kept: number of examples that are used.
-      malformed: number of records left out because they are not JSON, not UTF-8, or
-        have missing keys or values of a wrong type.
-      empty: number of records left out because instruction or output is empty.
-      too_long: number of records left out because of their length, or cut where
-        `too_long="truncate"` (those also count in `kept`).
-      messages: one line "file:line: reason" for each of them, in the data's order.
-    """
-
-    kept: int
-    malformed: int
-    empty: int
-    too_long: int
-    messages: tuple[str, ...]
-
-
-def data_report(
-    kept: int, problems: Iterable[str], messages: Iterable[str]
-) -> DataReport:
-    """Count problems by kind.
-
-    Args:
-      kept: number of examples that are used.
-      problems: "malformed", "empty", "too_long" or "", one a record.
-      messages: reasons; empty strings are left out.
-    """
-    count = collections.Counter(problems)
-    return DataReport(
-        kept=kept,
-        malformed=count["malformed"],
-        empty=count["empty"],
-        too_long=count["too_long"],
-        messages=tuple(message for message in messages if message),
-    )
-
-
-def check_report(
-    path: str | Path, report: DataReport, total: int, max_bad_fraction: float
-) -> None:
-    """Refuse a data set without a usable record or with too many malformed ones.
-
-    Args:
-      path: name of the data set in the error.
-      report: counts of its records.
-      total: number of all records.
-      max_bad_fraction: largest share of malformed records that is accepted.
-
-    Raises:
-      ValueError: names the first few bad records.
-    """
-    first = "; ".join(report.messages[:3])
-    if report.malformed > max_bad_fraction * total:
-        raise ValueError(
-            f"data {str(path)!r}: {report.malformed} of {total} records are malformed; "
-            f"expected at most max_bad_fraction={max_bad_fraction}; fix them, first: "
-            f"{first}"
-        )
-    if report.kept == 0:
-        raise ValueError(
-            f"data {str(path)!r} has no usable record among {total}; "
-            + (f"first: {first}" if first else "it is empty")
-        )
-
-
 def read_examples(
-    path: str | Path, *, split: str = "train"
+    path: str | Path, *, split: str = "train", columns: Columns | None = None
 ) -> Iterator[Example | Rejected]:
-    """Read the records of a file or of a data set from the Hugging Face hub.
+    """Read the records of a source, in the form that its first records have.
 
-    JSON Lines are read line by line, so one bad line costs one record. Fields:
-    `instruction`, `input` (optional), `output` (a string or a list of references).
+    Args:
+      path: file, pattern, folder or hub data set; see `sources.open_source`.
+      split: split of a folder or hub data set.
+      columns: the data's names of columns that it names differently; see
+        `forms.recognise`.
 
     Raises:
-      FileNotFoundError: `path` is neither a file nor a data set that can be loaded.
-      ValueError: the file has an unknown suffix or cannot be read.
+      FileNotFoundError: there is no such source.
+      ValueError: the source cannot be read, or its columns fit no form.
     """
-    for source, record in _records(path, split):
-        yield record if isinstance(record, Rejected) else _check(record, source)
+    source = open_source(path, split)
+    yield from examples_of(source, recognise(source, columns))
 
 
-def _records(path: str | Path, split: str) -> Iterator[tuple[str, object]]:
-    file = Path(path)
-    if file.suffix in (".json", ".jsonl") and is_local(path):
-        yield from _json_records(file)
-    else:
-        for i, record in enumerate(load_table(path, split), 1):
-            yield f"{file.name}:{i}", record
+def examples_of(source: OpenSource, form: Form) -> Iterator[Example | Rejected]:
+    """Read the records of an open source in a form from `forms.recognise`."""
+    for where, record in source.records():
+        try:
+            example = _example(where, record, form)
+        except Unusable as error:
+            example = Rejected(error.problem, f"{where}: {error}")
+        yield example
 
 
-def is_local(path: str | Path) -> bool:
-    """Whether `path` is a file, not a folder or the name of a hub data set."""
-    file = Path(path)
-    suffixes = (".json", ".jsonl", ".parquet")
-    if file.is_file() and file.suffix not in suffixes:
-        raise ValueError(
-            f"data {str(path)!r} has an unknown suffix; expected one of {suffixes}"
-        )
-    if file.suffix in suffixes and not file.is_file():
-        raise FileNotFoundError(f"data {str(path)!r} is missing; check the path")
-    return file.is_file()
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, object]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            source = f"{file.name}:{number}"
-            if not line.strip():
-                continue
-            if number == 1 and file.suffix == ".json" and line.lstrip()[:1] == b"[":
-                raise ValueError(
-                    f"{source}: got a JSON array, expected one JSON object a line; "
-                    f"convert it: jq -c '.[]' {file.name} > {file.stem}.jsonl"
-                )
-            try:
-                record = json.loads(line.rstrip().decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                yield source, Rejected("malformed", f"{source}: {error}")
-            else:
-                yield source, record
-
-
-def load_table(path: str | Path, split: str) -> datasets.Dataset:
-    """Load a Parquet file, a folder or a hub data set with the package `datasets`."""
-    local = is_local(path)
-    try:
-        if local:
-            table = datasets.Dataset.from_parquet(str(path))
-        else:
-            table = datasets.load_dataset(str(path), split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"data {str(path)!r} is neither a file nor a data set that the hub "
-            f"provides; check the name and the network ({type(error).__name__})"
-        ) from error
-    except (DatasetGenerationError, ValueError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
-        raise ValueError(f"data {str(path)!r} cannot be read: {reason}") from error
-    return cast(datasets.Dataset, table)
-
-
-def _check(record: object, source: str) -> Example | Rejected:
-    def malformed(reason: str) -> Rejected:
-        return Rejected("malformed", f"{source}: {reason}")
-
+def _example(where: str, record: object, form: Form) -> Example:
     if not isinstance(record, Mapping):
-        return malformed(f"got a {type(record).__name__}, expected an object")
-    # Dolly's published data set names these fields context and response.
-    instruction = record.get("instruction")
-    output = record.get("output", record.get("response"))
-    context = record.get("input", record.get("context"))
-    context = "" if context is None else context
-    scored = record.get("minillm", True)
-    references = tuple(output) if isinstance(output, list) else (output,)
-    texts = {"instruction": (instruction,), "input": (context,), "output": references}
-    for field, values in texts.items():
-        for value in values:
-            if reason := _not_a_text(field, value):
-                return malformed(reason)
-    if not isinstance(scored, bool):
-        return malformed(f"'minillm' is {scored!r}, expected true or false")
-    if not str(instruction).strip():
-        return Rejected("empty", f"{source}: empty 'instruction'")
-    if not references or not all(reference.strip() for reference in references):
-        return Rejected("empty", f"{source}: empty 'output'")
-    turns = (Message("user", str(instruction)),)
-    return Example(turns, context, references, scored, source)
+        raise Unusable(not_an_object(record))
+    scored = form.value(record, "minillm")
+    if not isinstance(scored, bool | None):
+        label = form.label("minillm")
+        raise Unusable(f"{label!r} is {scored!r}, expected true or false")
+    turns, context = _prompt(record, form), ""
+    if form.prompt == "instruction":
+        context = _optional_text(record, form, "input")
+        turns = [*_history(record, form), *turns]
+    references = _take_references(turns, record, form)
+    if system := _optional_text(record, form, "system"):
+        if turns[:1] and turns[0].role == "system":
+            raise Unusable(f"both {form.label('system')!r} and a system turn are given")
+        turns.insert(0, Message("system", system))
+    if not turns or turns[-1].role != "user":
+        last = f"by the {turns[-1].role}" if turns else "missing"
+        raise Unusable(
+            f"the turn before the response is {last}, expected one by the user"
+        )
+    return Example(tuple(turns), context, references, scored is not False, where)
 
 
-def _not_a_text(field: str, value: object) -> str:
-    """The reason why a field's value is no text; empty if it is one."""
-    if value is None:
-        return f"no {field!r}"
-    if not isinstance(value, str):
-        return f"{field!r} is a {type(value).__name__}, expected text"
-    return f"{field!r} has an unpaired surrogate" if _SURROGATE.search(value) else ""
+def _prompt(record: Fields, form: Form) -> list[Message]:
+    """The turns of the prompt's column."""
+    label, value = form.label(form.prompt), form.value(record, form.prompt)
+    if form.prompt in CHATS or (form.prompt == "prompt" and isinstance(value, list)):
+        return turns_of(label, value)
+    return [Message("user", filled_text_of(label, value))]
+
+
+def _take_references(
+    turns: list[Message], record: Fields, form: Form
+) -> tuple[str, ...]:
+    """The responses; turns before them that their columns hold are moved to `turns`."""
+    if form.prompts_only:
+        _check_no_response(turns, record, form)
+        return ()
+    if form.response is None:
+        return (_take_response(form.label(form.prompt), turns),)
+    label, value = form.label(form.response), form.value(record, form.response)
+    if form.response == "completion" and isinstance(value, list):
+        turns += turns_of(label, value)
+        return (_take_response(label, turns),)
+    references = value if isinstance(value, list) else [value]
+    if not references:
+        raise Unusable(f"empty {label!r}", "empty")
+    # Types first: a list with a number is malformed, though it has an empty text too.
+    texts = [text_of(label, reference) for reference in references]
+    return tuple(filled_text_of(label, text) for text in texts)
+
+
+def _take_response(label: str, turns: list[Message]) -> str:
+    """Remove the last turn, which must be the assistant's, and return its text."""
+    last = turns.pop()
+    if last.role != "assistant":
+        raise Unusable(
+            f"the last turn of {label!r} is by the {last.role}, expected one by the "
+            "assistant"
+        )
+    return last.content
+
+
+def _check_no_response(turns: list[Message], record: Fields, form: Form) -> None:
+    response = RESPONSES.get(form.prompt)
+    given = response is not None and form.value(record, response) is not None
+    if given or turns[-1].role == "assistant":
+        raise Unusable("it has a response, but the first records are prompts only")
+
+
+def _history(record: Fields, form: Form) -> list[Message]:
+    """Earlier turns as pairs of texts, by the user and by the assistant."""
+    label, value = form.label("history"), form.value(record, "history")
+    turns = []
+    for pair in [] if value is None else value if isinstance(value, list) else [value]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Unusable(
+                f"{label!r} is not a list of pairs [text of user, text of assistant]"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Message(role, filled_text_of(label, text)))
+    return turns
+
+
+def _optional_text(record: Fields, form: Form, column: str) -> str:
+    value = form.value(record, column)
+    return "" if value is None else text_of(form.label(column), value)

@@ -1,103 +1,43 @@
-"""Evaluation of a model: ROUGE-L of sampled and greedy responses, diversity, loss.
+"""Evaluation of a model: scores of sampled and greedy responses, diversity, loss.
 
 The protocol is MiniLLM's (arXiv 2306.08543), which the paper follows: five seeds at
-temperature 1, ROUGE-L F1 with stemming, the best reference, times 100.
+temperature 1, ROUGE-L F1 with stemming, the best reference, times 100. Other metrics,
+and several samples a seed, are settings.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from mgsr_jax import losses, sharding
+from mgsr_jax import sharding
 from mgsr_jax.data.encoding import eos_id
 from mgsr_jax.data.prompts import Prompt
+from mgsr_jax.evaluation.math_answers import reference_answer
 from mgsr_jax.evaluation.responses import (
     MINILLM,
     EvaluationConfig,
+    Response,
     prompt_rows,
+    prompt_text,
+    read_responses,
     sample_responses,
     scored_prompts,
+    text_of,
+)
+from mgsr_jax.evaluation.scores import (
+    Draw,
+    EvaluationResult,
+    ScoredResponse,
+    set_result,
 )
 from mgsr_jax.evaluation.teacher_forced import response_loss
-from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
-from mgsr_jax.rows import Rows
+from mgsr_jax.evaluation.text_metrics import METRICS, MetricName, check_metrics
 from mgsr_jax.typing import Model, Params, Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredResponse:
-    """One generated response; `dataclasses.asdict` of it is a line of JSON.
-
-    Attributes:
-      seed: seed of the sample; None for a greedy response.
-      source: "file:line" of the record.
-      response: generated text.
-      references: texts that it is compared with.
-      rouge_l: ROUGE-L against the best reference.
-      length: number of its tokens, without end-of-sequence.
-    """
-
-    seed: int | None
-    source: str
-    response: str
-    references: tuple[str, ...]
-    rouge_l: float
-    length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TextScores:
-    """Scores of the responses of one seed.
-
-    Attributes:
-      rouge_l: mean F1 x 100.
-      distinct_1: number of different tokens per token of all responses together.
-      distinct_2: the same for 2-grams.
-      distinct_4: the same for 4-grams.
-      length: mean number of tokens of a response, without end-of-sequence.
-    """
-
-    rouge_l: float
-    distinct_1: float
-    distinct_2: float
-    distinct_4: float
-    length: float
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationResult:
-    """Scores of a model on one set.
-
-    Attributes:
-      examples: number of scored prompts.
-      sampled: means over the seeds; None without seeds.
-      rouge_l_std: sample standard deviation of ROUGE-L over the seeds; None for fewer
-        than two.
-      by_seed: scores of each seed.
-      greedy: scores of the greedy responses.
-      loss: teacher-forced cross-entropy of the first reference and its end-of-sequence.
-        [nats per token]
-      responses: every response, greedy ones last.
-      exposure_bias: ExAccErr in percent (see `exposure_bias`); None if not measured.
-    """
-
-    examples: int
-    sampled: TextScores | None
-    rouge_l_std: float | None
-    by_seed: dict[int, TextScores]
-    greedy: TextScores
-    loss: float
-    responses: tuple[ScoredResponse, ...]
-    exposure_bias: float | None = None
-
-
-_Scored = tuple[TextScores, list[ScoredResponse]]
 
 
 def evaluate(
@@ -107,49 +47,76 @@ def evaluate(
     prompts: Sequence[Prompt],
     config: EvaluationConfig = MINILLM,
     *,
+    metrics: Sequence[MetricName] = ("rouge_l",),
     eos_ids: tuple[int, ...] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Respond to the prompts once for every seed and once greedily, and score.
+    """Respond to the prompts with every seed and once greedily, and score.
 
-    A response depends only on its seed and its example, not on the batch size or the
-    mesh. Prompts with `scored=False` are left out.
+    A response depends only on its seed, the number of its sample and its example, not
+    on the batch size or the mesh. Prompts with `scored=False` are left out. With
+    several processes every one must call this, and every one gets the same result.
 
     Args:
       model: model to score.
       params: its parameters.
       tokenizer: converts responses to text.
       prompts: from `load_prompts`, encoded with the lengths of `config`.
-      config: seeds, sampling and sizes.
+      config: seeds, sampling and sizes; no seeds: only greedy responses.
+      metrics: names of `METRICS`; `result.greedy.metrics[name].mean` is the mean over
+        the greedy responses, `result.sampled.metrics[name].mean` that over all samples.
       eos_ids: tokens that end a response; default: the tokenizer's end-of-sequence.
       mesh: splits every batch over its data and fsdp axes.
       progress: called as progress(batches done, batches in total).
 
     Raises:
-      ValueError: see `scored_prompts`; or a batch does not divide over the mesh.
+      ValueError, ImportError: see `prompts_to_score`; or a batch does not divide over
+        the mesh.
     """
-    scored = scored_prompts(prompts, config)
+    scored = prompts_to_score(prompts, config, metrics)
     stop_ids = (eos_id(tokenizer),) if eos_ids is None else eos_ids
-    vocab_size = min(len(tokenizer), model.config.vocab_size)
-    decoding = config.decoding(stop_ids, vocab_size)
     batches = -(-len(scored) // config.batch_size)
-    tick = _ticker(progress, batches * (len(config.seeds) + 2))
-    by_seed: dict[int | None, _Scored] = {}
+    draws = len(config.seeds) * config.samples + 1
+    run = _Evaluation(
+        model=model,
+        params=params,
+        tokenizer=tokenizer,
+        prompts=scored,
+        config=config,
+        metrics=metrics,
+        stop_ids=stop_ids,
+        mesh=mesh,
+        tick=_ticker(progress, batches * (draws + 1)),
+    )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for seed in (*config.seeds, None):
-            tokens: dict[int, list[int]] = {}
-            for rows in sample_responses(
-                model, params, scored, config, decoding=decoding, seed=seed, mesh=mesh
-            ):
-                tokens |= _response_tokens(sharding.fetch_whole(rows), stop_ids)
-                tick()
-            by_seed[seed] = _score(tokenizer, scored, tokens, seed)
-        sums = []
-        for rows in prompt_rows(scored, config, mesh, with_response=True):
-            sums.append(response_loss(model, params, rows, vocab_size=vocab_size))
-            tick()
-    return _result(by_seed, sums)
+        sampled = {
+            seed: [run.draw(seed, sample) for sample in range(config.samples)]
+            for seed in config.seeds
+        }
+        return set_result(sampled, run.draw(None, 0), run.loss())
+
+
+def prompts_to_score(
+    prompts: Sequence[Prompt], config: EvaluationConfig, metrics: Sequence[MetricName]
+) -> list[Prompt]:
+    """Select the prompts that metrics count, and check that the metrics can score them.
+
+    Raises:
+      ValueError: see `scored_prompts`; an unknown metric, or a reference without an
+        answer for `math`.
+      ImportError: the package of a metric is missing; names the extra.
+    """
+    check_metrics(metrics)
+    scored = scored_prompts(prompts, config)
+    if "math" in metrics:
+        for prompt in scored:
+            for reference in prompt.references:
+                try:
+                    reference_answer(reference)
+                except ValueError as error:
+                    raise ValueError(f"{prompt.source}: {error}") from error
+    return scored
 
 
 def _ticker(
@@ -164,77 +131,80 @@ def _ticker(
     return tick
 
 
-def _response_tokens(rows: Rows, stop_ids: tuple[int, ...]) -> dict[int, list[int]]:
-    """Example index -> tokens of its response, without the stop token at the end."""
-    responses = {}
-    for example, tokens, start, end in zip(
-        rows.example, rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
-    ):
-        if example >= 0:  # not a row that fills up the last batch
-            ids = tokens[start:end].tolist()
-            responses[int(example)] = ids[:-1] if ids and ids[-1] in stop_ids else ids
-    return responses
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    """One model on the scored prompts of one set; see `evaluate`."""
 
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    config: EvaluationConfig
+    metrics: Sequence[MetricName]
+    stop_ids: tuple[int, ...]
+    mesh: Mesh | None
+    tick: Callable[[], None]
 
-def _score(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    tokens: dict[int, list[int]],
-    seed: int | None,
-) -> _Scored:
-    responses = []
-    for prompt in prompts:
-        ids = tokens[prompt.example]
-        text = cast(
-            str,  # one sequence: not a list
-            tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
-        )
-        responses.append(
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits that are tokens; the rest is padding."""
+        return min(len(self.tokenizer), self.model.config.vocab_size)
+
+    def draw(self, seed: int | None, sample: int) -> Draw:
+        """A scored response to every prompt; seed None is greedy."""
+        by_example: dict[int, Response] = {}
+        for rows in sample_responses(
+            self.model,
+            self.params,
+            self.prompts,
+            self.config,
+            decoding=self.config.decoding(self.stop_ids, self.vocab_size),
+            seed=seed,
+            sample=sample,
+            mesh=self.mesh,
+        ):
+            by_example |= read_responses(sharding.fetch_whole(rows), self.stop_ids)
+            self.tick()
+        responses = [by_example[prompt.example] for prompt in self.prompts]
+        texts = [text_of(self.tokenizer, response.tokens) for response in responses]
+        scored = [
             ScoredResponse(
                 seed=seed,
+                sample=sample,
                 source=prompt.source,
+                prompt=prompt_text(self.tokenizer, prompt),
                 response=text,
                 references=prompt.references,
-                rouge_l=rouge_l(text, prompt.references),
-                length=len(ids),
+                scores=dict(zip(self.metrics, values, strict=True)),
+                length=len(response.tokens),
+                finish_reason=response.finish_reason,
             )
-        )
-    texts = list(tokens.values())
-    scores = TextScores(
-        rouge_l=statistics.fmean(response.rouge_l for response in responses),
-        distinct_1=distinct_n(texts, 1),
-        distinct_2=distinct_n(texts, 2),
-        distinct_4=distinct_n(texts, 4),
-        length=statistics.fmean(response.length for response in responses),
-    )
-    return scores, responses
+            for prompt, response, text, values in zip(
+                self.prompts, responses, texts, self._values(texts), strict=True
+            )
+        ]
+        return Draw(scored, [response.tokens for response in responses])
 
+    def _values(self, texts: Sequence[str]) -> list[list[float]]:
+        """Every metric of every text: the lead process's values on all processes.
 
-def _result(
-    by_seed: dict[int | None, _Scored], sums: list[losses.Sum]
-) -> EvaluationResult:
-    """Combine the scores of all seeds; the key None has the greedy ones."""
-    sampled = {
-        seed: scores for seed, (scores, _) in by_seed.items() if seed is not None
-    }
-    rouge = [scores.rouge_l for scores in sampled.values()]
-    loss = sum(float(batch.total) for batch in sums)
-    greedy, greedy_responses = by_seed[None]
-    return EvaluationResult(
-        examples=len(greedy_responses),
-        sampled=_mean(list(sampled.values())) if sampled else None,
-        rouge_l_std=statistics.stdev(rouge) if len(rouge) > 1 else None,
-        by_seed=sampled,
-        greedy=greedy,
-        loss=loss / sum(float(batch.count) for batch in sums),
-        responses=tuple(
-            itertools.chain(*(responses for _, responses in by_seed.values()))
-        ),
-    )
+        Two processes may not agree whether an answer exceeds the time limit of `math`.
+        """
+        values = np.zeros((len(texts), len(self.metrics)))
+        if jax.process_index() == 0:
+            for row, text, prompt in zip(values, texts, self.prompts, strict=True):
+                row[:] = [METRICS[m](text, prompt.references) for m in self.metrics]
+        return sharding.from_lead(values).tolist()
 
-
-def _mean(scores: Sequence[TextScores]) -> TextScores:
-    columns = map(dataclasses.astuple, scores)
-    return TextScores(*map(statistics.fmean, zip(*columns, strict=True)))
+    def loss(self) -> float:
+        """Cross-entropy of the first references in nats per token."""
+        sums = []
+        for rows in prompt_rows(
+            self.prompts, self.config, self.mesh, with_response=True
+        ):
+            sums.append(
+                response_loss(self.model, self.params, rows, vocab_size=self.vocab_size)
+            )
+            self.tick()
+        total = sum(float(batch.total) for batch in sums)
+        return total / sum(float(batch.count) for batch in sums)

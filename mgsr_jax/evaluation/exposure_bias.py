@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from mgsr_jax.evaluation.teacher_forced import response_kl
 from mgsr_jax.rows import Rows
+from mgsr_jax.sharding import fetch_whole
 from mgsr_jax.typing import Model, Params
 
 
@@ -39,7 +40,8 @@ def exposure_bias(
     def kl_on(samples: Iterable[Rows]) -> tuple[np.ndarray, np.ndarray]:
         models = student, student_params, teacher, teacher_params
         batches = [
-            response_kl(*models, rows, vocab_size=vocab_size) for rows in samples
+            fetch_whole(response_kl(*models, rows, vocab_size=vocab_size))
+            for rows in samples
         ]
         kl, where = zip(*batches, strict=True)
         return np.concatenate(kl), np.concatenate(where)

@@ -2,19 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mgsr_jax import sharding
+from mgsr_jax import settings, sharding
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import ANCESTRAL, Sampling
 from mgsr_jax.rows import Rows
-from mgsr_jax.typing import Model, Params
+from mgsr_jax.typing import Model, Params, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class EvaluationConfig:
     """Settings of an evaluation; the defaults are MiniLLM's protocol.
 
     Attributes:
-      seeds: every prompt is sampled once per seed; none for only greedy responses.
+      seeds: seeds of the samples; none for only greedy responses.
+      samples: samples of each prompt per seed.
       sampling: how a token is drawn. Greedy responses use temperature 0 instead.
       max_prompt_length: largest number of tokens of a prompt.
       max_length: largest number of tokens of prompt and response together.
@@ -32,6 +34,7 @@ class EvaluationConfig:
     """
 
     seeds: Sequence[int] = (10, 20, 30, 40, 50)
+    samples: int = 1
     sampling: Sampling = ANCESTRAL
     max_prompt_length: int = 256
     max_length: int = 512
@@ -58,9 +61,10 @@ def scored_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[
     """Select the prompts that metrics count, and check them.
 
     Raises:
-      ValueError: no prompt is scored, a prompt is too long, or a seed or the index of a
-        prompt occurs twice.
+      ValueError: no prompt is scored, a prompt is too long or has no reference, a seed
+        or the index of a prompt occurs twice, or `config.samples` is below 1.
     """
+    settings.check_positive(config, "samples")
     scored = [prompt for prompt in prompts if prompt.scored]
     if not scored:
         raise ValueError(f"none of the {len(prompts)} prompts is scored; add a set")
@@ -71,6 +75,12 @@ def scored_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[
             f"at most {config.max_prompt_length}; load the prompts with the same "
             "max_prompt_length"
         )
+    for prompt in scored:
+        if not prompt.references:
+            raise ValueError(
+                f"{prompt.source}: the prompt has no reference, and metrics compare "
+                "with references; leave it out, or let mgsr generate respond to it"
+            )
     for name, values in (
         ("a seed", list(config.seeds)),
         ("an example index", [prompt.example for prompt in scored]),
@@ -91,11 +101,13 @@ def sample_responses(
     *,
     decoding: Decoding,
     seed: int | None,
+    sample: int = 0,
     mesh: Mesh | None = None,
 ) -> Iterator[Rows]:
     """Sample one response to every prompt.
 
-    A response depends only on its seed and its example, not on the batch or the mesh.
+    A response depends only on its seed, the number of its sample and its example, not
+    on the batch or the mesh.
 
     Args:
       model: model that writes the responses.
@@ -104,11 +116,15 @@ def sample_responses(
       config: lengths, batch size and dtype.
       decoding: from `config.decoding`.
       seed: None for greedy responses.
+      sample: number of the sample among those of the seed.
       mesh: splits every batch over its data and fsdp axes; it must be the current mesh.
 
     Yields:
       Device rows of one batch. A row that fills up the last batch has example -1.
     """
+    key = jax.random.key(0 if seed is None else seed)
+    if sample:  # the first sample is the same, however many follow
+        key = jax.random.fold_in(key, sample)
     if seed is None:
         greedy = dataclasses.replace(decoding.sampling, temperature=0.0)
         decoding = dataclasses.replace(decoding, sampling=greedy)
@@ -117,11 +133,43 @@ def sample_responses(
             model,
             params,
             rows,
-            key=jax.random.key(0 if seed is None else seed),
+            key=key,
             decoding=decoding,
             prefill_width=config.max_prompt_length,
             dtype=config.dtype,
         )
+
+
+class Response(NamedTuple):
+    """The tokens of one response, and why it ended.
+
+    Attributes:
+      tokens: token ids, without the token that ended it.
+      finish_reason: "stop" after a token that ends a response, otherwise "length".
+    """
+
+    tokens: list[int]
+    finish_reason: str
+
+
+def read_responses(rows: Rows, stop_ids: tuple[int, ...]) -> dict[int, Response]:
+    """Example index -> its response.
+
+    Args:
+      rows: host rows; a row that fills up the last batch has example -1.
+      stop_ids: tokens that end a response.
+    """
+    responses = {}
+    for example, tokens, start, end in zip(
+        rows.example, rows.tokens, rows.prompt_lengths, rows.lengths, strict=True
+    ):
+        if example >= 0:
+            ids = tokens[start:end].tolist()
+            stopped = bool(ids) and ids[-1] in stop_ids
+            responses[int(example)] = Response(
+                ids[:-1] if stopped else ids, "stop" if stopped else "length"
+            )
+    return responses
 
 
 def prompt_rows(
@@ -145,3 +193,20 @@ def prompt_rows(
             yield jax.tree.map(jnp.asarray, rows)
         else:
             yield sharding.put_batch(mesh, rows)
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
+    """The prompt as the model reads it, with special tokens."""
+    return text_of(tokenizer, prompt.tokens, special=True)
+
+
+def text_of(
+    tokenizer: Tokenizer, tokens: Sequence[int], *, special: bool = False
+) -> str:
+    """Text of tokens, with or without special tokens."""
+    text = tokenizer.decode(
+        list(tokens),
+        skip_special_tokens=not special,
+        clean_up_tokenization_spaces=False,
+    )
+    return cast(str, text)  # one sequence: not a list

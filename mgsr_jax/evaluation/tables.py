@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from mgsr_jax.evaluation.evaluate import EvaluationResult
+from mgsr_jax.evaluation.comparison import SCORES_FILE
+from mgsr_jax.evaluation.estimates import Estimate
+from mgsr_jax.evaluation.scores import EvaluationResult
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -77,24 +80,68 @@ def _table_line(
 
 
 def score_table(results: Mapping[str, EvaluationResult]) -> Table:
-    """The table that `mgsr evaluate` prints, one row a set."""
-    table = Table("set", "examples")
-    columns = ["ROUGE-L", "greedy ROUGE-L", "distinct-2", "length", "loss"]
-    has_bias = any(result.exposure_bias is not None for result in results.values())
-    for column in columns + ["ExAccErr %"] * has_bias:
-        table.add_column(column, justify="right")
+    """The table of metrics that `mgsr evaluate` prints, one row a set and metric."""
+    first = next(iter(results.values()))
+    samples = len(first.responses) // first.examples - 1
+    passes = sorted({k for ks in first.pass_at_k.values() for k in ks} - {1})
+    heads = [f"avg@{samples}", "std of seeds"] if first.sampled else []
+    heads += ["greedy", *(f"pass@{k}" for k in passes)]
+    if first.difference is not None:
+        name = Path(first.difference.against).name
+        heads += [f"avg - {name}"] if first.difference.sampled else []
+        heads += [f"greedy - {name}"]
+    caption = "mean [95 % interval over the prompts]"
+    table = Table("set", "metric", caption=caption, caption_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
     for path, result in results.items():
-        scores = result.sampled or result.greedy
-        sampled = "" if result.sampled is None else f"{result.sampled.rouge_l:.2f}"
-        spread = "" if result.rouge_l_std is None else f" ± {result.rouge_l_std:.2f}"
-        bias = result.exposure_bias
+        for name in result.greedy.metrics:
+            cells = _metric_cells(result, name, passes)
+            table.add_row(Path(path).name, name, *cells)
+    return table
+
+
+def _metric_cells(
+    result: EvaluationResult, name: str, passes: Sequence[int]
+) -> list[str]:
+    """The cells of one metric under the heads of `score_table`."""
+    cells = []
+    if result.sampled is not None:
+        std = "" if result.seed_std is None else f"{result.seed_std[name]:.2f}"
+        cells += [_estimate(result.sampled.metrics[name]), std]
+    cells.append(_estimate(result.greedy.metrics[name]))
+    accuracy = result.pass_at_k.get(name)
+    cells += ["" if accuracy is None else _estimate(accuracy[k]) for k in passes]
+    if (difference := result.difference) is not None:
+        if difference.sampled is not None:
+            cells.append(_estimate(difference.sampled[name], sign="+"))
+        cells.append(_estimate(difference.greedy[name], sign="+"))
+    return cells
+
+
+def _estimate(estimate: Estimate, *, sign: str = "") -> str:
+    """Mean and interval as text."""
+    mean = f"{estimate.mean:{sign}.2f}"
+    if estimate.low is None:
+        return mean
+    return f"{mean} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+
+
+def text_table(results: Mapping[str, EvaluationResult]) -> Table:
+    """The table that `mgsr evaluate` prints below the metrics, one row a set."""
+    heads = ["examples", "distinct-2", "length", "ended %", "loss"]
+    has_bias = any(result.exposure_bias is not None for result in results.values())
+    table = Table("set")
+    for head in heads + ["ExAccErr %"] * has_bias:
+        table.add_column(head, justify="right")
+    for path, result in results.items():
+        scores, bias = result.sampled or result.greedy, result.exposure_bias
         table.add_row(
             Path(path).name,
             str(result.examples),
-            sampled + spread,
-            f"{result.greedy.rouge_l:.2f}",
             f"{scores.distinct_2:.3f}",
             f"{scores.length:.1f}",
+            f"{100 * scores.stopped:.1f}",
             f"{result.loss:.4f}",
             *([] if bias is None else [f"{bias:.1f}"]),
         )
@@ -115,10 +162,12 @@ def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for number, (path, result) in enumerate(results.items(), 1):
+        stem = re.sub(r"[^\w.-]+", "_", Path(path).stem)  # of a glob, of a hub name
+        name = f"{number}-{stem}.jsonl"
         values = dataclasses.asdict(result)
         responses = values.pop("responses")
-        scores[path] = values
+        scores[path] = {"responses": name, **values}
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in responses]
-        name = f"{number}-{Path(path).stem}.jsonl"
         (folder / name).write_text("".join(lines), encoding="utf-8")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
+    text = json.dumps(scores, indent=2, ensure_ascii=False)
+    (folder / SCORES_FILE).write_text(text, encoding="utf-8")

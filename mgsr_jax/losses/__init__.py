@@ -24,6 +24,8 @@ from mgsr_jax.losses._divergences import (
     symmetric_kl,
     total_variation,
 )
+from mgsr_jax.losses._kl_mixes import entropy_gated_kl, per_class_kl
+from mgsr_jax.losses._logit_difference import logit_difference
 from mgsr_jax.losses._mixtures import (
     jensen_shannon,
     skewed_forward_kl,
@@ -32,12 +34,21 @@ from mgsr_jax.losses._mixtures import (
 )
 from mgsr_jax.losses._projection import Projection, project
 from mgsr_jax.losses._reduce import Sum, masked_mean, masked_sum
+from mgsr_jax.losses._reverse_kl_top_k import reverse_kl_top_k
+from mgsr_jax.losses._sampled_reverse_kl import sampled_reverse_kl
 from mgsr_jax.losses._span import span_correlation, span_pairs
 from mgsr_jax.losses._teacher import (
     TopKTeacher,
     forward_kl_top_k,
     held_mass,
     top_k_teacher,
+)
+from mgsr_jax.losses._token_weights import (
+    acceptance_weights,
+    discrepancy_weights,
+    entropy,
+    student_entropy_weights,
+    teacher_entropy_weights,
 )
 from mgsr_jax.losses._top_k import top_k
 
@@ -48,6 +59,7 @@ __all__ = [
     "Projection",
     "Sum",
     "TopKTeacher",
+    "acceptance_weights",
     "adaptive_kl",
     "alpha_beta_divergence",
     "at_bound",
@@ -56,21 +68,30 @@ __all__ = [
     "dac_kl",
     "dac_kl_fixed",
     "default_chunk_size",
+    "discrepancy_weights",
+    "entropy",
+    "entropy_gated_kl",
     "forward_kl",
     "forward_kl_top_k",
     "held_mass",
     "init_clip_network",
     "jensen_shannon",
+    "logit_difference",
     "masked_mean",
     "masked_sum",
+    "per_class_kl",
     "project",
     "reverse_kl",
+    "reverse_kl_top_k",
+    "sampled_reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "span_correlation",
     "span_pairs",
+    "student_entropy_weights",
     "symmetric_kl",
     "taid",
+    "teacher_entropy_weights",
     "top_k",
     "top_k_teacher",
     "total_variation",

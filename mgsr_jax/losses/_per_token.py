@@ -35,8 +35,7 @@ def per_token(
     Raises:
       ValueError: `temperature` is a Python number that is not above 0.
     """
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature={temperature}; expected a number above 0")
+    check_temperature(temperature)
     return jitted_per_token(
         divergence,
         student_logits,
@@ -70,17 +69,36 @@ def jitted_per_token(
         temperature: ScalarLike,
         *numbers: ScalarLike,
     ) -> Array:
-        student, teacher = same_columns(
-            vocabulary, *clean_pair(vocabulary, student, teacher, where, vocab_size)
+        log_p, log_q = log_probs_of_both(
+            vocabulary, student, teacher, where, temperature, vocab_size
         )
-        log_p = vocabulary.log_softmax(teacher / temperature)
-        log_q = vocabulary.log_softmax(student / temperature)
         values = (jnp.asarray(number, jnp.float32) for number in numbers)
         return divergence(vocabulary, log_p, log_q, *values)
 
     logits = (student_logits, teacher_logits)
     values = over_vocabulary(local, vocab_axis, logits, where, temperature, *numbers)
     return zero_where_masked(values, where)
+
+
+def log_probs_of_both(
+    vocabulary: Vocabulary,
+    student_logits: Float[Array, "*B Vs"],
+    teacher_logits: Float[Array, "*B Vt"],
+    where: Bool[Array, "*B"] | None,
+    temperature: ScalarLike,
+    vocab_size: int | None,
+) -> tuple[Float[Array, "*B V"], Float[Array, "*B V"]]:
+    """(log p, log q) over the same columns; the teacher's p has no gradient."""
+    logits = clean_pair(vocabulary, student_logits, teacher_logits, where, vocab_size)
+    student, teacher = same_columns(vocabulary, *logits)
+    log_p = vocabulary.log_softmax(teacher / temperature)
+    return log_p, vocabulary.log_softmax(student / temperature)
+
+
+def check_temperature(temperature: ScalarLike) -> None:
+    """Raise ValueError if a Python number is not above 0; traced values pass."""
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature={temperature}; expected a number above 0")
 
 
 def check_fraction(name: str, number: ScalarLike) -> None:

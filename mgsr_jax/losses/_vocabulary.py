@@ -53,9 +53,9 @@ class Vocabulary:
         largest = self.max(x)
         largest = jnp.where(largest > -jnp.inf, largest, 0.0)
         total = self.sum(jnp.exp(x - largest[..., None]))
-        finite = total > 0
-        log = jnp.log(jnp.where(finite, total, 1.0)) + largest
-        return jnp.where(finite, log, -jnp.inf)
+        empty = total == 0  # false for nan, which is returned
+        log = jnp.log(jnp.where(empty, 1.0, total)) + largest
+        return jnp.where(empty, -jnp.inf, log)
 
     def log_softmax(self, x: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """Log-probabilities; shifted first, so that large logits cost no precision."""

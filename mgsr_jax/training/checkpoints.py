@@ -19,7 +19,7 @@ class CheckpointInputs:
     """Inputs that a resumed run must find unchanged.
 
     Attributes:
-      data: file or name of the training data, for errors.
+      data: paths or names of the training data, for errors.
       data_fingerprint: digest of the training rows, in their order.
       student: folder of the student, for errors.
       student_digest: digest of that folder, if adapters are trained on it.

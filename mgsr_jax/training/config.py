@@ -1,100 +1,21 @@
 """Settings of a run: one dataclass a topic, read from YAML and the command line."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from mgsr_jax import settings
 from mgsr_jax.checkpoint.folder import check_folder
-from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.sharding import MeshConfig
+from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation, check_best_metric
 from mgsr_jax.training.optimizer import OptimizerConfig
 
 _FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
 """Divergences that need only the teacher's most probable classes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Instruction data and how it becomes token rows.
-
-    Attributes:
-      train: JSONL or Parquet file, or a hub data set's name.
-      valid: validation data, given like `train`; none: no validation.
-      train_split: training split of a hub data set.
-      valid_split: validation split of a hub data set.
-      template: "alpaca", or "chat" for the tokenizer's own chat template.
-      add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
-      max_prompt_length: longest prompt in tokens.
-      max_length: longest prompt and response in tokens; the width of rows.
-      buckets: additional, narrower widths such as [128,256]. Batches then hold examples
-        of similar length, and a step on the data's or on replayed rows is only as wide
-        as its rows need. A step's loss is a mean over its tokens, so a token in a batch
-        of short examples counts more. Each width compiles the step again.
-      too_long: "drop" longer examples, or "truncate" them; both are counted.
-      max_bad_fraction: share of malformed records above which the run refuses to start.
-      chunker: "textblob", "spacy" (needs the extra and a model), or your own as
-        "module:function", from a text to the (start, end) of its phrases.
-      spacy_model: name of spaCy's model.
-      cache_dir: folder for tokenised data; default: the datasets library's cache, which
-        is never cleared automatically.
-    """
-
-    train: str
-    valid: str | None = None
-    train_split: str = "train"
-    valid_split: str = "validation"
-    template: Literal["alpaca", "chat"] = "alpaca"
-    add_special_tokens: bool = True
-    max_prompt_length: int = 256
-    max_length: int = 512
-    buckets: tuple[int, ...] = ()
-    too_long: Literal["drop", "truncate"] = "drop"
-    max_bad_fraction: float = 0.05
-    chunker: str = "textblob"
-    spacy_model: str = "en_core_web_sm"
-    cache_dir: str | None = None
-
-    def check(self) -> None:
-        """Refuse values that do not work, alone or with one another.
-
-        Raises:
-          ValueError: names the field, its value and the values that are allowed.
-        """
-        settings.check_choices(self, "data.")
-        self.encoding  # noqa: B018  the record checks itself
-        widths = self.widths
-        if min(widths) < 2 or sorted(set(widths)) != list(widths):
-            raise ValueError(
-                f"data.buckets={list(self.buckets)}; expected ascending widths from 2 "
-                f"to below data.max_length={self.max_length}"
-            )
-        if self.chunker not in ("textblob", "spacy") and ":" not in self.chunker:
-            raise ValueError(
-                f"data.chunker={self.chunker!r}; expected textblob, spacy, or a "
-                "function as module:function"
-            )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Allowed widths of rows, ascending."""
-        return (*self.buckets, self.max_length)
-
-    @property
-    def encoding(self) -> Encoding:
-        """The settings that turn a record into tokens."""
-        return Encoding(
-            template=self.template,
-            add_special_tokens=self.add_special_tokens,
-            max_prompt_length=self.max_prompt_length,
-            max_length=self.max_length,
-            too_long=self.too_long,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,13 +190,7 @@ def _check_validation(config: TrainConfig) -> None:
             f"validate_every={config.validate_every}, but there is no validation data; "
             "set data.valid, or validate_every to 0"
         )
-    is_file = Path(data.train).suffix in (".json", ".jsonl", ".parquet")
-    same_part = is_file or data.train_split == data.valid_split
-    if data.train == data.valid and same_part:
-        raise ValueError(
-            f"data.train and data.valid are both {data.train!r} ({data.train_split}); "
-            "validate on data that is not trained on"
-        )
+    data.check_validation()
 
 
 def _check_replay(config: TrainConfig) -> None:

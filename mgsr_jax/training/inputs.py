@@ -24,6 +24,7 @@ from mgsr_jax.data.teacher_manifest import Origin
 from mgsr_jax.models import LanguageModel, lora, quantized
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.distributed import lead_first
+from mgsr_jax.training.read_data import read_data
 from mgsr_jax.training.run_folder import check_output
 from mgsr_jax.typing import Tokenizer
 
@@ -103,14 +104,7 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
     tokenizer = hf.load_tokenizer(config.student)
     vocab_size = shared_vocabulary(config, student, teacher, tokenizer)
     check_sizes(config, student, teacher, mesh)
-    data = config.data
-    train, report = _load_data(config, data.train, data.train_split, tokenizer)
-    _print_report(data.train, report, console)
-    valid, rejected = None, [*report.messages]
-    if data.valid:
-        valid, report = _load_data(config, data.valid, data.valid_split, tokenizer)
-        _print_report(data.valid, report, console)
-        rejected += report.messages
+    data = read_data(config, tokenizer, console=console)
     return RunInputs(
         config=config,
         student=student,
@@ -119,12 +113,12 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
         vocab_size=vocab_size,
         eos_ids=eos_ids(tokenizer, student),
         mesh=mesh,
-        train=train,
-        train_fingerprint=dataset.fingerprint(train),
-        valid=valid,
-        chunker=resolve_chunker(data.chunker),
-        rejected=tuple(rejected),
-        steps=_steps(config, len(train)),
+        train=data.train,
+        train_fingerprint=dataset.fingerprint(data.train),
+        valid=data.valid,
+        chunker=resolve_chunker(config.data.chunker),
+        rejected=data.rejected,
+        steps=_steps(config, len(data.train)),
     )
 
 
@@ -322,28 +316,3 @@ def _open_cache(folder: str, inputs: RunInputs, console: Console) -> TeacherCach
         markup=False,
     )
     return cache
-
-
-def _load_data(
-    config: TrainConfig, path: str, split: str, tokenizer: Tokenizer
-) -> tuple[datasets.Dataset, dataset.DataReport]:
-    data = config.data
-    return dataset.load(
-        path,
-        tokenizer,
-        data.encoding,
-        chunker=resolve_chunker(data.chunker) if config.objective.span else None,
-        spacy_model=data.spacy_model,
-        split=split,
-        cache_dir=data.cache_dir,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-
-
-def _print_report(path: str, report: dataset.DataReport, console: Console) -> None:
-    console.print(
-        f"{path}: {report.kept} examples, {report.too_long} too long, "
-        f"{report.empty} empty, {report.malformed} malformed"
-    )
-    for message in report.messages[:3]:
-        console.print(f"  {message}", markup=False)

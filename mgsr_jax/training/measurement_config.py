@@ -3,6 +3,8 @@
 import dataclasses
 
 from mgsr_jax import settings
+from mgsr_jax.data.source_settings import check_columns
+from mgsr_jax.evaluation.text_metrics import METRICS, MetricName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,8 +12,10 @@ class PeriodicEvaluation:
     """Prompts that the student answers greedily while it trains, and is scored on.
 
     Attributes:
-      data: evaluation set, given as in `mgsr evaluate`; default: data.valid.
-      split: split of a hub data set.
+      data: one evaluation set, given as in `mgsr evaluate`; default: data.valid.
+      split: split of a folder or hub data set.
+      columns: its names of columns, given as data.columns.
+      metrics: metrics of mgsr evaluate: rouge_l, exact_match, math.
       limit: number of prompts; the first of the set are taken.
       max_length: longest prompt and response in tokens; default: data.max_length.
       batch_size: prompts decoded at a time, over all hosts; default: the rows of a
@@ -20,6 +24,8 @@ class PeriodicEvaluation:
 
     data: str | None = None
     split: str = "test"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    metrics: tuple[MetricName, ...] = ("rouge_l",)
     limit: int = 64
     max_length: int | None = None
     batch_size: int | None = None
@@ -32,6 +38,13 @@ class PeriodicEvaluation:
         """
         names = ("limit", "max_length", "batch_size")
         settings.check_positive(self, *names, section="evaluate.")
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(
+                f"evaluate.metrics={list(self.metrics)}; expected some of "
+                f"{', '.join(METRICS)}"
+            )
+        check_columns(self.columns)
 
 
 def check_best_metric(

@@ -8,8 +8,10 @@ from rich.console import Console
 
 from mgsr_jax import sharding
 from mgsr_jax.data.prompts import Prompt, load_prompts
-from mgsr_jax.evaluation.evaluate import evaluate
-from mgsr_jax.evaluation.responses import EvaluationConfig, scored_prompts
+from mgsr_jax.data.source_settings import DataSource, as_sources
+from mgsr_jax.evaluation.evaluate import evaluate, prompts_to_score
+from mgsr_jax.evaluation.responses import EvaluationConfig
+from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.inputs import RunInputs
 from mgsr_jax.typing import Params
 
@@ -24,14 +26,7 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
     config = inputs.config
     if not config.evaluate_every:
         return []
-    path, split = config.evaluate.data, config.evaluate.split
-    if path is None:
-        path, split = config.data.valid, config.data.valid_split
-    if path is None:
-        raise ValueError(
-            f"evaluate_every={config.evaluate_every}, but there is no evaluation set; "
-            "set evaluate.data or data.valid, or evaluate_every to 0"
-        )
+    source = _source(config)
     protocol, limit = _protocol(inputs), inputs.student.config.max_length
     if protocol.max_length > limit:
         raise ValueError(
@@ -42,14 +37,40 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
     encoding = dataclasses.replace(
         config.data.encoding, max_length=protocol.max_length, too_long="drop"
     )
-    prompts, report = load_prompts(path, inputs.tokenizer, encoding, split=split)
-    scored = scored_prompts(prompts, protocol)[: config.evaluate.limit]
+    prompts, report = load_prompts(
+        source.path,
+        inputs.tokenizer,
+        encoding,
+        split=source.split or config.evaluate.split,
+        columns=source.columns,
+    )
+    scored = prompts_to_score(prompts, protocol, config.evaluate.metrics)
+    scored = scored[: config.evaluate.limit]
     console.print(
-        f"{path}: {len(scored)} of {report.kept} prompts are answered every "
+        f"{source.path}: {len(scored)} of {report.kept} prompts are answered every "
         f"{config.evaluate_every} steps",
         markup=False,
     )
     return scored
+
+
+def _source(config: TrainConfig) -> DataSource:
+    """The evaluation set: that of `evaluate`, or the validation data."""
+    given, data = config.evaluate, config.data
+    if given.data is not None:
+        return DataSource(given.data, split=given.split, columns=given.columns)
+    sources = as_sources(data.valid or [])
+    if len(sources) != 1:
+        raise ValueError(
+            f"evaluate_every={config.evaluate_every} needs one evaluation set, and "
+            f"data.valid is {data.valid}; set evaluate.data, or evaluate_every to 0"
+        )
+    (source,) = sources
+    return dataclasses.replace(
+        source,
+        split=source.split or data.valid_split,
+        columns=source.columns or data.columns,
+    )
 
 
 def evaluation_scores(
@@ -68,10 +89,14 @@ def evaluation_scores(
         inputs.tokenizer,
         prompts,
         _protocol(inputs),
+        metrics=inputs.config.evaluate.metrics,
         eos_ids=inputs.eos_ids,
         mesh=inputs.mesh,
     )
-    return {**dataclasses.asdict(result.greedy), "loss": result.loss}
+    scores = {name: score.mean for name, score in result.greedy.metrics.items()}
+    others = dataclasses.asdict(result.greedy)
+    del others["metrics"]
+    return {**scores, **others, "loss": result.loss}
 
 
 def _protocol(inputs: RunInputs) -> EvaluationConfig:

@@ -299,7 +299,7 @@ _SCORED = ("sft", *DIVERGENCES)
 
 def _checkpoint_inputs(inputs: RunInputs) -> CheckpointInputs:
     return CheckpointInputs(
-        data=inputs.config.data.train,
+        data=", ".join(s.path for s in inputs.config.data.train_sources),
         data_fingerprint=inputs.train_fingerprint,
         student=inputs.config.student,
         student_digest=inputs.student_digest,

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -50,11 +51,18 @@ def test_scores_and_responses_are_written_and_printed(evaluated):
     scores, responses, table = evaluated
     assert set(scores["by_seed"]) == {"1", "2"} and scores["loss"] > 0
     assert len(responses) == 36 and {r["seed"] for r in responses} == {1, 2, None}
+    for response in responses:
+        assert response["prompt"].endswith("### Response:\n")
+        assert list(response["scores"]) == ["rouge_l"]
+        assert response["finish_reason"] in ("stop", "length")
     assert "valid.jsonl: 12 prompts (0 not scored)" in table
-    row = next(line for line in table.splitlines() if line.startswith("│ valid"))
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells[:2] == ["valid.jsonl", "12"] and " ± " in cells[2]
-    assert "ExAccErr %" in table and cells[-1] == f"{scores['exposure_bias']:.1f}"
+    rows = [line for line in table.splitlines() if line.startswith("│ valid")]
+    metric, text = [[c.strip() for c in row.strip("│").split("│")] for row in rows]
+    mean = scores["sampled"]["metrics"]["rouge_l"]["mean"]
+    assert metric[:2] == ["valid.jsonl", "rouge_l"]
+    assert metric[2].startswith(f"{mean:.2f} [")
+    assert text[:2] == ["valid.jsonl", "12"] and "ExAccErr %" in table
+    assert text[-1] == f"{scores['exposure_bias']:.1f}"
 
 
 def test_exposure_bias_is_measured_on_samples_at_temperature_1(evaluated, project):
@@ -96,8 +104,54 @@ def test_scores_do_not_depend_on_the_mesh(evaluated, project, tmp_path, axis):
     # Percent of a ratio near 1 in float32: 100 x 1e-6.
     want = pytest.approx(evaluated[0]["exposure_bias"], abs=1e-4)
     assert scores["exposure_bias"] == want
-    for name in ("greedy", "by_seed", "sampled", "rouge_l_std"):
+    for name in ("greedy", "by_seed", "sampled", "seed_std"):
         assert scores[name] == evaluated[0][name]
+
+
+@pytest.fixture(scope="module")
+def greedy_only(project, tmp_path_factory):
+    """Two metrics of greedy responses to two sets."""
+    output = tmp_path_factory.mktemp("greedy") / "scores"
+    sets = f"[{project / 'valid.jsonl'}, {project / 'train.jsonl'}]"
+    more = ["--seeds", "[]", "--data", sets, "--limit", "3", "--output", str(output)]
+    metrics = ["--metrics", "[rouge_l, exact_match]"]
+    assert main([*command(project, *more), *metrics]) == DONE
+    return output
+
+
+def test_two_sets_are_two_files(project, greedy_only):
+    scores = json.loads((greedy_only / "scores.json").read_text())
+    assert [Path(path).name for path in scores] == ["valid.jsonl", "train.jsonl"]
+    for values in scores.values():
+        lines = (greedy_only / values["responses"]).read_text().splitlines()
+        assert len(lines) == values["examples"] == 3 and values["sampled"] is None
+        assert list(values["greedy"]["metrics"]) == ["rouge_l", "exact_match"]
+
+
+@pytest.mark.slow
+def test_the_difference_to_another_run(project, greedy_only, tmp_path, capsys):
+    more = ["--limit", "3", "--samples", "2", "--metrics", "rouge_l", "exact_match"]
+    more += ["--against", str(greedy_only), "--output", str(tmp_path / "scores")]
+    assert main(command(project, *more)) == DONE
+    scores, responses = scores_in(project, tmp_path / "scores")
+    assert [r["sample"] for r in responses if r["seed"] == 1] == [0, 0, 0, 1, 1, 1]
+    assert list(scores["pass_at_k"]["exact_match"]) == ["1", "2", "4"]
+    difference = scores["difference"]
+    assert difference["sampled"] is None
+    zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert difference["greedy"] == {"rouge_l": zero, "exact_match": zero}
+    assert "pass@4" in capsys.readouterr().out
+
+
+def test_another_set_or_template_is_refused(project, greedy_only, capsys):
+    more = ["--against", str(greedy_only), "--seeds", "[]", "--limit"]
+    for changed, message in (
+        (["2"], "it has 3 prompts, got 2"),
+        (["3", "--metrics", "rouge_l", "math"], "it has no scores of ['math']"),
+        (["3", "--data", str(project / "student")], "it has no scores of"),
+    ):
+        assert main(command(project, *more, *changed)) == MISTAKE
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,6 +164,10 @@ def test_scores_do_not_depend_on_the_mesh(evaluated, project, tmp_path, axis):
             "give at least one seed",
         ),
         (["--top_p", "2"], "0 < top_p <= 1"),
+        (["--samples", "0"], "samples must be at least 1"),
+        (["--metrics", "bleu"], "bleu"),
+        (["--metrics", "rouge_l", "rouge_l"], "each once"),
+        (["--against", "nowhere"], "output folder of mgsr evaluate"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--mesh.data", "3"], "mesh data=3"),
         (["--model", "nowhere"], "nowhere"),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
-from mgsr_jax.commands.parser import COMMANDS, main
+from mgsr_jax.commands.parser import COMMANDS, _with_lists, main
 
 
 def fails(capsys, *arguments):
@@ -38,6 +38,24 @@ def fails(capsys, *arguments):
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
     assert re.search(message, fails(capsys, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("evaluate --metrics math rouge_l", 'evaluate --metrics ["math","rouge_l"]'),
+        (
+            "evaluate --data a.jsonl b.jsonl --seeds [] --metrics math",
+            'evaluate --data ["a.jsonl","b.jsonl"] --seeds [] --metrics math',
+        ),
+        ("convert --mesh.data 2 a b", "convert --mesh.data 2 a b"),
+        ("--help", "--help"),
+        ("", ""),
+    ],
+)
+def test_words_of_an_option_become_a_list(words, expected):
+    joined = _with_lists(words.split())
+    assert [word.replace(", ", ",") for word in joined] == expected.split()
 
 
 def test_an_output_that_exists_is_left_unchanged(project, recipe, capsys, tmp_path):

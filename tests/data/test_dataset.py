@@ -27,7 +27,8 @@ from mgsr_jax.data.encoding import (
     encode_prompt,
     encode_response,
 )
-from mgsr_jax.data.records import DataReport
+from mgsr_jax.data.forms import Form
+from mgsr_jax.data.report import MAX_MESSAGES, data_report
 from mgsr_jax.rows import next_token_view
 
 
@@ -47,7 +48,7 @@ def test_a_record_becomes_prompt_response_and_span_ids(tmp_path):
     table, report = dataset.load(
         write(tmp_path, [record]), TOKENIZER, LONG, cache_dir=tmp_path
     )
-    assert report == DataReport(1, 0, 0, 0, ())
+    assert (report.kept, report.messages) == (1, ())
     (row,) = table
     assert TOKENIZER.decode(row["prompt"]) == alpaca_prompt("Say.")
     assert TOKENIZER.decode(row["response"]) == record["output"] + EOS
@@ -67,19 +68,14 @@ def test_end_of_sequence_is_scored_though_padding_has_the_same_id(examples):
         assert scored[-1] == EOS_ID and scored.count(EOS_ID) == 1
 
 
+FORM = Form("chat", "messages", None, {}, ("messages",), ())
 LONG_ROW = len(encode_prompt(TOKENIZER, MIXED[4]["instruction"])) + 900 + 1
-REPORT = DataReport(
-    kept=2,
-    malformed=1,
-    empty=1,
-    too_long=2,
-    messages=(
-        "some.jsonl:2: Unterminated string starting at: line 1 column 17 (char 16)",
-        "some.jsonl:3: empty 'instruction'",
-        f"some.jsonl:4: {LONG_PROMPT} tokens of prompt, at most 200; {LONG_PROMPT + 3} "
-        "tokens of prompt and response, at most 300",
-        f"some.jsonl:5: {LONG_ROW} tokens of prompt and response, at most 300",
-    ),
+MESSAGES = (
+    "some.jsonl:2: Unterminated string starting at: line 1 column 17 (char 16)",
+    "some.jsonl:3: empty 'instruction'",
+    f"some.jsonl:4: {LONG_PROMPT} tokens of prompt, at most 200; {LONG_PROMPT + 3} "
+    "tokens of prompt and response, at most 300",
+    f"some.jsonl:5: {LONG_ROW} tokens of prompt and response, at most 300",
 )
 
 
@@ -87,15 +83,20 @@ def test_the_report_names_every_record_and_is_cached(tmp_path, monkeypatch):
     file = write(tmp_path, MIXED)
     load = {"cache_dir": tmp_path / "cache", "max_bad_fraction": 0.5}
     computed, report = dataset.load(file, TOKENIZER, LONG, **load)
-    assert report == REPORT
+    assert (report.kept, report.too_long) == (2, 2)
+    assert (report.malformed, report.empty) == (1, 1)
+    assert (report.messages, report.unlisted) == (MESSAGES, 0)
+    assert report.prompt_lengths[-1] == LONG_PROMPT
+    assert report.lengths[-1] == max(LONG_ROW, LONG_PROMPT + 3)
+    assert report.many_too_long
     assert [TOKENIZER.decode(r) for r in computed["response"]] == ["Hi" + EOS] * 2
 
     def fail(*args, **options):
         raise AssertionError("the file was read again")
 
-    monkeypatch.setattr(dataset.records, "read_examples", fail)
-    cached, report = dataset.load(file, make_tokenizer(), LONG, **load)
-    assert report == REPORT and cached.to_dict() == computed.to_dict()
+    monkeypatch.setattr(dataset, "examples_of", fail)
+    cached, again = dataset.load(file, make_tokenizer(), LONG, **load)
+    assert again == report and cached.to_dict() == computed.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -104,22 +105,23 @@ def test_the_report_names_every_record_and_is_cached(tmp_path, monkeypatch):
         {"file": [{"instruction": "Say hi.", "output": "Ho"}]},
         {"tokenizer": make_tokenizer(f"{BOS} $A")},
         {"encoding": Encoding(max_prompt_length=200, max_length=301)},
+        {"columns": {"system": "note"}},
         {"chunker": None},
         {"chunker": lambda text: [(0, 1)]},
     ],
 )
 def test_the_cache_key_changes_with_each_input(tmp_path, monkeypatch, change):
     reads = []
-    read = dataset.records.read_examples
+    read = dataset.examples_of
     monkeypatch.setattr(
-        dataset.records,
-        "read_examples",
+        dataset,
+        "examples_of",
         lambda *a, **k: reads.append(a) or read(*a, **k),
     )
 
-    def load(file=MIXED[:1], tokenizer=TOKENIZER, encoding=LONG, chunker="textblob"):
+    def load(file=MIXED[:1], tokenizer=TOKENIZER, encoding=LONG, **options):
         path = write(tmp_path, file)
-        dataset.load(path, tokenizer, encoding, chunker=chunker, cache_dir=tmp_path)
+        dataset.load(path, tokenizer, encoding, cache_dir=tmp_path, **options)
 
     load()
     load()
@@ -196,3 +198,34 @@ def test_errors_raised_while_the_cache_is_filled_keep_their_message(tmp_path):
         )
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         dataset.load(file, make_tokenizer(eos_token=None), cache_dir=tmp_path)
+
+
+def test_prompts_only_have_rows_without_a_response(tmp_path):
+    file = write(tmp_path, [{"prompt": "Say hi."}, {"prompt": "Say a lot."}])
+    table, report = dataset.load(file, TOKENIZER, LONG, cache_dir=tmp_path)
+    assert report.form.prompts_only and report.kept == 2
+    assert TOKENIZER.decode(table[0]["prompt"]) == alpaca_prompt("Say hi.")
+    assert table["response"] == table["span_ids"] == [[], []]
+    rows = next(train_batches(table, 2, widths=[100, 300], seed=0))
+    assert rows.lengths.tolist() == rows.prompt_lengths.tolist()
+    view = next_token_view(jax.tree.map(jnp.asarray, rows))
+    assert not view.where.any()
+
+
+def test_a_report_holds_a_limited_number_of_messages():
+    def reasons():
+        for number in range(MAX_MESSAGES + 5):
+            yield f"some.jsonl:{number}: bad"
+
+    problems = ["malformed"] * (MAX_MESSAGES + 5)
+    report = data_report(FORM, 1, problems, reasons())
+    assert (len(report.messages), report.unlisted) == (MAX_MESSAGES, 5)
+
+
+@pytest.mark.parametrize(("too_long", "many"), [(0, False), (10, False), (11, True)])
+def test_many_records_are_too_long_if_they_are_more_than_a_tenth(too_long, many):
+    problems = ["too_long"] * too_long + [""] * (100 - too_long)
+    lengths = range(1, 101)
+    report = data_report(FORM, 100 - too_long, problems, (), lengths=lengths)
+    assert report.many_too_long == many
+    assert report.lengths == (51, 91, 100, 100)

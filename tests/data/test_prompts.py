@@ -8,7 +8,6 @@ from instruction_data import EOS, LONG, LONG_PROMPT, MIXED, TOKENIZER, write
 
 from mgsr_jax.data.encoding import Encoding, encode_prompt
 from mgsr_jax.data.prompts import load_prompts
-from mgsr_jax.data.records import DataReport
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -61,5 +60,20 @@ def test_published_sets(name, total, scored):
         pytest.skip(f"the evaluation sets are not next to the repository: {file}")
     wide = Encoding(max_prompt_length=4000, max_length=4001)
     prompts, report = load_prompts(file, TOKENIZER, wide)
-    assert report == DataReport(total, 0, 0, 0, ())
+    assert (report.kept, report.messages) == (total, ())
     assert sum(prompt.scored for prompt in prompts) == scored
+
+
+def test_prompts_without_references_are_refused(tmp_path):
+    file = write(tmp_path, [{"question": "Why?"}])
+    with pytest.raises(
+        ValueError, match=r"prompts only \(question\), .* mgsr generate"
+    ):
+        load_prompts(file, TOKENIZER)
+
+
+def test_questions_with_answers_are_read(tmp_path):
+    file = write(tmp_path, [{"question": "1 + 1?", "answer": "2\n#### 2"}])
+    (prompt,), _ = load_prompts(file, TOKENIZER)
+    assert list(prompt.tokens) == encode_prompt(TOKENIZER, "1 + 1?")
+    assert prompt.references == ("2\n#### 2",)

@@ -3,6 +3,7 @@
 The tokenizer has fewer words than the model has columns, as padded vocabularies do.
 """
 
+import collections
 import dataclasses
 import json
 import statistics
@@ -19,6 +20,7 @@ from mgsr_jax import sharding
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import ANCESTRAL, GREEDY
+from mgsr_jax.evaluation.estimates import mean_estimate
 from mgsr_jax.evaluation.evaluate import evaluate
 from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
@@ -108,7 +110,8 @@ def test_responses_and_scores_equal_those_by_hand(result, by_hand):
         rouge_l(text, prompt.references)
         for text, prompt in zip(texts, make_prompts(), strict=True)
     ]
-    assert scores.rouge_l == pytest.approx(statistics.fmean(rouge))
+    assert scores.metrics["rouge_l"].mean == pytest.approx(statistics.fmean(rouge))
+    assert [response.scores["rouge_l"] for response in responses] == rouge
     assert scores.distinct_1 == distinct_n(ids, 1)
     assert scores.distinct_2 == distinct_n(ids, 2)
     assert scores.distinct_4 == distinct_n(ids, 4)
@@ -116,17 +119,63 @@ def test_responses_and_scores_equal_those_by_hand(result, by_hand):
 
 
 def test_mean_and_deviation_over_seeds(result):
-    values = [result.by_seed[seed].rouge_l for seed in (3, 4)]
-    assert result.sampled.rouge_l == pytest.approx(sum(values) / 2)
-    assert result.rouge_l_std == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    values = [result.by_seed[seed].metrics["rouge_l"].mean for seed in (3, 4)]
+    assert result.sampled.metrics["rouge_l"].mean == pytest.approx(sum(values) / 2)
+    deviation = abs(values[0] - values[1]) / 2**0.5
+    assert result.seed_std == pytest.approx({"rouge_l": deviation})
     assert result.by_seed[3] != result.by_seed[4] and result.examples == 5
     assert len(result.responses) == 15
 
 
-def test_responses_convert_to_lines_of_json(result):
+def test_a_response_has_its_prompt_and_why_it_ended(result):
     for response in result.responses:
         line = json.loads(json.dumps(dataclasses.asdict(response)))
         assert line["response"] == response.response
+        prompt = make_prompts()[int(response.source.removeprefix("f:"))]
+        assert response.prompt == "".join(f"w{token}" for token in prompt.tokens)
+        assert response.references == prompt.references
+        full = len(prompt.tokens) + response.length == WIDTH
+        assert response.finish_reason == "length" if full else "stop"
+    reasons = [response.finish_reason for response in result.responses]
+    assert {"stop", "length"} == set(reasons)
+    assert result.greedy.stopped == reasons[-5:].count("stop") / 5
+
+
+@pytest.fixture(scope="module")
+def three_samples(student, tokenizer):
+    config = dataclasses.replace(CONFIG, samples=3)
+    metrics = ("rouge_l", "exact_match")
+    return evaluate(*student, tokenizer, make_prompts(), config, metrics=metrics)
+
+
+def by_draw(result):
+    """(seed, sample) -> texts."""
+    texts = collections.defaultdict(list)
+    for response in result.responses:
+        texts[response.seed, response.sample].append(response.response)
+    return texts
+
+
+def test_samples_of_a_seed_differ_and_begin_with_the_only_one(result, three_samples):
+    one, three = by_draw(result), by_draw(three_samples)
+    assert list(three) == [*((s, j) for s in (3, 4) for j in range(3)), (None, 0)]
+    assert all(three[draw] == texts for draw, texts in one.items())
+    assert len({tuple(texts) for texts in three.values()}) == 7
+
+
+def test_scores_of_a_seed_are_means_over_its_samples(three_samples):
+    values = collections.defaultdict(list)
+    for response in three_samples.responses:
+        values[response.seed].append(response.scores["rouge_l"])
+    for seed in (3, 4):
+        got = three_samples.by_seed[seed].metrics["rouge_l"].mean
+        assert got == pytest.approx(np.mean(values[seed])) and len(values[seed]) == 15
+    by_prompt = np.reshape(values[3] + values[4], (6, 5)).mean(0)
+    want = mean_estimate(by_prompt)
+    got = three_samples.sampled.metrics["rouge_l"]
+    assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(want))
+    assert list(three_samples.pass_at_k) == ["exact_match"]
+    assert list(three_samples.pass_at_k["exact_match"]) == [1, 2, 4, 6]
 
 
 def test_tokens_beyond_the_tokenizers_vocabulary_are_not_sampled(result):
@@ -176,5 +225,13 @@ def test_only_scored_prompts_count_and_progress_is_reported(student, tokenizer, 
         progress=lambda done, total: calls.append((done, total)),
     )
     assert (greedy_only.examples, greedy_only.greedy) == (5, result.greedy)
-    assert greedy_only.sampled is None and greedy_only.rouge_l_std is None
+    assert greedy_only.sampled is None and greedy_only.seed_std is None
+    assert greedy_only.pass_at_k == {}
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_reference_that_math_cannot_read_is_named(student, tokenizer):
+    prompts = make_prompts()
+    prompts[3] = dataclasses.replace(prompts[3], references=("no number at all",))
+    with pytest.raises(ValueError, match="f:3: math finds no final answer"):
+        evaluate(*student, tokenizer, prompts, CONFIG, metrics=("math",))

@@ -32,6 +32,12 @@ def test_only_scored_prompts_are_selected():
         ),
         (make_prompts(2) + make_prompts(2), {}, "an example index occurs twice"),
         (make_prompts(2), {"seeds": (1, 1)}, "a seed occurs twice"),
+        (make_prompts(2), {"samples": 0}, "samples must be above 0, got 0"),
+        (
+            [dataclasses.replace(make_prompts(1)[0], references=())],
+            {},
+            "f:0: the prompt has no reference",
+        ),
     ],
 )
 def test_invalid_prompts_and_seeds_raise(prompts, settings, reason):

@@ -1,12 +1,24 @@
 """Tables of scores and the files of `mgsr evaluate`."""
 
+import dataclasses
 import json
 
 import pytest
 from rich.console import Console
 
-from mgsr_jax.evaluation.evaluate import EvaluationResult, ScoredResponse, TextScores
-from mgsr_jax.evaluation.tables import markdown_table, score_table, write_scores
+from mgsr_jax.evaluation.estimates import Estimate
+from mgsr_jax.evaluation.scores import (
+    Difference,
+    EvaluationResult,
+    ScoredResponse,
+    TextScores,
+)
+from mgsr_jax.evaluation.tables import (
+    markdown_table,
+    score_table,
+    text_table,
+    write_scores,
+)
 
 
 def test_markdown_table_aligns_numbers_right_and_escapes_bars():
@@ -29,51 +41,115 @@ def test_markdown_table_with_a_missing_cell_raises():
 
 @pytest.fixture
 def result():
-    scores = TextScores(12.345, 0.5, 0.6789, 1.0, 7.25)
+    metrics = {
+        "rouge_l": Estimate(12.345, 10.0, 14.69),
+        "math": Estimate(50.0, 1.0, 99.0),
+    }
+    scores = TextScores(metrics, 0.5, 0.6789, 1.0, 7.25, 0.5)
+    greedy = {"rouge_l": Estimate(20.0, 15.0, 25.0), "math": Estimate(0.0, 0.0, 0.0)}
+    texts = {"prompt": "Größe?", "response": "Größe", "references": ("size",)}
+    response = ScoredResponse(
+        seed=10,
+        sample=0,
+        source="a.jsonl:1",
+        scores={"rouge_l": 12.5, "math": 0.0},
+        length=4,
+        finish_reason="stop",
+        **texts,
+    )
     return EvaluationResult(
-        examples=3,
+        examples=1,
         sampled=scores,
-        rouge_l_std=0.5,
+        seed_std={"rouge_l": 0.5, "math": 1.5},
         by_seed={10: scores},
-        greedy=TextScores(20.0, 0.4, 0.5, 0.9, 6.0),
+        pass_at_k={
+            "math": {1: Estimate(50.0, 1.0, 99.0), 2: Estimate(75.0, 51.0, 99.0)}
+        },
+        greedy=TextScores(greedy, 0.4, 0.5, 0.9, 6.0, 1.0),
         loss=2.34567,
-        responses=(ScoredResponse(10, "a.jsonl:1", "Größe", ("size",), 12.5, 4),),
+        responses=(response,) * 3,
     )
 
 
-def test_score_table_has_one_row_a_set(result):
-    console = Console(width=100)
+def cells(table):
+    """The rows of a table as it is printed, heads first."""
+    console = Console(width=200)
     with console.capture() as capture:
-        console.print(score_table({"folder/dolly.jsonl": result}))
-    row = next(line for line in capture.get().splitlines() if "dolly.jsonl" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == [
-        "dolly.jsonl", "3", "12.35 ± 0.50", "20.00", "0.679", "7.2", "2.3457"
-    ]  # fmt: skip
+        console.print(table)
+    lines = [line for line in capture.get().splitlines() if line[:1] in "┃│"]
+    return [[cell.strip() for cell in line[1:-1].split(line[0])] for line in lines]
+
+
+def test_score_table_has_one_row_a_set_and_metric(result):
+    single = Estimate(5.0, None, None)
+    difference = Difference("runs/sft", None, {"rouge_l": single, "math": single})
+    results = {"folder/dolly.jsonl": result, "sni.jsonl": result}
+    assert cells(score_table(results)) == [
+        ["set", "metric", "avg@2", "std of seeds", "greedy", "pass@2"],
+        *(
+            row
+            for name in ("dolly.jsonl", "sni.jsonl")
+            for row in [
+                [name, "rouge_l", "12.35 [10.00, 14.69]", "0.50"]
+                + ["20.00 [15.00, 25.00]", ""],
+                [name, "math", "50.00 [1.00, 99.00]", "1.50"]
+                + ["0.00 [0.00, 0.00]", "75.00 [51.00, 99.00]"],
+            ]
+        ),
+    ]
+    compared = dataclasses.replace(result, difference=difference)
+    heads, row, _ = cells(score_table({"dolly.jsonl": compared}))
+    assert (heads[-1], row[-1]) == ("greedy - sft", "+5.00")
+    both = dataclasses.replace(difference, sampled=result.sampled.metrics)
+    compared = dataclasses.replace(result, difference=both)
+    heads, row, _ = cells(score_table({"dolly.jsonl": compared}))
+    assert heads[-2:] == ["avg - sft", "greedy - sft"]
+    assert row[-2:] == ["+12.35 [+10.00, +14.69]", "+5.00"]
+
+
+def test_score_table_of_greedy_responses(result):
+    only = dataclasses.replace(
+        result, sampled=None, seed_std=None, by_seed={}, pass_at_k={}
+    )
+    rows = cells(score_table({"dolly.jsonl": only}))
+    assert rows[0] == ["set", "metric", "greedy"]
+    assert rows[1] == ["dolly.jsonl", "rouge_l", "20.00 [15.00, 25.00]"]
+
+
+def test_text_table_has_one_row_a_set(result):
+    biased = dataclasses.replace(result, exposure_bias=12.34)
+    assert cells(text_table({"a/dolly.jsonl": biased})) == [
+        ["set", "examples", "distinct-2", "length", "ended %", "loss", "ExAccErr %"],
+        ["dolly.jsonl", "1", "0.679", "7.2", "50.0", "2.3457", "12.3"],
+    ]
 
 
 def test_write_scores_writes_responses_and_scores(tmp_path, result):
     folder = tmp_path / "scores"
-    write_scores(folder, {"sets/dolly.jsonl": result, "sni.jsonl": result})
+    write_scores(folder, {"sets/*.jsonl": result, "sni.jsonl": result})
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["1-dolly.jsonl", "2-sni.jsonl", "scores.json"]
-    (line,) = (folder / "1-dolly.jsonl").read_text(encoding="utf-8").splitlines()
+    assert names == ["1-_.jsonl", "2-sni.jsonl", "scores.json"]
+    line, *_ = (folder / "1-_.jsonl").read_text(encoding="utf-8").splitlines()
     assert "Größe" in line
     assert json.loads(line) == {
         "seed": 10,
+        "sample": 0,
         "source": "a.jsonl:1",
+        "prompt": "Größe?",
         "response": "Größe",
         "references": ["size"],
-        "rouge_l": 12.5,
+        "scores": {"rouge_l": 12.5, "math": 0.0},
         "length": 4,
+        "finish_reason": "stop",
     }
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    assert list(scores) == ["sets/dolly.jsonl", "sni.jsonl"]
+    assert list(scores) == ["sets/*.jsonl", "sni.jsonl"]
     assert sorted(scores["sni.jsonl"]) == [
-        "by_seed", "examples", "exposure_bias", "greedy", "loss", "rouge_l_std",
-        "sampled",
+        "by_seed", "difference", "examples", "exposure_bias", "greedy", "loss",
+        "pass_at_k", "responses", "sampled", "seed_std",
     ]  # fmt: skip
-    assert scores["sni.jsonl"]["by_seed"]["10"]["rouge_l"] == 12.345
+    by_seed = scores["sni.jsonl"]["by_seed"]["10"]
+    assert by_seed["metrics"]["rouge_l"] == {"mean": 12.345, "low": 10.0, "high": 14.69}
 
 
 def test_write_scores_without_a_folder_writes_nothing(tmp_path, monkeypatch, result):

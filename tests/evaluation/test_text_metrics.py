@@ -1,8 +1,14 @@
-"""ROUGE-L and distinct-n against values computed by hand."""
+"""ROUGE-L, exact match and distinct-n against values computed by hand."""
 
 import pytest
 
-from mgsr_jax.evaluation.text_metrics import distinct_n, rouge_l
+from mgsr_jax.evaluation.text_metrics import (
+    METRICS,
+    check_metrics,
+    distinct_n,
+    exact_match,
+    rouge_l,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +39,43 @@ def test_rouge_l_does_not_depend_on_the_order_of_references():
     assert rouge_l("the dog", references[::-1]) == rouge_l("the dog", references)
 
 
-def test_rouge_l_without_a_reference_raises():
-    with pytest.raises(ValueError, match="give at least one"):
-        rouge_l("a", [])
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_without_a_reference_raises(name):
+    with pytest.raises(ValueError, match=f"{name} got no references; give at least"):
+        METRICS[name]("a", [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("Paris", ["paris"], 100.0),
+        ("  The\n Eiffel   Tower! ", ["eiffel tower"], 100.0),
+        ("an apple a day", ["apple day"], 100.0),
+        ("theatre", ["atre"], 0.0),  # an article is a whole word
+        ("Paris, France", ["London", "Paris France"], 100.0),
+        ("in Paris", ["Paris"], 0.0),
+        ("", ["Paris"], 0.0),
+        ("3.5", ["35"], 100.0),  # SQuAD's normalisation, not a comparison of numbers
+    ],
+)
+def test_exact_match_compares_normalised_texts(prediction, references, expected):
+    assert exact_match(prediction, references) == expected
+
+
+@pytest.mark.parametrize("names", [[], ["rouge_l", "rouge_l"], ["bleu"]])
+def test_unknown_metrics_raise(names):
+    with pytest.raises(ValueError, match="expected one or several of .*'math'"):
+        check_metrics(names)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    import sys
+
+    check_metrics(["rouge_l", "math"])
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    check_metrics(["rouge_l"])
+    with pytest.raises(ImportError, match=r"pip install 'mgsr_jax\[math\]'"):
+        check_metrics(["rouge_l", "math"])
 
 
 def test_distinct_n_equals_the_value_by_hand():

@@ -38,6 +38,14 @@ def taid(student, teacher, labels, span_ids, **kwargs):
     return losses.taid(student, teacher, mix=0.3, **kwargs)
 
 
+def reverse_kl_top_k(student, teacher, labels, span_ids, **kwargs):
+    return losses.reverse_kl_top_k(student, teacher, top_k=K, support="union", **kwargs)
+
+
+def sampled_reverse_kl(student, teacher, labels, span_ids, **kwargs):
+    return losses.sampled_reverse_kl(student, teacher, labels, **kwargs)
+
+
 def _of_two_distributions(loss):
     def run(student, teacher, labels, span_ids, **kwargs):
         return loss(student, teacher, **kwargs)
@@ -46,17 +54,24 @@ def _of_two_distributions(loss):
     return run
 
 
-forward_kl, reverse_kl, symmetric_kl, adaptive_kl = (
-    _of_two_distributions(loss)
-    for loss in (
-        losses.forward_kl,
-        losses.reverse_kl,
-        losses.symmetric_kl,
-        losses.adaptive_kl,
-    )
+forward_kl, adaptive_kl = (
+    _of_two_distributions(loss) for loss in (losses.forward_kl, losses.adaptive_kl)
 )
 # Infinite where the student has probability that the teacher's logits exclude.
-NEED_THE_TEACHERS_SUPPORT = [reverse_kl, symmetric_kl, adaptive_kl]
+NEED_THE_TEACHERS_SUPPORT = [
+    adaptive_kl,
+    reverse_kl_top_k,
+    *(
+        _of_two_distributions(loss)
+        for loss in (
+            losses.reverse_kl,
+            losses.symmetric_kl,
+            losses.entropy_gated_kl,
+            losses.per_class_kl,
+            losses.logit_difference,
+        )
+    ),
+]
 # They share `per_token`, and differ only in an equation of two log-probabilities.
 DIVERGENCES = [
     forward_kl,
@@ -68,13 +83,15 @@ DIVERGENCES = [
     _of_two_distributions(losses.alpha_beta_divergence),
     taid,
 ]
-PAIRED = [*DIVERGENCES, dac_kl, dac_kl_fixed, span_correlation]
+PAIRED = [*DIVERGENCES, sampled_reverse_kl, dac_kl, dac_kl_fixed, span_correlation]
 EVERY = [cross_entropy, *PAIRED]
 # One loss for each way that logits are read; adaptive KL is the one with a loop.
 EVERY_PATH = [
     cross_entropy,
     forward_kl,
     adaptive_kl,
+    reverse_kl_top_k,
+    sampled_reverse_kl,
     dac_kl,
     dac_kl_fixed,
     span_correlation,

@@ -3,6 +3,7 @@
 They are independent of the package: nothing here is fast, batched or shared with it.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -132,6 +133,54 @@ def alpha_beta(log_p, log_q, a, b):
 def taid(log_p, log_q, mix, log_held=None):
     parts = [(1 - mix, log_q if log_held is None else log_held), (mix, log_p)]
     return kl(log_softmax(sum(w * x for w, x in parts if w > 0)), log_q)
+
+
+def entropy(log_p):
+    return -sum(math.exp(a) * a for a in log_p if math.exp(a) > 0)
+
+
+def entropy_gated_kl(log_p, log_q, threshold):
+    forward = kl(log_p, log_q) if entropy(log_p) > threshold else 0.0
+    return kl(log_q, log_p) + forward
+
+
+def per_class_kl(log_p, log_q, log_held=None):
+    """Both KLs of each class, with the weights that `log_held` gives."""
+    log_held = log_q if log_held is None else log_held
+    total = 0.0
+    for p, q, held in zip(log_p, log_q, log_held, strict=True):
+        if max(p, held) == -np.inf:
+            continue
+        share = math.exp(p - np.logaddexp(p, held))
+        total += share * math.exp(p) * (p - q) + (1 - share) * math.exp(q) * (q - p)
+    return total
+
+
+def logit_difference(log_p, log_q, alpha, log_held=None):
+    """The sum over all pairs of classes, pair by pair."""
+    log_held = log_q if log_held is None else log_held
+    w = alpha * np.exp(log_p) + (1 - alpha) * np.exp(log_held)
+    some = np.flatnonzero(w)
+    d = log_q[some] - log_p[some]
+    pairs = itertools.product(zip(w[some], d, strict=True), repeat=2)
+    return sum(a * b * (x - y) ** 2 for (a, x), (b, y) in pairs) / 4
+
+
+def reverse_kl_top_k(log_p, log_q, k, support):
+    """A sort finds the classes; those that equal the last of the K are listed too."""
+    sides = [log_q] if support == "student" else [log_q, log_p]
+    listed = np.any([x >= np.sort(x)[-k] for x in sides], axis=0)
+    p, q = (
+        np.append(x[listed], np.logaddexp.reduce(x[~listed], initial=-np.inf))
+        for x in (log_p, log_q)
+    )
+    return kl(q, p)
+
+
+def sampled_reverse_kl(log_p, log_q, token, baseline, log_held):
+    """A function of log q with the gradient of the estimate at `log_held`."""
+    advantage = log_held[token] - log_p[token] - baseline * kl(log_held, log_p)
+    return advantage * log_q[token]
 
 
 def sigmoid(x):

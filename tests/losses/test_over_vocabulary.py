@@ -70,11 +70,13 @@ def of_two_distributions(loss):
     return values
 
 
-# Every way in which the vocabulary is read. The other divergences differ from these two
+# Every way in which the vocabulary is read. The other divergences differ from these
 # only in an equation of two log-probabilities.
 PATHS = {
     "forward_kl": of_two_distributions(every_loss.forward_kl),
     "adaptive_kl": of_two_distributions(every_loss.adaptive_kl),
+    "reverse_kl_top_k": of_two_distributions(every_loss.reverse_kl_top_k),
+    "sampled_reverse_kl": of_two_distributions(every_loss.sampled_reverse_kl),
 } | {
     loss.__name__: loss
     for loss in (

@@ -51,6 +51,10 @@ EXCLUDED = {
     "reverse_kl": (None, math.inf),
     "symmetric_kl": (math.inf, math.inf),
     "adaptive_kl": (math.inf, math.inf),
+    "entropy_gated_kl": (math.inf, math.inf),
+    "per_class_kl": (math.inf, math.inf),
+    "logit_difference": (None, math.inf),
+    "reverse_kl_top_k": (None, math.inf),
 }
 
 
@@ -78,6 +82,7 @@ def test_a_number_outside_0_to_1_is_refused(number):
         (losses.skewed_reverse_kl, "alpha"),
         (losses.adaptive_kl, "head_mass"),
         (losses.taid, "mix"),
+        (losses.logit_difference, "alpha"),
     ]:
         with pytest.raises(ValueError, match=f"^{name}={number}; expected .* 0 to 1$"):
             loss(*pair, **{name: number})

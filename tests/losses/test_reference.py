@@ -127,6 +127,17 @@ def taid(student, teacher):
     return losses.taid(student, teacher, mix=0.4, temperature=2.0)
 
 
+def logit_difference(student, teacher):
+    return losses.logit_difference(student, teacher, alpha=0.3, temperature=2.0)
+
+
+def reverse_kl_top_k(student, teacher):
+    return losses.reverse_kl_top_k(student, teacher, top_k=4, support="union")
+
+
+STOPS_A_STUDENT = (adaptive_kl, taid, losses.per_class_kl, logit_difference)
+
+
 @pytest.mark.parametrize(
     "function, equation, numbers",
     [
@@ -139,12 +150,16 @@ def taid(student, teacher):
         (losses.alpha_beta_divergence, reference.alpha_beta, (0.2, 0.7)),
         (adaptive_kl, reference.adaptive_kl, (0.7,)),
         (taid, reference.taid, (0.4,)),
+        (losses.entropy_gated_kl, reference.entropy_gated_kl, (0.8,)),
+        (losses.per_class_kl, reference.per_class_kl, ()),
+        (logit_difference, reference.logit_difference, (0.3,)),
+        (reverse_kl_top_k, reference.reverse_kl_top_k, (4, "union")),
     ],
 )
 def test_a_divergence_equals_the_reference(logits, function, equation, numbers):
     student, teacher = logits
-    held = student if function in (adaptive_kl, taid) else None
-    temperature = 2.0 if function is taid else 1.0
+    held = student if function in STOPS_A_STUDENT else None
+    temperature = 2.0 if function in (taid, logit_difference) else 1.0
 
     def expected(s):
         return reference.divergence(
@@ -307,6 +322,9 @@ def test_divergences_of_any_logits_are_not_negative(pair, weight, alpha, beta):
         (losses.skewed_forward_kl, {"alpha": weight}, reference.skewed_forward_kl),
         (losses.skewed_reverse_kl, {"alpha": weight}, reference.skewed_reverse_kl),
         (losses.taid, {"mix": weight}, reference.taid),
+        (losses.per_class_kl, {}, reference.per_class_kl),
+        (losses.entropy_gated_kl, {"threshold": 0.8}, reference.entropy_gated_kl),
+        (losses.logit_difference, {"alpha": weight}, reference.logit_difference),
         (
             losses.alpha_beta_divergence,
             {"alpha": alpha, "beta": beta},

@@ -20,6 +20,10 @@ EVERY = {
     "adaptive_kl": losses.adaptive_kl,
     "alpha_beta": losses.alpha_beta_divergence,
     "taid": functools.partial(losses.taid, mix=0.5),
+    "entropy_gated_kl": functools.partial(losses.entropy_gated_kl, threshold=0.0),
+    "per_class_kl": losses.per_class_kl,
+    "logit_difference": losses.logit_difference,
+    "reverse_kl_top_k": functools.partial(losses.reverse_kl_top_k, top_k=9),
 }
 
 

@@ -4,9 +4,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 from contextlib import ExitStack, contextmanager
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from processes import by_variables, ended, environment, free_port, together
 
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint import state as checkpoint_state
@@ -22,7 +20,6 @@ from mgsr_jax.models import from_config
 from mgsr_jax.training import distributed
 from mgsr_jax.training.distributed import DistributedConfig
 
-TIMEOUT = 300
 MEET = """
 import jax
 from mgsr_jax.training import distributed
@@ -31,68 +28,10 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def environment(devices, **more):
-    """Nothing of this machine's launcher, `devices` CPU devices."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(
-            ("SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_", "MEGASCALE_")
-        )
-    }
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return kept | settings | more
-
-
-def ended(commands, environments):
-    """One process for each; status, what it prints, and what it complains of."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command, env in zip(commands, environments, strict=True)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [
-        (process.returncode, *said)
-        for process, said in zip(running, outputs, strict=True)
-    ]
-
-
-def together(command, environments):
-    """One process for each environment; what they print."""
-    found = ended([command] * len(environments), environments)
-    for status, _, complaint in found:
-        assert status == 0, complaint[-3000:]
-    return [out for _, out, _ in found]
-
-
 def two(launcher):
     """The environments of two processes, of two devices each."""
     port = free_port()
     return [environment(2, **launcher(i, port)) for i in (0, 1)]
-
-
-def by_variables(i, port):
-    return {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": str(i),
-    }
 
 
 def by_slurm(i, port):

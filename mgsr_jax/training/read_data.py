@@ -1,0 +1,180 @@
+"""The data of a run, read and tokenised, and what the log says about it."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import datasets
+from rich.console import Console
+
+from mgsr_jax.data import dataset
+from mgsr_jax.data.mixture import mixed
+from mgsr_jax.data.report import DataReport
+from mgsr_jax.data.source_settings import DataSource
+from mgsr_jax.data.spans import resolve_chunker
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.typing import Tokenizer
+
+_SHOWN = 500  # characters of the first example's prompt, and of its response
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """Training and validation data of a run.
+
+    Attributes:
+      train: tokenised training data.
+      valid: tokenised validation data, or None.
+      rejected: one line for each record that is not used unchanged.
+    """
+
+    train: datasets.Dataset
+    valid: datasets.Dataset | None
+    rejected: tuple[str, ...]
+
+
+def read_data(
+    config: TrainConfig, tokenizer: Tokenizer, *, console: Console
+) -> RunData:
+    """Read the data of a run, and print its form, its counts and its first example.
+
+    Raises:
+      ValueError: the data cannot be used, or holds only prompts and the settings need
+        responses.
+      FileNotFoundError: a source does not exist.
+    """
+    data = config.data
+    train: list[datasets.Dataset] = []
+    rejected: list[str] = []
+    for source in data.train_sources:
+        table, report = _load(config, source, data.train_split, tokenizer)
+        if report.form.prompts_only:
+            _check_prompts_only(config, source.path, report)
+        _print_report(config, source.path, report, console)
+        train.append(table)
+        rejected += _rejected(source.path, report)
+    weights = [s.weight for s in data.train_sources if s.weight is not None]
+    mixture = mixed(train, weights or None)
+    sizes = [len(table) for table in train]
+    _print_mixture(data.train_sources, sizes, len(mixture), console)
+    _print_example(mixture, tokenizer, console)
+    valid: list[datasets.Dataset] = []
+    for source in data.valid_sources:
+        table, report = _load(config, source, data.valid_split, tokenizer)
+        if report.form.prompts_only:
+            raise ValueError(
+                f"data.valid {source.path!r} holds prompts only "
+                f"({', '.join(report.form.read)}), but a validation loss needs "
+                "responses; give other data, or leave data.valid out"
+            )
+        _print_report(config, source.path, report, console)
+        valid.append(table)
+        rejected += _rejected(source.path, report)
+    return RunData(mixture, mixed(valid) if valid else None, tuple(rejected))
+
+
+def _load(
+    config: TrainConfig, source: DataSource, split: str, tokenizer: Tokenizer
+) -> tuple[datasets.Dataset, DataReport]:
+    data = config.data
+    return dataset.load(
+        source.path,
+        tokenizer,
+        data.encoding,
+        chunker=resolve_chunker(data.chunker) if config.objective.span else None,
+        spacy_model=data.spacy_model,
+        split=source.split or split,
+        columns=data.columns if source.columns is None else source.columns,
+        cache_dir=data.cache_dir,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def _check_prompts_only(config: TrainConfig, path: str, report: DataReport) -> None:
+    """Refuse data without responses where a step or a teacher cache needs them."""
+    has = f"data.train {path!r} holds prompts only ({', '.join(report.form.read)})"
+    if config.teacher_cache is not None:
+        raise ValueError(
+            f"{has}, and teacher_cache holds the teacher's output on responses of the "
+            "data; leave teacher_cache out"
+        )
+    rollout, sft = config.rollout, config.objective.sft
+    if not rollout.always_generates or sft:
+        raise ValueError(
+            f"{has}, so every response must be the student's own: set rollout.policy "
+            f'to "on", rollout.probability to 1 and objective.sft to 0 (got '
+            f"{rollout.policy!r}, {rollout.probability}, {sft}); if a column has "
+            "responses, name it: data.columns: {completion: COLUMN}"
+        )
+
+
+def _rejected(path: str, report: DataReport) -> Iterator[str]:
+    yield from report.messages
+    if report.unlisted:
+        yield f"{path}: {report.unlisted} more records, which are not listed"
+
+
+def _print_report(
+    config: TrainConfig, path: str, report: DataReport, console: Console
+) -> None:
+    def write(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    form = report.form
+    write(
+        f"{path}: {form.name} ({', '.join(form.read)}): {report.kept} examples, "
+        f"{report.too_long} too long, {report.empty} empty, {report.malformed} "
+        "malformed"
+    )
+    if form.unread:
+        write(f"  columns that are not read: {', '.join(form.unread)}")
+    for message in report.messages[:3]:
+        write(f"  {message}")
+    if report.many_too_long and config.data.too_long == "drop":
+        names = "50 %, 90 %, 99 % and all records have at most"
+        write(
+            f"  warning: {report.too_long} of {report.kept + report.too_long} records "
+            f"are left out as too long. {names} {_listed(report.prompt_lengths)} "
+            f"tokens of prompt (data.max_prompt_length={config.data.max_prompt_length})"
+            f" and {_listed(report.lengths)} tokens of prompt and response "
+            f"(data.max_length={config.data.max_length}); raise the two settings to "
+            "keep more"
+        )
+
+
+def _listed(lengths: tuple[int, ...]) -> str:
+    return ", ".join(map(str, lengths))
+
+
+def _print_mixture(
+    sources: tuple[DataSource, ...], sizes: list[int], total: int, console: Console
+) -> None:
+    if len(sources) == 1:
+        return
+    weights = [
+        size if source.weight is None else source.weight
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+    shares = ", ".join(
+        f"{weight / sum(weights):.1%} {source.path}"
+        for source, weight in zip(sources, weights, strict=True)
+    )
+    line = f"data.train: {total} examples an epoch: {shares}"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_example(
+    table: datasets.Dataset, tokenizer: Tokenizer, console: Console
+) -> None:
+    """Print the first example as the models read it."""
+    first = table[0]
+    for part in ("prompt", "response"):
+        text = _shortened(str(tokenizer.decode(first[part])))
+        console.print(f"first {part}: {text!r}", markup=False, soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a long text."""
+    if len(text) <= _SHOWN:
+        return text
+    half = _SHOWN // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
