@@ -21,7 +21,7 @@ from mgsr_jax.commands.loaded import (
     new_folder,
 )
 from mgsr_jax.evaluation.text_metrics import MetricName
-from mgsr_jax.training.config import MeshConfig
+from mgsr_jax.sharding import MeshConfig
 from mgsr_jax.training.distributed import (
     DistributedConfig,
     check_equal,

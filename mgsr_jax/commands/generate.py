@@ -19,7 +19,7 @@ from mgsr_jax.commands.prompts import (
     encode_request,
     read_requests,
 )
-from mgsr_jax.training.config import MeshConfig
+from mgsr_jax.sharding import MeshConfig
 from mgsr_jax.training.distributed import (
     DistributedConfig,
     check_equal,

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mgsr_jax.training.config import MeshConfig
+from mgsr_jax.sharding import MeshConfig
 from mgsr_jax.typing import Params
 
 if TYPE_CHECKING:

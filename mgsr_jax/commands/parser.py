@@ -49,7 +49,7 @@ parameters become options."""
 _POSITIONAL = ("convert",)
 """Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
-_LISTS = ("--data", "--metrics", "--evaluate.metrics")
+_LISTS = ("--data", "--metrics")
 """Options that take several words: `--metrics rouge_l math` is
 `--metrics '["rouge_l", "math"]'`."""
 
@@ -103,6 +103,17 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """Join the words of an option that takes several; jsonargparse reads one."""
+    result: list[str] = []
+    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
+    for start, end in itertools.pairwise([0, *starts, len(arguments)]):
+        option, words = arguments[start:end][:1], list(arguments[start:end][1:])
+        is_list = option and option[0] in _LISTS and len(words) > 1
+        result += [*option, *([json.dumps(words)] if is_list else words)]
+    return result
+
+
 def _short_help(arguments: list[str]) -> str | None:
     """The page for `COMMAND --help [TOPIC]`; None where the parser prints the help."""
     if not arguments or arguments[0] not in COMMANDS:
@@ -120,17 +131,6 @@ def _names(arguments: list[str]) -> list[str]:
     if not arguments or arguments[0] not in COMMANDS:
         return list(COMMANDS)
     return [setting.name for setting in settings_of(COMMANDS[arguments[0]])]
-
-
-def _with_lists(arguments: Sequence[str]) -> list[str]:
-    """Join the words of an option that takes several; jsonargparse reads one."""
-    result: list[str] = []
-    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
-    for start, end in itertools.pairwise([0, *starts, len(arguments)]):
-        option, words = arguments[start:end][:1], list(arguments[start:end][1:])
-        is_list = option and option[0] in _LISTS and len(words) > 1
-        result += [*option, *([json.dumps(words)] if is_list else words)]
-    return result
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:

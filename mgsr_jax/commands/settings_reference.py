@@ -100,9 +100,19 @@ def _yaml(value: object) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return str(list(value))
     return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+
+
+_WORDS: dict[object, str] = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    typing.Any: "anything",
+}
+"""Plain types in words."""
 
 
 def _allowed(hint: object) -> str:
@@ -112,7 +122,11 @@ def _allowed(hint: object) -> str:
         return ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(a) for a in arguments if a is not type(None))
-    if origin is list or origin is tuple:
+    if origin in (list, tuple):
         return f"list of {_allowed(arguments[0])}"
-    words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    return words.get(hint, "mapping")
+    if origin is dict:
+        return f"mapping of {' to '.join(map(_allowed, arguments))}"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        names = ", ".join(field.name for field in dataclasses.fields(hint))
+        return f"record of {names}"
+    return _WORDS[hint]

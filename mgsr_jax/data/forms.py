@@ -28,6 +28,7 @@ taken. Without its response, each of the last three holds prompts only."""
 RESPONSES = {prompt: response for _, prompt, response in _FORMS if response}
 """Column of the prompt -> column of the response."""
 
+_PROMPTS_ONLY = "prompts only"
 _OBJECTS = 16  # first records that decide the form
 _SEARCHED = 1000  # records among which the first of them must be
 
@@ -66,9 +67,6 @@ class Form(NamedTuple):
     def label(self, column: str) -> str:
         """The data's name of our `column`, for errors."""
         return self.names[column][0]
-
-
-_PROMPTS_ONLY = "prompts only"
 
 
 def recognise(source: OpenSource, columns: Columns | None = None) -> Form:

@@ -81,6 +81,24 @@ def read_examples(
     yield from examples_of(source, recognise(source, columns))
 
 
+def read_prompts(
+    path: str | Path, *, split: str = "train", columns: Columns | None = None
+) -> Iterator[Example]:
+    """Read data whose every prompt is to be responded to; references are optional.
+
+    Args:
+      path, split, columns: see `read_examples`.
+
+    Raises:
+      FileNotFoundError: there is no such source.
+      ValueError: the source cannot be read, or a record cannot be used.
+    """
+    for example in read_examples(path, split=split, columns=columns):
+        if isinstance(example, Rejected):
+            raise ValueError(f"{example.message}; correct or remove the record")
+        yield example
+
+
 def examples_of(source: OpenSource, form: Form) -> Iterator[Example | Rejected]:
     """Read the records of an open source in a form from `forms.recognise`."""
     for where, record in source.records():

@@ -1,6 +1,7 @@
 """Settings of the data: where it is, how it is read, and how long its rows are."""
 
 import dataclasses
+import os
 from typing import Literal
 
 from mgsr_jax import settings
@@ -128,6 +129,10 @@ class DataConfig:
         """The sources of the validation data; empty without validation."""
         return as_sources(self.valid or [])
 
+    def columns_of(self, source: DataSource) -> dict[str, str]:
+        """The names of a source's columns."""
+        return self.columns if source.columns is None else source.columns
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Allowed widths of rows, ascending."""
@@ -148,5 +153,5 @@ class DataConfig:
 def _identity(source: DataSource, split: str) -> tuple[str, ...]:
     """What a source holds: the path, and the split if it has several."""
     if is_files(source.path):
-        return (source.path,)
+        return (os.path.normpath(source.path),)
     return (source.path, source.split or split)

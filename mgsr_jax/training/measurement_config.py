@@ -3,8 +3,7 @@
 import dataclasses
 
 from mgsr_jax import settings
-from mgsr_jax.data.source_settings import check_columns
-from mgsr_jax.evaluation.text_metrics import METRICS, MetricName
+from mgsr_jax.evaluation.text_metrics import MetricName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +11,9 @@ class PeriodicEvaluation:
     """Prompts that the student answers greedily while it trains, and is scored on.
 
     Attributes:
-      data: one evaluation set, given as in `mgsr evaluate`; default: data.valid.
-      split: split of a folder or hub data set.
-      columns: its names of columns, given as data.columns.
-      metrics: metrics of mgsr evaluate: rouge_l, exact_match, math.
+      data: evaluation set, given as in `mgsr evaluate`; default: data.valid.
+      split: split of a folder or a hub data set.
+      metrics: scores of a response, as in `mgsr evaluate`.
       limit: number of prompts; the first of the set are taken.
       max_length: longest prompt and response in tokens; default: data.max_length.
       batch_size: prompts decoded at a time, over all hosts; default: the rows of a
@@ -24,7 +22,6 @@ class PeriodicEvaluation:
 
     data: str | None = None
     split: str = "test"
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: tuple[MetricName, ...] = ("rouge_l",)
     limit: int = 64
     max_length: int | None = None
@@ -38,13 +35,6 @@ class PeriodicEvaluation:
         """
         names = ("limit", "max_length", "batch_size")
         settings.check_positive(self, *names, section="evaluate.")
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or not self.metrics:
-            raise ValueError(
-                f"evaluate.metrics={list(self.metrics)}; expected some of "
-                f"{', '.join(METRICS)}"
-            )
-        check_columns(self.columns)
 
 
 def check_best_metric(

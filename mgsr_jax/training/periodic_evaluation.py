@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mgsr_jax import sharding
 from mgsr_jax.data.prompts import Prompt, load_prompts
-from mgsr_jax.data.source_settings import DataSource, as_sources
+from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.evaluation.evaluate import evaluate, prompts_to_score
 from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.training.config import TrainConfig
@@ -22,11 +22,16 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
     Raises:
       ValueError, FileNotFoundError: a mistake in the data; rows are too long for the
         student, or a batch does not divide over the mesh.
+      ImportError: the package of a metric is missing; names the extra.
     """
     config = inputs.config
     if not config.evaluate_every:
         return []
-    source = _source(config)
+    if not (sources := _sources(config)):
+        raise ValueError(
+            f"evaluate_every={config.evaluate_every}, but there is no evaluation set; "
+            "set evaluate.data or data.valid, or evaluate_every to 0"
+        )
     protocol, limit = _protocol(inputs), inputs.student.config.max_length
     if protocol.max_length > limit:
         raise ValueError(
@@ -37,40 +42,35 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
     encoding = dataclasses.replace(
         config.data.encoding, max_length=protocol.max_length, too_long="drop"
     )
-    prompts, report = load_prompts(
-        source.path,
-        inputs.tokenizer,
-        encoding,
-        split=source.split or config.evaluate.split,
-        columns=source.columns,
-    )
+    prompts: list[Prompt] = []
+    for source in sources:
+        columns = config.data.columns if source.columns is None else source.columns
+        prompts += load_prompts(
+            source.path,
+            inputs.tokenizer,
+            encoding,
+            split=source.split or config.evaluate.split,
+            columns=columns,
+        )[0]
+    prompts = [dataclasses.replace(p, example=i) for i, p in enumerate(prompts)]
     scored = prompts_to_score(prompts, protocol, config.evaluate.metrics)
-    scored = scored[: config.evaluate.limit]
     console.print(
-        f"{source.path}: {len(scored)} of {report.kept} prompts are answered every "
-        f"{config.evaluate_every} steps",
+        f"{', '.join(source.path for source in sources)}: "
+        f"{len(scored[: config.evaluate.limit])} of {len(prompts)} prompts are "
+        f"answered every {config.evaluate_every} steps",
         markup=False,
     )
-    return scored
+    return scored[: config.evaluate.limit]
 
 
-def _source(config: TrainConfig) -> DataSource:
-    """The evaluation set: that of `evaluate`, or the validation data."""
-    given, data = config.evaluate, config.data
-    if given.data is not None:
-        return DataSource(given.data, split=given.split, columns=given.columns)
-    sources = as_sources(data.valid or [])
-    if len(sources) != 1:
-        raise ValueError(
-            f"evaluate_every={config.evaluate_every} needs one evaluation set, and "
-            f"data.valid is {data.valid}; set evaluate.data, or evaluate_every to 0"
-        )
-    (source,) = sources
-    return dataclasses.replace(
-        source,
-        split=source.split or data.valid_split,
-        columns=source.columns or data.columns,
-    )
+def _sources(config: TrainConfig) -> list[DataSource]:
+    """The evaluation set, or else the validation data; each with its split."""
+    if config.evaluate.data is not None:
+        return [DataSource(config.evaluate.data, split=config.evaluate.split)]
+    return [
+        dataclasses.replace(source, split=source.split or config.data.valid_split)
+        for source in config.data.valid_sources
+    ]
 
 
 def evaluation_scores(
@@ -93,10 +93,11 @@ def evaluation_scores(
         eos_ids=inputs.eos_ids,
         mesh=inputs.mesh,
     )
-    scores = {name: score.mean for name, score in result.greedy.metrics.items()}
-    others = dataclasses.asdict(result.greedy)
-    del others["metrics"]
-    return {**scores, **others, "loss": result.loss}
+    greedy = result.greedy
+    values = {name: estimate.mean for name, estimate in greedy.metrics.items()}
+    for name in ("distinct_1", "distinct_2", "distinct_4", "length", "stopped"):
+        values[name] = getattr(greedy, name)
+    return values | {"loss": result.loss}
 
 
 def _protocol(inputs: RunInputs) -> EvaluationConfig:

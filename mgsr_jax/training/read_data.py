@@ -1,15 +1,19 @@
 """The data of a run, read and tokenised, and what the log says about it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import datasets
 from rich.console import Console
 
 from mgsr_jax.data import dataset
+from mgsr_jax.data.encoding import Encoding
+from mgsr_jax.data.forms import Form, recognise
 from mgsr_jax.data.mixture import mixed
 from mgsr_jax.data.report import DataReport
 from mgsr_jax.data.source_settings import DataSource
+from mgsr_jax.data.sources import OpenSource, open_source
 from mgsr_jax.data.spans import resolve_chunker
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.typing import Tokenizer
@@ -35,41 +39,64 @@ class RunData:
 def read_data(
     config: TrainConfig, tokenizer: Tokenizer, *, console: Console
 ) -> RunData:
-    """Read the data of a run, and print its form, its counts and its first example.
+    """Read the data of a run; print each source's form, counts and first example.
 
     Raises:
       ValueError: the data cannot be used, or holds only prompts and the settings need
         responses.
       FileNotFoundError: a source does not exist.
     """
-    data = config.data
-    train: list[datasets.Dataset] = []
-    rejected: list[str] = []
-    for source in data.train_sources:
-        table, report = _load(config, source, data.train_split, tokenizer)
-        if report.form.prompts_only:
-            _check_prompts_only(config, source.path, report)
-        _print_report(config, source.path, report, console)
-        train.append(table)
-        rejected += _rejected(source.path, report)
+    data, rejected = config.data, []
+    _check_sources(config)
+
+    def tables(sources: Sequence[DataSource], split: str) -> list[datasets.Dataset]:
+        found = []
+        for source in sources:
+            table, report = _load(config, source, split, tokenizer)
+            _print_report(config, source.path, report, console)
+            _print_example(table, tokenizer, console)
+            rejected.extend(_rejected(source.path, report))
+            found.append(table)
+        return found
+
+    train = tables(data.train_sources, data.train_split)
     weights = [s.weight for s in data.train_sources if s.weight is not None]
     mixture = mixed(train, weights or None)
     sizes = [len(table) for table in train]
     _print_mixture(data.train_sources, sizes, len(mixture), console)
-    _print_example(mixture, tokenizer, console)
-    valid: list[datasets.Dataset] = []
+    valid = tables(data.valid_sources, data.valid_split)
+    return RunData(mixture, mixed(valid) if valid else None, tuple(rejected))
+
+
+def _check_sources(config: TrainConfig) -> None:
+    """Refuse sources that do not fit the settings, before any is tokenised."""
+    data = config.data
+    trained: set[Path] = set()
+    for source in data.train_sources:
+        opened = open_source(source.path, source.split or data.train_split)
+        form = recognise(opened, data.columns_of(source))
+        if form.prompts_only:
+            _check_prompts_only(config, source.path, form)
+        trained |= _files(opened)
     for source in data.valid_sources:
-        table, report = _load(config, source, data.valid_split, tokenizer)
-        if report.form.prompts_only:
+        opened = open_source(source.path, source.split or data.valid_split)
+        form = recognise(opened, data.columns_of(source))
+        if form.prompts_only:
             raise ValueError(
                 f"data.valid {source.path!r} holds prompts only "
-                f"({', '.join(report.form.read)}), but a validation loss needs "
-                "responses; give other data, or leave data.valid out"
+                f"({', '.join(form.read)}), but a validation loss needs responses; "
+                "give other data, or leave data.valid out"
             )
-        _print_report(config, source.path, report, console)
-        valid.append(table)
-        rejected += _rejected(source.path, report)
-    return RunData(mixture, mixed(valid) if valid else None, tuple(rejected))
+        if both := trained & _files(opened):
+            raise ValueError(
+                f"{min(both)} is in data.train and in data.valid; validate on data "
+                "that is not trained on"
+            )
+
+
+def _files(source: OpenSource) -> set[Path]:
+    files = source.content if isinstance(source.content, list) else []
+    return {file.resolve() for file in files}
 
 
 def _load(
@@ -83,15 +110,15 @@ def _load(
         chunker=resolve_chunker(data.chunker) if config.objective.span else None,
         spacy_model=data.spacy_model,
         split=source.split or split,
-        columns=data.columns if source.columns is None else source.columns,
+        columns=data.columns_of(source),
         cache_dir=data.cache_dir,
         max_bad_fraction=data.max_bad_fraction,
     )
 
 
-def _check_prompts_only(config: TrainConfig, path: str, report: DataReport) -> None:
+def _check_prompts_only(config: TrainConfig, path: str, form: Form) -> None:
     """Refuse data without responses where a step or a teacher cache needs them."""
-    has = f"data.train {path!r} holds prompts only ({', '.join(report.form.read)})"
+    has = f"data.train {path!r} holds prompts only ({', '.join(form.read)})"
     if config.teacher_cache is not None:
         raise ValueError(
             f"{has}, and teacher_cache holds the teacher's output on responses of the "
@@ -130,15 +157,18 @@ def _print_report(
     for message in report.messages[:3]:
         write(f"  {message}")
     if report.many_too_long and config.data.too_long == "drop":
-        names = "50 %, 90 %, 99 % and all records have at most"
-        write(
-            f"  warning: {report.too_long} of {report.kept + report.too_long} records "
-            f"are left out as too long. {names} {_listed(report.prompt_lengths)} "
-            f"tokens of prompt (data.max_prompt_length={config.data.max_prompt_length})"
-            f" and {_listed(report.lengths)} tokens of prompt and response "
-            f"(data.max_length={config.data.max_length}); raise the two settings to "
-            "keep more"
-        )
+        write(f"  {_too_long_warning(config.data.encoding, report)}")
+
+
+def _too_long_warning(encoding: Encoding, report: DataReport) -> str:
+    return (
+        f"warning: {report.too_long} of {report.kept + report.too_long} records are "
+        "left out as too long. 50 %, 90 %, 99 % and 100 % of all have at most "
+        f"{_listed(report.prompt_lengths)} tokens of prompt "
+        f"(data.max_prompt_length={encoding.max_prompt_length}) and "
+        f"{_listed(report.lengths)} tokens of prompt and response "
+        f"(data.max_length={encoding.max_length}); raise these settings to keep more"
+    )
 
 
 def _listed(lengths: tuple[int, ...]) -> str:
@@ -169,7 +199,7 @@ def _print_example(
     first = table[0]
     for part in ("prompt", "response"):
         text = _shortened(str(tokenizer.decode(first[part])))
-        console.print(f"first {part}: {text!r}", markup=False, soft_wrap=True)
+        console.print(f"  first {part}: {text!r}", markup=False, soft_wrap=True)
 
 
 def _shortened(text: str) -> str:

@@ -5,7 +5,13 @@ import json
 import datasets
 import pytest
 
-from mgsr_jax.data.records import Example, Message, Rejected, read_examples
+from mgsr_jax.data.records import (
+    Example,
+    Message,
+    Rejected,
+    read_examples,
+    read_prompts,
+)
 
 GOOD = {"instruction": "Say hi.", "output": "Hi!"}
 SAY_HI = (Message("user", "Say hi."),)
@@ -84,3 +90,12 @@ def test_a_data_set_of_the_hub_is_read(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (example,) = read_examples("some/set", split="validation")
     assert example == Example(SAY_HI, "", ("Hi!",), True, "set:1")
+
+
+def test_every_prompt_of_a_file_must_be_usable(tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"prompt": "Say hi."}\n{"prompt": "Say hi."}')
+    assert [prompt.messages for prompt in read_prompts(file)] == [SAY_HI] * 2
+    file.write_text('{"prompt": "Say hi."}\n{"prompt": 3}')
+    with pytest.raises(ValueError, match="some.jsonl:2: 'prompt' is a int.*; correct"):
+        list(read_prompts(file))

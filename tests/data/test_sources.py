@@ -170,3 +170,13 @@ def test_the_digest_covers_the_names_contents_and_limits_of_files(tmp_path):
     same = digest(a="{}{}", b="{}")
     assert digest(a="{}{}", b="{}") == same
     assert len({same, digest(a="{}", b="{}{}"), digest(a="{}{}", c="{}")}) == 3
+
+
+def test_the_digest_of_a_saved_data_set_covers_its_content(tmp_path):
+    digests = set()
+    for name, records in (("a", RECORDS), ("b", RECORDS), ("c", RECORDS[:2])):
+        folder = tmp_path / name / "saved"
+        datasets.Dataset.from_list(records).save_to_disk(folder)
+        _, _, digest = open_source(folder).digest().rpartition(" ")
+        digests.add(digest)
+    assert len(digests) == 2

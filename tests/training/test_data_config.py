@@ -72,7 +72,7 @@ def test_what_cannot_work_is_named(config, message):
 @pytest.mark.parametrize(
     ("train", "valid"),
     [
-        ("a.jsonl", "a.jsonl"),
+        ("a.jsonl", "./a.jsonl"),
         (["b.jsonl", "a.jsonl"], "a.jsonl"),
         ([A, B], ["c.jsonl", "a.jsonl"]),
         ("parts/*.gz", "parts/*.gz"),

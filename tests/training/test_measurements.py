@@ -223,7 +223,7 @@ def test_a_metric_that_is_not_measured_is_named(project):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": None}, "needs one evaluation set, and data.valid is None"),
+        ({"data": None}, "there is no evaluation set"),
         ({"evaluate": PeriodicEvaluation(max_length=400)}, "student's 128 positions"),
         ({"evaluate": PeriodicEvaluation(batch_size=3)}, "batch of 3 rows"),
         ({"evaluate": PeriodicEvaluation(data="nowhere.jsonl")}, "nowhere.jsonl"),

@@ -45,7 +45,9 @@ def read(folder, tokenizer, train, *, valid=None, data=None, **settings):
     return found, log.getvalue().splitlines()
 
 
-def test_the_log_names_the_form_the_counts_and_the_first_example(tmp_path, tokenizer):
+def test_the_log_names_the_form_and_the_counts_and_shows_the_first_example(
+    tmp_path, tokenizer
+):
     good = {"instruction": "the dog", "output": "a small cat", "id": 3}
     train = write(tmp_path, good, {"instruction": ""}, *[good] * 20)
     found, log = read(tmp_path, tokenizer, train)
@@ -56,9 +58,9 @@ def test_the_log_names_the_form_the_counts_and_the_first_example(tmp_path, token
     )
     assert unread == "  columns that are not read: id"
     assert reason == "  train.jsonl:2: empty 'instruction'"
-    assert prompt.startswith("first prompt: 'Below is an instruction")
+    assert prompt.startswith("  first prompt: 'Below is an instruction")
     assert "the dog" in prompt and prompt.endswith(r"### Response:\n'")
-    assert response == f"first response: 'a small cat{tokenizer.eos_token}'"
+    assert response == f"  first response: 'a small cat{tokenizer.eos_token}'"
     assert found.rejected == ("train.jsonl:2: empty 'instruction'",)
     assert (len(found.train), found.valid) == (21, None)
 
@@ -67,7 +69,9 @@ def test_a_long_first_example_is_shortened(tmp_path, tokenizer):
     good = {"instruction": "the dog", "output": "a " * 300 + "red cat"}
     limits = {"max_length": 2000}
     _, log = read(tmp_path, tokenizer, write(tmp_path, good), data=limits)
-    assert log[-1].startswith("first response: 'a a a") and "characters ...]" in log[-1]
+    assert (
+        log[-1].startswith("  first response: 'a a a") and "characters ...]" in log[-1]
+    )
     assert log[-1].endswith(f"red cat{tokenizer.eos_token}'") and len(log[-1]) < 600
 
 
@@ -91,15 +95,16 @@ def test_a_warning_says_which_settings_keep_long_records(tmp_path, tokenizer):
 def test_several_sources_are_mixed(tmp_path, tokenizer):
     one = write(tmp_path, *[{"instruction": "dog", "output": "a"}] * 4, name="1.jsonl")
     two = write(tmp_path, *[{"query": "cat", "text": "the"}] * 2, name="2.jsonl")
+    three = write(tmp_path, *[{"instruction": "dog", "output": "a"}] * 3)
     other = {"prompt": "query", "completion": "text"}
     found, log = read(tmp_path, tokenizer, [one, DataSource(two, columns=other)])
     assert len(found.train) == 6
     assert f"data.train: 6 examples an epoch: 66.7% {one}, 33.3% {two}" in log
     weighted = [DataSource(one, 1.0), DataSource(two, 3.0, columns=other)]
-    found, log = read(tmp_path, tokenizer, weighted, valid=[one])
+    found, log = read(tmp_path, tokenizer, weighted, valid=[three])
     (line,) = [line for line in log if "an epoch" in line]
     assert line.endswith(f"25.0% {one}, 75.0% {two}")
-    assert len(found.train) > 8 and len(found.valid) == 4
+    assert len(found.train) > 8 and len(found.valid) == 3
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,14 @@ def test_prompts_only_are_refused_where_responses_are_needed(
 def test_prompts_only_are_read_for_rollouts_but_not_validated_on(tmp_path, tokenizer):
     train = write(tmp_path, {"prompt": "the dog"}, {"prompt": "a cat"})
     found, log = read(tmp_path, tokenizer, train, **ON_POLICY)
-    assert (found.train["response"], log[-1]) == ([[], []], "first response: ''")
+    assert (found.train["response"], log[-1]) == ([[], []], "  first response: ''")
     with pytest.raises(ValueError, match="a validation loss needs responses; give oth"):
         valid = write(tmp_path, {"prompt": "the dog"}, name="valid.jsonl")
         read(tmp_path, tokenizer, train, valid=valid, **ON_POLICY)
+
+
+def test_a_file_in_both_sets_is_found_before_anything_is_tokenised(tmp_path, tokenizer):
+    file = write(tmp_path, {"instruction": "the dog", "output": "a cat"})
+    with pytest.raises(ValueError, match=f"{file} is in data.train and in data.valid"):
+        read(tmp_path, tokenizer, f"{tmp_path}/*.jsonl", valid=[file])
+    assert not (tmp_path / "cache").exists()
