@@ -174,6 +174,7 @@ def _full_rows() -> Rows:
         span_ids=jnp.zeros((ROWS, width), jnp.int32),
         example=jnp.zeros(ROWS, jnp.int32),
         ground_truth=jnp.ones(ROWS, bool),
+        earlier_responses=jnp.zeros((ROWS, width), bool),
     )
 
 

@@ -92,6 +92,7 @@ def problem(options: Options, tokens: int) -> tuple[Any, Any, Rows]:
         span_ids=index // 3,
         example=jnp.arange(ROWS),
         ground_truth=jnp.ones(ROWS, bool),
+        earlier_responses=jnp.zeros((ROWS, columns + 1), bool),
     )
     return params, model(sizes.teacher.width), rows
 

@@ -4,6 +4,9 @@ A row is prompt, response, padding, from index 0. Rows of the data set and gener
 replayed and corrected rows are the same record. Masks come from lengths, never from
 token ids: the id of padding may equal that of end-of-sequence. Only this file shifts
 labels.
+
+The prompt of a conversation ends before its last response. Earlier responses are part
+of the prompt; where they are trained too, they have a mask.
 """
 
 import dataclasses
@@ -18,6 +21,8 @@ from jaxtyping import Array, Bool, Int
 from mgsr_jax.typing import Leaf
 
 NO_SPAN = -1
+UNTRAINED = -2
+"""In place of a span id: a token of a prompt that is part of no trained response."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +37,8 @@ class Rows:
       span_ids: the phrase that a token belongs to, -1 for none. [B, S]
       example: global index of the example; random keys are folded by it. [B]
       ground_truth: whether the text is from the data set, not from a model. [B]
+      earlier_responses: whether a token of the prompt is part of an earlier response
+        that is trained too; False beyond the prompt. [B, S]
     """
 
     tokens: Leaf
@@ -40,6 +47,7 @@ class Rows:
     span_ids: Leaf
     example: Leaf
     ground_truth: Leaf
+    earlier_responses: Leaf
 
 
 class NextTokenView(NamedTuple):
@@ -55,7 +63,8 @@ def next_token_view(rows: Rows) -> NextTokenView:
     """Shift labels and span ids by one: T = S - 1.
 
     `where[b, t]` is True if the label is a token of the response, which means
-    `prompt_lengths[b] - 1 <= t < lengths[b] - 1`.
+    `prompt_lengths[b] - 1 <= t < lengths[b] - 1`, or of an earlier response that is
+    trained too.
 
     >>> rows = from_lists([[5, 6]], [[7, 2]], width=6)
     >>> view = next_token_view(jax.tree.map(jnp.asarray, rows))
@@ -64,7 +73,7 @@ def next_token_view(rows: Rows) -> NextTokenView:
     """
     first, end = rows.prompt_lengths[..., None] - 1, rows.lengths[..., None] - 1
     t = _positions(rows.tokens.shape[-1] - 1, end.ndim)
-    where = (t >= first) & (t < end)
+    where = (t >= first) & (t < end) | rows.earlier_responses[..., 1:]
     return NextTokenView(
         rows.tokens[..., :-1], rows.tokens[..., 1:], where, rows.span_ids[..., 1:]
     )
@@ -79,6 +88,7 @@ def from_lists(
     examples: Sequence[int] | None = None,
     pad_id: int = 0,
     ground_truth: bool = True,
+    earlier_span_ids: Sequence[Sequence[int]] | None = None,
 ) -> Rows:
     """Host rows (numpy) from lists of token ids.
 
@@ -90,13 +100,22 @@ def from_lists(
       examples: global index of each example; None: 0, 1, ...
       pad_id: id of padding.
       ground_truth: whether the responses are from the data set.
+      earlier_span_ids: for each prompt with earlier responses that are trained too, one
+        id per token: its span id, or UNTRAINED outside these responses. An empty list,
+        or None: there are no such responses.
 
     Raises:
       ValueError: a row is longer than `width` or has an empty prompt; lists of
         different lengths.
     """
     size = len(prompts)
-    _check_sizes(prompts, responses, span_ids, examples)
+    _check_sizes(
+        prompts,
+        responses=responses,
+        span_ids=span_ids,
+        examples=examples,
+        earlier_span_ids=earlier_span_ids,
+    )
     rows = Rows(
         tokens=np.full((size, width), pad_id, np.int32),
         prompt_lengths=np.array([len(p) for p in prompts], np.int32).reshape(size),
@@ -106,21 +125,19 @@ def from_lists(
         if examples is None
         else np.asarray(examples, np.int32),
         ground_truth=np.full(size, ground_truth),
+        earlier_responses=np.zeros((size, width), bool),
     )
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        spans = None if span_ids is None else span_ids[b]
-        _fill(rows, b, prompt, response, spans)
+        _fill(rows, b, prompt, response)
+        if span_ids is not None:
+            _fill_spans(rows, b, len(prompt), span_ids[b])
+        if earlier_span_ids is not None and len(earlier_span_ids[b]):
+            _fill_earlier(rows, b, earlier_span_ids[b])
     return rows
 
 
-def _fill(
-    rows: Rows,
-    b: int,
-    prompt: Sequence[int],
-    response: Sequence[int],
-    span_ids: Sequence[int] | None,
-) -> None:
-    """Write one row in place."""
+def _fill(rows: Rows, b: int, prompt: Sequence[int], response: Sequence[int]) -> None:
+    """Write the tokens of one row in place."""
     width, start, end = rows.tokens.shape[1], len(prompt), len(prompt) + len(response)
     if start == 0:
         raise ValueError(f"row {b}: empty prompt; a response needs a token to follow")
@@ -130,23 +147,34 @@ def _fill(
         )
     rows.tokens[b, :end] = [*prompt, *response]
     rows.lengths[b] = end
-    if span_ids is None:
-        return
-    if len(span_ids) != len(response):
+
+
+def _fill_spans(rows: Rows, b: int, start: int, span_ids: Sequence[int]) -> None:
+    """Write the span ids of one response in place."""
+    end = int(rows.lengths[b])
+    if len(span_ids) != end - start:
         raise ValueError(
-            f"row {b}: {len(span_ids)} span ids for {len(response)} tokens of "
+            f"row {b}: {len(span_ids)} span ids for {end - start} tokens of "
             "response; give one span id per token, -1 for none"
         )
     rows.span_ids[b, start:end] = span_ids
 
 
+def _fill_earlier(rows: Rows, b: int, ids: Sequence[int]) -> None:
+    """Write the mask and the span ids of one row's earlier responses in place."""
+    end = int(rows.prompt_lengths[b])
+    if len(ids) != end:
+        raise ValueError(
+            f"row {b}: {len(ids)} earlier span ids for {end} tokens of prompt; give "
+            f"one per token, {UNTRAINED} outside the earlier responses"
+        )
+    rows.earlier_responses[b, :end] = np.not_equal(ids, UNTRAINED)
+    rows.span_ids[b, :end] = np.maximum(ids, NO_SPAN)
+
+
 def _check_sizes(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    span_ids: Sequence[Sequence[int]] | None,
-    examples: Sequence[int] | None,
+    prompts: Sequence[Sequence[int]], **lists: Sequence[object] | None
 ) -> None:
-    lists = {"responses": responses, "span_ids": span_ids, "examples": examples}
     sizes = {name: len(part) for name, part in lists.items() if part is not None}
     if any(size != len(prompts) for size in sizes.values()):
         listed = ", ".join(f"{size} {name}" for name, size in sizes.items())
@@ -184,7 +212,10 @@ def with_width(rows: Rows, width: int) -> Rows:
         return np.pad(leaf[:, :width], ((0, 0), (0, added)), constant_values=padding)
 
     return dataclasses.replace(
-        rows, tokens=fit(rows.tokens, 0), span_ids=fit(rows.span_ids, NO_SPAN)
+        rows,
+        tokens=fit(rows.tokens, 0),
+        span_ids=fit(rows.span_ids, NO_SPAN),
+        earlier_responses=fit(rows.earlier_responses, False),
     )
 
 
@@ -195,6 +226,7 @@ def prompts_only(rows: Rows) -> Rows:
         lengths=rows.prompt_lengths,
         span_ids=jnp.full_like(rows.span_ids, NO_SPAN),
         ground_truth=jnp.zeros_like(rows.ground_truth),
+        earlier_responses=jnp.zeros_like(rows.earlier_responses),
     )
     return blank_padding(cut)
 

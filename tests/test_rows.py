@@ -7,6 +7,7 @@ import pytest
 
 from mgsr_jax.rows import (
     NO_SPAN,
+    UNTRAINED,
     blank_padding,
     from_lists,
     narrowest,
@@ -91,11 +92,43 @@ def test_functions_accept_additional_leading_axes(ragged):
         )
 
 
+def conversation():
+    """A row with two trained responses: tokens 3 and 4, and tokens 6 and 7."""
+    no, out = NO_SPAN, UNTRAINED
+    return from_lists(
+        [[1, 2, 3, 4, 5], [9]],
+        [[6, 7], [8]],
+        width=9,
+        span_ids=[[0, 0], [no]],
+        earlier_span_ids=[[out, out, no, 3, out], []],
+    )
+
+
+def test_earlier_responses_are_scored_like_the_last():
+    rows = device(conversation())
+    view = next_token_view(rows)
+    scored = [view.labels[b][view.where[b]].tolist() for b in range(2)]
+    assert scored == [[3, 4, 6, 7], [8]]
+    no = NO_SPAN
+    assert rows.span_ids[0].tolist() == [no, no, no, 3, no, 0, 0, no, no]
+    assert view.span_ids[0].tolist() == rows.span_ids[0, 1:].tolist()
+    np.testing.assert_array_equal(rows.lengths - rows.prompt_lengths, [2, 1])
+
+
+def test_generation_starts_without_earlier_responses():
+    cut = prompts_only(device(conversation()))
+    assert not cut.earlier_responses.any() and (cut.span_ids == NO_SPAN).all()
+    assert not next_token_view(cut).where.any()
+
+
 def test_with_width_changes_only_the_padding():
     rows = from_lists([[5, 6], [7]], [[8], [9, 2]], width=4, span_ids=[[3], [4, 4]])
     wide = from_lists([[5, 6], [7]], [[8], [9, 2]], width=7, span_ids=[[3], [4, 4]])
     jax.tree.map(np.testing.assert_array_equal, with_width(rows, 7), wide)
     jax.tree.map(np.testing.assert_array_equal, with_width(wide, 4), rows)
+    earlier = with_width(conversation(), 12).earlier_responses
+    assert earlier.shape == (2, 12)
+    assert np.argwhere(earlier).tolist() == [[0, 2], [0, 3]]
     assert narrowest((3, 4, 7), rows.lengths) == 3
     with pytest.raises(ValueError, match="a row of 3 tokens fits into no width"):
         with_width(rows, 2)
@@ -118,7 +151,7 @@ def test_from_lists_makes_left_aligned_rows():
     assert rows.ground_truth.tolist() == [False, False]
     leaves = jax.tree.leaves(rows)
     assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
-    assert [leaf.dtype for leaf in leaves] == [np.int32] * 5 + [np.bool_]
+    assert [leaf.dtype for leaf in leaves] == [np.int32] * 5 + [np.bool_] * 2
 
 
 def test_by_default_rows_are_numbered_and_ground_truth():
@@ -133,6 +166,8 @@ def test_by_default_rows_are_numbered_and_ground_truth():
         ([[1, 2]], [[3, 4]], {}, r"row 0: 2 \+ 2 tokens do not fit a row of 3"),
         ([[1]], [[3, 4]], {"span_ids": [[7]]}, "row 0: 1 span ids for 2 tokens"),
         ([[1]], [[3, 4]], {"span_ids": [[]]}, "row 0: 0 span ids for 2 tokens"),
+        ([[1]], [[3]], {"earlier_span_ids": [[0, 0]]}, "2 earlier span ids for 1 tok"),
+        ([[1]], [[3]], {"earlier_span_ids": []}, "1 prompts, .*0 earlier_span_ids"),
         ([[1], [2]], [[3]], {}, "2 prompts, 1 responses"),
         ([[1]], [[3]], {"span_ids": []}, "1 prompts, .*0 span_ids"),
         ([[1]], [[3]], {"examples": [4, 5]}, "1 prompts, .*2 examples"),

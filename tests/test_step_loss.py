@@ -34,7 +34,13 @@ from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
 from mgsr_jax.objective import Objective, make_targets, position_weights, weighted_sum
-from mgsr_jax.rows import next_token_view, with_width
+from mgsr_jax.rows import (
+    NO_SPAN,
+    UNTRAINED,
+    from_lists,
+    next_token_view,
+    with_width,
+)
 from mgsr_jax.step_loss import StepLoss, micro_batch_loss
 from mgsr_jax.train_step import init_state, make_train_step
 
@@ -161,13 +167,13 @@ def test_chunks_of_a_model_with_a_biased_head_equal_the_dense_form(chunk_size):
     assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
 
 
-@pytest.mark.slow
-def test_padding_changes_neither_loss_nor_gradient():
-    """Rows of 10 tokens at most, without padding and with twice their width."""
+@pytest.fixture(scope="module")
+def compare_host_rows():
+    """Compares loss and gradient of tiny models on several batches of host rows."""
     (student, params), (teacher, teacher_params) = tiny.llama(0), tiny.llama(1)
-    host = jax.tree.map(np.asarray, tiny.complete())
     objective = dataclasses.replace(MGSR, divergence="forward_kl")
 
+    @jax.jit
     @jax.value_and_grad
     def loss_of(params, rows):
         return micro_batch_loss(
@@ -178,13 +184,45 @@ def test_padding_changes_neither_loss_nor_gradient():
             spec=StepLoss(student, teacher, objective),
         )[0]
 
-    found = [
-        jax.jit(loss_of)(params, jax.tree.map(jnp.asarray, with_width(host, width)))
-        for width in (10, 20)
-    ]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *found
+    def compare(*batches):
+        found = [loss_of(params, jax.tree.map(jnp.asarray, batch)) for batch in batches]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *found
+        )
+
+    return compare
+
+
+@pytest.mark.slow
+def test_padding_changes_neither_loss_nor_gradient(compare_host_rows):
+    """Rows of 10 tokens at most, without padding and with twice their width."""
+    host = jax.tree.map(np.asarray, tiny.complete())
+    compare_host_rows(with_width(host, 10), with_width(host, 20))
+
+
+@pytest.mark.slow
+def test_a_row_with_two_responses_equals_two_rows(compare_host_rows):
+    """Loss and gradient of all responses of a conversation, with their phrases."""
+    first, second, third = [4, 5, 6], [7, 8], [9, 10, 11, 12]
+    question, answer = first + second + [3, 13], [14, 15, 16]
+    phrases = [[0, 0], [0, 1, 1, 1], [2, 2, NO_SPAN]]
+    outside = [UNTRAINED] * 2
+    whole = from_lists(
+        [question + third + [17, 18]],
+        [answer],
+        width=20,
+        span_ids=[phrases[2]],
+        earlier_span_ids=[
+            [UNTRAINED] * 3 + phrases[0] + outside + phrases[1] + outside
+        ],
     )
+    rows = from_lists(
+        [first, question, question + third + [17, 18]],
+        [second, third, answer],
+        width=20,
+        span_ids=phrases,
+    )
+    compare_host_rows(whole, rows)
 
 
 def test_the_teacher_does_not_run_where_nothing_compares_with_it():

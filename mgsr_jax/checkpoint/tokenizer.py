@@ -10,6 +10,11 @@ from typing import Any
 import tokenizers
 import transformers
 
+from mgsr_jax.checkpoint.chat_template import (
+    ChatTemplate,
+    RenderingError,
+    own_template,
+)
 from mgsr_jax.checkpoint.folder import refuse_pointer
 from mgsr_jax.models import LanguageModel
 
@@ -92,16 +97,36 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> st
 
 
 def eos_ids(
-    tokenizer: transformers.PreTrainedTokenizerFast, model: LanguageModel
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    model: LanguageModel,
+    template: ChatTemplate | None = None,
 ) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end-of-sequence and the model's.
+    """Tokens that end a response: the tokenizer's, the model's, the chat template's.
 
     `models.from_config` reads the model's from config.json and generation_config.json.
+
+    Args:
+      tokenizer: gives its end-of-sequence.
+      model: gives the end ids of its checkpoint.
+      template: the chat template in use, whose turns end with a token. None: the
+        tokenizer's own, which the model may have been trained with.
     """
     of_model = model.config.eos_token_id
     of_model = of_model if isinstance(of_model, tuple | list) else (of_model,)
-    ids = (tokenizer.eos_token_id, *of_model)
+    ids = (tokenizer.eos_token_id, *of_model, _end_of_turn(tokenizer, template))
     return tuple(sorted({i for i in ids if isinstance(i, int)}))
+
+
+def _end_of_turn(
+    tokenizer: transformers.PreTrainedTokenizerFast, template: ChatTemplate | None
+) -> int | None:
+    if template is not None:
+        return template.end_id
+    source = own_template(tokenizer)
+    try:
+        return None if source is None else ChatTemplate(tokenizer, source).end_id
+    except RenderingError:  # a template with a fault, which nothing here uses
+        return None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.loaded import Dtype, LoadedModel, check_sampling, load
-from mgsr_jax.commands.prompts import encode_messages
 
 if TYPE_CHECKING:
+    from mgsr_jax.data.conversations import Message
+    from mgsr_jax.data.encoding import Encoding
     from mgsr_jax.decoding.decode import Decoding
 
 RESET, EXIT = "/reset", "/exit"
@@ -22,10 +23,12 @@ class ChatConfig:
 
     Attributes:
       model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
-        org/name@revision). Its tokenizer needs a chat template.
-      system: text of a system message.
+        org/name@revision).
+      template: "chat" for the tokenizer's chat template, or the path of a template
+        file (.jinja).
       template_args: further variables of the chat template, such as
         {enable_thinking: false}.
+      system: text of a system message.
       max_length: longest conversation in tokens; the size of the cache.
       temperature: sampling temperature; 0 decodes greedily.
       top_k: sample from the k most probable tokens; 0: from all.
@@ -35,8 +38,9 @@ class ChatConfig:
     """
 
     model: str
-    system: str = ""
+    template: str = "chat"
     template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
     max_length: int = 2048
     temperature: float = 0.7
     top_k: int = 0
@@ -52,31 +56,43 @@ def chat(config: ChatConfig) -> int:
     response. /reset begins a new conversation, /exit or the end of the input ends the
     command, and Ctrl-C stops a response.
     """
+    from mgsr_jax.data.conversations import Message
+
     check_sampling(
         config.temperature, config.top_k, config.top_p, max_length=config.max_length
     )
-    loaded = load(config.model)
-    first = [{"role": "system", "content": config.system}] if config.system else []
-    hello = {"role": "user", "content": "Hello"}
+    loaded = load(config.model, _encoding(config))
     # A missing or unsuitable template is found before the weights are read.
-    encode_messages(loaded.tokenizer, [*first, hello], **config.template_args)
-    model = _Chat(config, loaded)
-    messages = list(first)
+    loaded.encoder.prompt([Message("user", "Hello")])
+    model, messages = _Chat(config, loaded), []
     for line in _lines():
         if line == EXIT:
             break
         if line == RESET:
-            messages = list(first)
+            messages = []
             print("new conversation", file=sys.stderr)
             continue
-        question = {"role": "user", "content": line}
+        question = Message("user", line)
         try:
             response = model.respond([*messages, question])
         except ValueError as error:
             print(f"{error}; or begin again with {RESET}", file=sys.stderr)
             continue
-        messages += [question, {"role": "assistant", "content": response}]
+        messages += [question, Message("assistant", response)]
     return DONE
+
+
+def _encoding(config: ChatConfig) -> "Encoding":
+    from mgsr_jax.data.encoding import TEMPLATES, Encoding
+
+    if config.template in TEMPLATES and config.template != "chat":
+        raise ValueError(
+            f"template={config.template!r}; expected chat, or the path of a template "
+            "file"
+        )
+    return Encoding(
+        config.template, template_args=config.template_args, system=config.system
+    )
 
 
 class _Chat:
@@ -86,21 +102,21 @@ class _Chat:
         import jax
 
         self.config, self.loaded, self.responses = config, loaded, 0
+        self.eos_ids = loaded.eos_ids()
         unstack = functools.partial(loaded.model.decode_params, dtype=config.dtype)
         self.params = jax.jit(unstack, donate_argnums=0)(loaded.params(config.dtype))
 
-    def respond(self, messages: list[dict[str, str]]) -> str:
+    def respond(self, messages: list["Message"]) -> str:
         """Print the response to a conversation while it is drawn, and return it.
 
         Raises:
           ValueError: the conversation leaves no room for a response.
         """
-        text, stop_ids = "", self.loaded.eos_ids()
-        ids: list[int] = []
+        text, ids = "", []
         self.responses += 1
         try:
             for token in self._tokens(messages):
-                ids += [] if token in stop_ids else [token]
+                ids += [] if token in self.eos_ids else [token]
                 whole = self.loaded.text(ids)
                 if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
                     print(whole[len(text) :], end="", flush=True)
@@ -110,7 +126,7 @@ class _Chat:
         print()
         return text
 
-    def _tokens(self, messages: list[dict[str, str]]) -> Iterator[int]:
+    def _tokens(self, messages: list["Message"]) -> Iterator[int]:
         import jax
         import jax.numpy as jnp
 
@@ -120,7 +136,7 @@ class _Chat:
         return stream(
             self.loaded.model,
             self.params,
-            encode_messages(self.loaded.tokenizer, messages, **config.template_args),
+            self.loaded.encoder.prompt(messages),
             # A question that is asked again gets another sample.
             key=jax.random.fold_in(jax.random.key(config.seed), self.responses),
             decoding=self._decoding(),
@@ -135,7 +151,7 @@ class _Chat:
         config = self.config
         return Decoding(
             max_length=config.max_length,
-            eos_ids=self.loaded.eos_ids(),
+            eos_ids=self.eos_ids,
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             vocab_size=len(self.loaded.tokenizer),
         )

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -31,6 +31,7 @@ from mgsr_jax.training.distributed import (
 )
 
 if TYPE_CHECKING:
+    from mgsr_jax.data.encoding import Encoding
     from mgsr_jax.data.prompts import Prompt
     from mgsr_jax.evaluation.comparison import Baseline
     from mgsr_jax.evaluation.responses import EvaluationConfig
@@ -63,11 +64,16 @@ class EvaluateConfig:
         at temperature 1, whatever the settings of sampling are. Needs teacher.
       teacher: the teacher's checkpoint, given like model, for exposure_bias; must have
         the same tokenizer.
-      template: "alpaca", or "chat" for the tokenizer's chat template.
+      template: "chat" for the tokenizer's chat template, the path of a template file
+        (.jinja), "alpaca", "none" for the plain text, or "auto": chat where the
+        tokenizer has a template, otherwise alpaca.
+      template_args: further variables of the chat template, such as
+        {enable_thinking: false}.
+      system: text of a system message for prompts without one.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.
       max_prompt_length: longest prompt in tokens; longer prompts are left out and
-        listed.
+        listed. None: half of max_length.
       max_length: longest prompt and response in tokens.
       no_repeat_ngram: length of n-grams that a response must not repeat (published
         figures: 6); 0: no limit.
@@ -93,9 +99,11 @@ class EvaluateConfig:
     top_p: float = 1.0
     exposure_bias: bool = False
     teacher: str | None = None
-    template: Literal["alpaca", "chat"] = "alpaca"
+    template: str = "auto"
+    template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
     add_special_tokens: bool = True
-    max_prompt_length: int = 256
+    max_prompt_length: int | None = None
     max_length: int = 512
     no_repeat_ngram: int = 0
     batch_size: int = 32
@@ -113,6 +121,20 @@ class EvaluateConfig:
         """The sets, one or several."""
         return [self.data] if isinstance(self.data, str) else self.data
 
+    @property
+    def encoding(self) -> "Encoding":
+        """How a record becomes tokens."""
+        from mgsr_jax.data.encoding import Encoding
+
+        return Encoding(
+            self.template,
+            self.add_special_tokens,
+            self.max_prompt_length,
+            self.max_length,
+            template_args=self.template_args,
+            system=self.system,
+        )
+
     def protocol(self) -> "EvaluationConfig":
         """The settings of sampling and decoding."""
         import jax.numpy as jnp
@@ -124,7 +146,7 @@ class EvaluateConfig:
             seeds=self.seeds,
             samples=self.samples,
             sampling=Sampling(self.temperature, self.top_k, self.top_p),
-            max_prompt_length=self.max_prompt_length,
+            max_prompt_length=self.encoding.prompt_limit,
             max_length=self.max_length,
             batch_size=self.batch_size,
             no_repeat_ngram=self.no_repeat_ngram,
@@ -147,7 +169,9 @@ def evaluate(config: EvaluateConfig) -> int:
     folder = on_all_processes(lambda: new_folder(config.output))
     baselines = on_all_processes(lambda: _read_baselines(config))
     mesh = make_mesh(config.mesh)
-    loaded, teacher = load(config.model, mesh=mesh), None
+    loaded, teacher = load(config.model, config.encoding, mesh=mesh), None
+    if is_lead():
+        print(*loaded.encoder.notes, sep="\n")
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
         check_same_tokenizer(loaded, teacher)
@@ -229,16 +253,11 @@ def _load_prompts(
     config: EvaluateConfig, loaded: LoadedModel, path: str
 ) -> list["Prompt"]:
     """Read an evaluation set, and print which records are left out and why."""
-    from mgsr_jax.data.encoding import Encoding
     from mgsr_jax.data.prompts import load_prompts
 
-    encoding = Encoding(
-        config.template,
-        config.add_special_tokens,
-        config.max_prompt_length,
-        config.max_length,
+    prompts, report = load_prompts(
+        path, loaded.tokenizer, config.encoding, split=config.split
     )
-    prompts, report = load_prompts(path, loaded.tokenizer, encoding, split=config.split)
     if is_lead():
         unscored = sum(not prompt.scored for prompt in prompts)
         print(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.loaded import (
@@ -15,7 +15,6 @@ from mgsr_jax.commands.loaded import (
 )
 from mgsr_jax.commands.prompts import (
     Request,
-    Template,
     encode_request,
     read_requests,
 )
@@ -29,6 +28,7 @@ from mgsr_jax.training.distributed import (
 )
 
 if TYPE_CHECKING:
+    from mgsr_jax.data.encoding import Encoding
     from mgsr_jax.data.prompts import Prompt
     from mgsr_jax.rows import Rows
 
@@ -46,8 +46,12 @@ class GenerateConfig:
         messages. In any other file, and on standard input (-), a line is a prompt.
         Without prompt and file, standard input is read.
       input: context that is added to each instruction (the field `input` of Alpaca).
-      template: "alpaca", "chat" for the tokenizer's chat template, or "none" for the
-        plain text. Messages are always rendered by the chat template.
+      template: "chat" for the tokenizer's chat template, the path of a template file
+        (.jinja), "alpaca", "none" for the plain text, or "auto": chat where the
+        tokenizer has a template, otherwise alpaca.
+      template_args: further variables of the chat template, such as
+        {enable_thinking: false}.
+      system: text of a system message for prompts without one.
       add_special_tokens: whether the tokenizer adds its special tokens (such as bos)
         to a prompt.
       max_length: longest prompt and response in tokens.
@@ -66,7 +70,9 @@ class GenerateConfig:
     prompt: str | list[str] | None = None
     file: str | None = None
     input: str = ""
-    template: Template = "alpaca"
+    template: str = "auto"
+    template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
     add_special_tokens: bool = True
     max_length: int = 512
     temperature: float = 1.0
@@ -97,7 +103,7 @@ def generate(config: GenerateConfig) -> int:
     )
     requests = read_requests(config.prompt, config.file, config.input)
     start(config.distributed)
-    loaded = load(config.model, mesh=make_mesh(config.mesh))
+    loaded = load(config.model, _encoding(config), mesh=make_mesh(config.mesh))
     prompts = on_all_processes(
         lambda: [_prompt(config, loaded, i, r) for i, r in enumerate(requests)]
     )
@@ -108,17 +114,24 @@ def generate(config: GenerateConfig) -> int:
     return DONE
 
 
+def _encoding(config: GenerateConfig) -> "Encoding":
+    from mgsr_jax.data.encoding import Encoding
+
+    return Encoding(
+        config.template,
+        config.add_special_tokens,
+        max_length=max(2, config.max_length),
+        template_args=config.template_args,
+        system=config.system,
+    )
+
+
 def _prompt(
     config: GenerateConfig, loaded: LoadedModel, index: int, request: Request
 ) -> "Prompt":
     from mgsr_jax.data.prompts import Prompt
 
-    ids = encode_request(
-        loaded.tokenizer,
-        request,
-        template=config.template,
-        add_special_tokens=config.add_special_tokens,
-    )
+    ids = encode_request(loaded.encoder, request)
     if len(ids) >= config.max_length:
         raise ValueError(
             f"{request.source}: a prompt of {len(ids)} tokens leaves no room for a "

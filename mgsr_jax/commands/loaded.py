@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
+    from mgsr_jax.data.encoding import Encoder, Encoding
     from mgsr_jax.models import LanguageModel
 
 Dtype = Literal["float32", "bfloat16"]
@@ -25,12 +26,14 @@ class LoadedModel:
       folder: folder of the Hugging Face checkpoint; for a hub name, in its cache.
       model: the model as pure functions.
       tokenizer: the checkpoint's tokenizer.
+      encoder: turns conversations into tokens.
       mesh: device mesh for the weights; None for one device.
     """
 
     folder: str
     model: "LanguageModel"
     tokenizer: "PreTrainedTokenizerFast"
+    encoder: "Encoder"
     mesh: "Mesh | None" = None
 
     def params(self, dtype: Dtype) -> Params:
@@ -43,7 +46,7 @@ class LoadedModel:
         """Tokens that end a response."""
         from mgsr_jax.checkpoint.tokenizer import eos_ids
 
-        return eos_ids(self.tokenizer, self.model)
+        return eos_ids(self.tokenizer, self.model, self.encoder.chat)
 
     def text(self, ids: list[int], *, special: bool = False) -> str:
         """Text of tokens, with or without special tokens."""
@@ -52,21 +55,25 @@ class LoadedModel:
         return text_of(self.tokenizer, ids, special=special)
 
 
-def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
+def load(
+    name: str, encoding: "Encoding | None" = None, *, mesh: "Mesh | None" = None
+) -> LoadedModel:
     """Read config.json and the tokenizer of a checkpoint.
 
     Args:
       name: a folder or a hub name; a hub name is downloaded to its cache.
+      encoding: how conversations become tokens; None: `encoding.ALPACA`.
       mesh: device mesh for the weights; None for one device.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the embedding has rows; the model
-        does not divide over the mesh.
-      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: the tokenizer has more tokens than the embedding has rows, or no chat
+        template; the model does not divide over the mesh.
+      FileNotFoundError: the folder, one of its files or a template file is missing.
       OSError: see `hub.local_folder`.
     """
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf, hub
+    from mgsr_jax.data.encoding import ALPACA, Encoder
     from mgsr_jax.training.distributed import lead_first
 
     folder = lead_first(lambda: hub.local_folder(name))
@@ -80,7 +87,9 @@ def load(name: str, *, mesh: "Mesh | None" = None) -> LoadedModel:
     if mesh is not None and (tensor := mesh.shape["tensor"]) > 1:
         padded = tensor * math.ceil(rows / tensor)
         model = dataclasses.replace(model, vocab_rows=padded, tensor=tensor)
-    return LoadedModel(folder, model, tokenizer, mesh)
+    return LoadedModel(
+        folder, model, tokenizer, Encoder(tokenizer, encoding or ALPACA), mesh
+    )
 
 
 def make_mesh(sizes: MeshConfig) -> "Mesh | None":

@@ -5,14 +5,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING
 
-from mgsr_jax.typing import Tokenizer
+if TYPE_CHECKING:
+    from mgsr_jax.data.encoding import Encoder
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: records with `role` and `content`."""
 
-Template = Literal["alpaca", "chat", "none"]
 _KEYS = ("prompt", "messages", "instruction", "question")
 
 
@@ -62,92 +62,26 @@ def read_requests(
     return requests
 
 
-def encode_request(
-    tokenizer: Tokenizer,
-    request: Request,
-    *,
-    template: Template,
-    add_special_tokens: bool,
-) -> list[int]:
-    """Tokens of a prompt; a conversation is always rendered by the chat template.
+def encode_request(encoder: "Encoder", request: Request) -> list[int]:
+    """Tokens of a prompt.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or the prompt has no tokens.
+      ValueError: the template has no place for the messages, refuses them, or the
+        prompt has no tokens.
     """
-    from mgsr_jax.data.encoding import encode_prompt
+    from mgsr_jax.data.conversations import Message
 
-    if not isinstance(request.content, str):
-        ids = encode_messages(tokenizer, request.content)
-    elif template == "none":
-        text = "\n\n".join(part for part in (request.content, request.input) if part)
-        ids = encode_bare(tokenizer, text, add_special_tokens=add_special_tokens)
+    if isinstance(request.content, str):
+        messages = [Message("user", request.content)]
     else:
-        ids = encode_prompt(
-            tokenizer,
-            request.content,
-            request.input,
-            template=template,
-            add_special_tokens=add_special_tokens,
-        )
+        messages = [Message(m["role"], m["content"]) for m in request.content]
+    try:
+        ids = encoder.prompt(messages, request.input)
+    except ValueError as error:
+        raise ValueError(f"{request.source}: {error}") from error
     if not ids:
         raise ValueError(f"{request.source} is empty; give at least one token")
     return ids
-
-
-def encode_bare(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True
-) -> list[int]:
-    """Tokens of a text that the model continues; special tokens in it are parsed.
-
-    What the tokenizer puts before a text, such as bos, is put before it once. What it
-    puts behind a text is left out: a model does not continue after end-of-sequence.
-    """
-    body = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if not add_special_tokens:
-        return body
-    full = tokenizer(text, verbose=False).input_ids
-    starts = range(len(full) - len(body) + 1)
-    at = next((i for i in starts if full[i : i + len(body)] == body), 0)
-    prefix = full[:at]
-    return body if body[:at] == prefix else prefix + body
-
-
-def encode_messages(
-    tokenizer: Tokenizer, messages: Messages, **arguments: Any
-) -> list[int]:
-    """Tokens of a conversation up to where the assistant's next message begins.
-
-    Args:
-      tokenizer: has the chat template.
-      messages: the conversation so far.
-      **arguments: further variables of the template.
-
-    Raises:
-      ValueError: the tokenizer has no chat template, or the template refuses the
-        messages.
-    """
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be rendered; use "
-            "an instruct model, put a chat_template.jinja into the model's folder, or "
-            "use mgsr generate with --template none"
-        )
-    try:
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **arguments,
-        )
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise ValueError(
-            f"the chat template refuses messages of the roles {roles}: {error}"
-        ) from error
-    return cast(list[int], ids)
 
 
 def _text_lines(source: str, lines: Iterable[str], context: str) -> Iterator[Request]:

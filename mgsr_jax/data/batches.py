@@ -13,7 +13,7 @@ import datasets
 import grain
 import numpy as np
 
-from mgsr_jax.data.dataset import lengths
+from mgsr_jax.data.dataset import EARLIER, lengths
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import Rows, from_lists, narrowest
 
@@ -174,19 +174,26 @@ def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
 def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) -> Rows:
     examples = indices.tolist()
     records = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
-    filler = ([0], [], [])
+    filler = ([0], [], [], [])
     rows = [filler if i == _FILLER else next(records) for i in examples]
-    prompts, responses, span_ids = zip(*rows, strict=True)
+    prompts, responses, span_ids, earlier = zip(*rows, strict=True)
     return from_lists(
-        prompts, responses, width=width, span_ids=span_ids, examples=examples
+        prompts,
+        responses,
+        width=width,
+        span_ids=span_ids,
+        examples=examples,
+        earlier_span_ids=earlier,
     )
 
 
 def _columns(
     dataset: datasets.Dataset, indices: list[int]
-) -> Iterable[tuple[list[int], list[int], list[int]]]:
-    """(prompt, response, span_ids) of the examples."""
+) -> Iterable[tuple[list[int], list[int], list[int], list[int]]]:
+    """(prompt, response, span_ids, earlier_span_ids) of the examples."""
     if not indices:
         return []
     rows = dataset[indices]
-    return zip(rows["prompt"], rows["response"], rows["span_ids"], strict=True)
+    earlier = rows.get(EARLIER, [[]] * len(indices))
+    columns = (rows["prompt"], rows["response"], rows["span_ids"], earlier)
+    return zip(*columns, strict=True)

@@ -19,25 +19,30 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from mgsr_jax.checkpoint import chat_template
 from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import (
     ALPACA,
+    Encoder,
     Encoding,
     cut_prompt,
-    encode_prompt,
-    encode_response,
     eos_id,
+    resolved,
 )
 from mgsr_jax.data.forms import Form, recognise
 from mgsr_jax.data.records import Example, Rejected, examples_of
 from mgsr_jax.data.report import DataReport, check_report, data_report
 from mgsr_jax.data.source_settings import Columns
 from mgsr_jax.data.sources import OpenSource, open_source
+from mgsr_jax.data.templates import Turns
+from mgsr_jax.rows import UNTRAINED
 from mgsr_jax.typing import Tokenizer
 
+EARLIER = "earlier_span_ids"
+"""Column that only data with train_on="all" has; see `rows.from_lists`."""
+_TOKENS = ("prompt", "response", "span_ids")
 _COLUMNS = datasets.Features(
-    {name: datasets.List(datasets.Value("int32")) for name in ("prompt", "response")}
-    | {"span_ids": datasets.List(datasets.Value("int32"))}
+    {name: datasets.List(datasets.Value("int32")) for name in (*_TOKENS, EARLIER)}
     | {name: datasets.Value("string") for name in ("problem", "message")}
     | {"kept": datasets.Value("bool")}
     | {name: datasets.Value("int32") for name in ("prompt_length", "length")}
@@ -48,15 +53,18 @@ _KEYED_MODULES = (
     "encoding",
     "files",
     "forms",
+    "plain_text",
     "records",
     "report",
     "source_settings",
     "sources",
     "spans",
+    "templates",
 )
 """Modules of this folder whose source is part of the cache key."""
 _SLAB = 256  # records that are tokenised and chunked together
 _BATCH = 10_000  # rows of the cached table that are in memory at a time
+_NOTHING = Turns([], [])
 
 
 class _Row(TypedDict):
@@ -68,7 +76,8 @@ class _Row(TypedDict):
 
     prompt: list[int]
     response: list[int]
-    span_ids: list[int] | np.ndarray
+    span_ids: list[int]
+    earlier_span_ids: list[int]
     problem: str
     message: str
     kept: bool
@@ -90,10 +99,11 @@ def load(
 ) -> tuple[datasets.Dataset, DataReport]:
     """Load tokens and spans of a training or validation set from the cache, or fill it.
 
-    The columns are `prompt`, `response` (ends with end-of-sequence unless it was cut;
-    empty for prompts only) and `span_ids` (one id a token of the response). The cache
-    key covers everything that they depend on: the content of the files, the names of
-    columns, the tokenizer, the encoding, the chunker, and this code.
+    The columns are `prompt`, `response` (ends with the token that ends a response
+    unless it was cut; empty for prompts only) and `span_ids` (one id a token of the
+    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`). The
+    cache key covers everything that they depend on: the content of the files, the names
+    of columns, the tokenizer, the encoding, the chunker, and this code.
 
     Args:
       path: file, pattern, folder or hub data set; see `sources.open_source`.
@@ -112,6 +122,7 @@ def load(
       FileNotFoundError: see `sources.open_source`.
     """
     eos_id(tokenizer)
+    encoding = resolved(encoding, tokenizer)
     source = open_source(path, split)
     form = recognise(source, columns)
     options = (source, form, tokenizer, encoding, chunker, spacy_model)
@@ -128,7 +139,8 @@ def load(
     kept = np.flatnonzero(np.fromiter(_column(table, "kept"), bool))
     report = _report(form, len(kept), table)
     check_report(path, report, len(table), max_bad_fraction)
-    return table.select(kept).select_columns(["prompt", "response", "span_ids"]), report
+    names = [*_TOKENS, *([EARLIER] if encoding.train_on == "all" else [])]
+    return table.select(kept).select_columns(names), report
 
 
 def _report(form: Form, kept: int, table: datasets.Dataset) -> DataReport:
@@ -162,16 +174,17 @@ def _cache_key(
     spacy_model: str,
 ) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for module in _KEYED_MODULES:
-        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    files = [Path(__file__).with_name(f"{module}.py") for module in _KEYED_MODULES]
+    for file in (*files, Path(chat_template.__file__)):
+        digest.update(file.read_bytes())
     chunked = chunker if isinstance(chunker, str | None) else Hasher.hash(chunker)
     special = sorted(tokenizer.special_tokens_map.items())
-    template = getattr(tokenizer, "chat_template", None)
     backend = tokenizer.backend_tokenizer.to_str()
-    versions = [_version(name) for name in ("tokenizers", "textblob", "spacy")]
+    packages = ("tokenizers", "transformers", "textblob", "spacy")
+    versions = [_version(name) for name in packages]
     values = (source.digest(), form, encoding, chunked, spacy_model)
     versions = (_version(spacy_model), versions)
-    digest.update(repr((values, versions, special, template, backend)).encode())
+    digest.update(repr((values, versions, special, backend)).encode())
     return digest.hexdigest()
 
 
@@ -191,37 +204,47 @@ def _encoded(
     spacy_model: str,
 ) -> Iterator[_Row]:
     """Rows of the cached table, one a record."""
-    examples = examples_of(source, form)
+    examples, encoder = examples_of(source, form), Encoder(tokenizer, encoding)
     while slab := list(itertools.islice(examples, _SLAB)):
-        rows = [_encode(example, tokenizer, encoding) for example in slab]
+        rows = [_encode(example, encoder) for example in slab]
         if chunker is not None:
-            decoded = [spans.token_offsets(tokenizer, row["response"]) for row in rows]
-            texts, offsets = zip(*decoded, strict=True)
-            span_ids = spans.chunk(texts, offsets, chunker, spacy_model=spacy_model)
-            for row, ids in zip(rows, span_ids, strict=True):
-                row["span_ids"] = ids
+            _mark_phrases(rows, tokenizer, chunker, spacy_model)
         yield from rows
 
 
-def _encode(
-    example: Example | Rejected, tokenizer: Tokenizer, encoding: Encoding
-) -> _Row:
-    if isinstance(example, Rejected):
-        return _row([], [], example.problem, example.message, kept=False)
-    prompt = encode_prompt(
-        tokenizer,
-        example.instruction,
-        example.input,
-        template=encoding.template,
-        add_special_tokens=encoding.add_special_tokens,
-    )
-    response = []
-    if example.references:
-        response = encode_response(tokenizer, example.references[0])
-        response.append(eos_id(tokenizer))
+def _mark_phrases(
+    rows: list[_Row], tokenizer: Tokenizer, chunker: spans.Chunker, spacy_model: str
+) -> None:
+    """Fill in the span ids of every trained response; each is a text of its own."""
+    responses = []  # tokens, the list for their span ids, its index of the first
+    for row in rows:
+        responses.append((row["response"], row["span_ids"], 0))
+        ids = row["earlier_span_ids"]
+        for start, end in _trained(ids):
+            responses.append((row["prompt"][start:end], ids, start))
+    decoded = [spans.token_offsets(tokenizer, tokens) for tokens, _, _ in responses]
+    texts, offsets = zip(*decoded, strict=True)
+    span_ids = spans.chunk(texts, offsets, chunker, spacy_model=spacy_model)
+    for (_, ids, start), found in zip(responses, span_ids, strict=True):
+        ids[start : start + len(found)] = found.tolist()
+
+
+def _trained(earlier_span_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each run of trained tokens."""
+    trained = np.not_equal([UNTRAINED, *earlier_span_ids, UNTRAINED], UNTRAINED)
+    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return zip(edges[::2], edges[1::2], strict=True)
+
+
+def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
+    turns = example if isinstance(example, Rejected) else encoder.encode(example)
+    if isinstance(turns, Rejected):
+        return _row(_NOTHING, turns.problem, turns.message, kept=False)
+    assert isinstance(example, Example)
+    encoding, (prompt, response, _) = encoder.encoding, turns
     lengths = len(prompt), len(prompt) + len(response)
     limits = (
-        ("prompt", lengths[0], encoding.max_prompt_length),
+        ("prompt", lengths[0], encoding.prompt_limit),
         ("prompt and response", lengths[1], encoding.max_length),
     )
     too_long = [
@@ -232,25 +255,31 @@ def _encode(
     problem = "too_long" if too_long else ""
     message = f"{example.source}: {'; '.join(too_long)}" if too_long else ""
     if too_long and encoding.too_long == "drop":
-        return _row([], [], problem, message, lengths, kept=False)
-    prompt = cut_prompt(tokenizer, prompt, encoding.max_prompt_length)
-    response = response[: encoding.max_length - len(prompt)]
-    return _row(prompt, response, problem, message, lengths, kept=True)
+        return _row(_NOTHING, problem, message, lengths, kept=False)
+    if too_long:  # only without a chat template, where no earlier response exists
+        prompt = cut_prompt(encoder.tokenizer, prompt, encoding.prompt_limit)
+        turns = Turns(prompt, response[: encoding.max_length - len(prompt)])
+    return _row(turns, problem, message, lengths, kept=True)
 
 
 def _row(
-    prompt: list[int],
-    response: list[int],
+    turns: Turns,
     problem: str,
     message: str,
     lengths: tuple[int, int] = (0, 0),
     *,
     kept: bool,
 ) -> _Row:
+    earlier = []
+    if turns.earlier:
+        earlier = [UNTRAINED] * len(turns.prompt)
+    for start, end in turns.earlier:
+        earlier[start:end] = [spans.NO_SPAN] * (end - start)
     return _Row(
-        prompt=prompt,
-        response=response,
-        span_ids=[spans.NO_SPAN] * len(response),
+        prompt=turns.prompt,
+        response=turns.response,
+        span_ids=[spans.NO_SPAN] * len(turns.response),
+        earlier_span_ids=earlier,
         problem=problem,
         message=message,
         kept=kept,

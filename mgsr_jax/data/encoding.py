@@ -1,16 +1,35 @@
 """Tokens of prompts and responses: one path for training, sampling, evaluation."""
 
 import dataclasses
-from typing import cast
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mgsr_jax.checkpoint.chat_template import (
+    OWN_TEMPLATE,
+    ChatTemplate,
+    RenderingError,
+    own_template,
+)
+from mgsr_jax.data.conversations import Message
+from mgsr_jax.data.plain_text import (
+    alpaca_prompt,
+    bare_prompt,
+    encode_plain_prompt,
+    encode_response,
+    encode_text_behind,
+)
+from mgsr_jax.data.templates import Turns, chat_prompt, chat_turns
 from mgsr_jax.typing import Tokenizer
 
-ALPACA_HEAD = (
-    "Below is an instruction that describes a task{}. Write a response that "
-    "appropriately completes the request.\n\n### Instruction:\n{}\n\n"
-)
-TEMPLATES = ("alpaca", "chat")
+if TYPE_CHECKING:  # the package datasets, which records need, is slow to import
+    from mgsr_jax.data.records import Example, Rejected
+
+TEMPLATES = ("auto", "alpaca", "chat", "none")
+TEMPLATE_SUFFIX = ".jinja"
 TOO_LONG = ("drop", "truncate")
+TRAIN_ON = ("last", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +37,21 @@ class Encoding:
     """Settings that turn a record into tokens.
 
     Attributes:
-      template: "alpaca" (as MiniLLM and DistiLLM), or "chat" for the tokenizer's own
-        chat template.
-      add_special_tokens: put the tokenizer's bos, if it has one, before the prompt.
-      max_prompt_length: largest number of tokens of a prompt.
+      template: "alpaca" (as MiniLLM and DistiLLM), "chat" for the tokenizer's own chat
+        template, the path of a template file (.jinja), "none" for the texts as they
+        are, or "auto": "chat" where the tokenizer has a template, otherwise "alpaca".
+      add_special_tokens: put the tokenizer's bos, if it has one, before the prompt. A
+        chat template writes its own.
+      max_prompt_length: largest number of tokens of a prompt; None: half of
+        `max_length`.
       max_length: largest number of tokens of prompt and response together, including
         end-of-sequence.
       too_long: "drop" leaves the record out; "truncate" keeps the prompt's end and the
         response's beginning. A response that is cut has no end-of-sequence.
+      template_args: further variables of a chat template.
+      system: a system message for conversations that begin without one.
+      train_on: "last" response of a conversation, or "all" of them.
+      template_text: text of the chat template; `resolved` sets it.
 
     Raises:
       ValueError: a value is unknown, or two settings contradict each other.
@@ -33,46 +59,231 @@ class Encoding:
 
     template: str = "alpaca"
     add_special_tokens: bool = True
-    max_prompt_length: int = 256
+    max_prompt_length: int | None = None
     max_length: int = 512
     too_long: str = "drop"
+    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
+    train_on: str = "last"
+    template_text: str | None = None
 
     def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
+        is_file = self.template.endswith(TEMPLATE_SUFFIX)
+        if self.template not in TEMPLATES and not is_file:
             raise ValueError(
-                f"template is {self.template!r}; expected one of {TEMPLATES}"
+                f"template is {self.template!r}; expected one of {TEMPLATES}, or the "
+                f"path of a template file that ends in {TEMPLATE_SUFFIX}"
             )
-        if self.too_long not in TOO_LONG:
+        for name, choices in (("too_long", TOO_LONG), ("train_on", TRAIN_ON)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+        if not 0 < self.prompt_limit < self.max_length:
             raise ValueError(
-                f"too_long is {self.too_long!r}; expected one of {TOO_LONG}"
-            )
-        if not 0 < self.max_prompt_length < self.max_length:
-            raise ValueError(
-                f"max_prompt_length is {self.max_prompt_length}; expected 1 to "
+                f"max_prompt_length is {self.prompt_limit}; expected 1 to "
                 f"{self.max_length - 1}, less than max_length={self.max_length}"
             )
-        if self.template == "chat" and self.too_long == "truncate":
+        if (self.template == "chat" or is_file) and self.too_long == "truncate":
             raise ValueError(
                 "too_long='truncate' would cut the beginning of a chat template; use "
-                "too_long='drop' with template='chat'"
+                "too_long='drop' with a chat template"
             )
+        for name in ("template_args", "system"):
+            if getattr(self, name) and self.template in ("alpaca", "none"):
+                raise ValueError(
+                    f"{name} is set, but template {self.template!r} has no place for "
+                    "it; set template to chat or to a template file"
+                )
+
+    @property
+    def prompt_limit(self) -> int:
+        """Largest number of tokens of a prompt."""
+        if self.max_prompt_length is None:
+            return self.max_length // 2
+        return self.max_prompt_length
 
 
 ALPACA = Encoding()
 """The lengths of MiniLLM and DistiLLM: 256 tokens of prompt, 512 in total."""
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    r"""The prompt of Alpaca, MiniLLM and DistiLLM.
+def resolved(encoding: Encoding, tokenizer: Tokenizer) -> Encoding:
+    """The settings with a definite template, and its text if it is a chat template.
 
-    >>> alpaca_prompt("Add.", "1 + 1")[-55:]
-    '### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n'
+    Raises:
+      ValueError: `template="chat"` and the tokenizer has no chat template, or the
+        template does not fit the other settings.
+      FileNotFoundError: there is no such template file.
     """
-    if not input:
-        return ALPACA_HEAD.format("", instruction) + "### Response:\n"
-    context = ", paired with an input that provides further context"
-    head = ALPACA_HEAD.format(context, instruction)
-    return f"{head}### Input:\n{input}\n\n### Response:\n"
+    template, text = encoding.template, None
+    if template in ("auto", "chat"):
+        text = own_template(tokenizer)
+        if template == "chat" and text is None:
+            raise ValueError(
+                "template='chat', but the tokenizer has no chat template; use "
+                "'alpaca', 'none', the path of a template file, or a tokenizer whose "
+                "tokenizer_config.json has one"
+            )
+        template = "alpaca" if text is None else "chat"
+    elif template not in TEMPLATES:
+        file = Path(template)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"template file {template} is missing; check the path"
+            )
+        text = file.read_text(encoding="utf-8")
+    return dataclasses.replace(encoding, template=template, template_text=text)
+
+
+class Encoder:
+    """Turns conversations into tokens: one path for training, sampling, evaluation.
+
+    Args:
+      tokenizer: a fast tokenizer of transformers.
+      encoding: the settings.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      encoding: the settings with a definite template.
+      chat: the chat template; None for the other templates.
+
+    Raises:
+      ValueError, FileNotFoundError: see `resolved`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, encoding: Encoding = ALPACA):
+        self._given = encoding
+        self.tokenizer, self.encoding = tokenizer, resolved(encoding, tokenizer)
+        self.chat: ChatTemplate | None = None
+        self._nests = False  # not known yet
+        if (text := self.encoding.template_text) is not None:
+            is_own = self.encoding.template == "chat"
+            name = OWN_TEMPLATE if is_own else f"template {encoding.template}"
+            arguments = self.encoding.template_args
+            self.chat = ChatTemplate(tokenizer, text, arguments, name)
+
+    def prompt(self, messages: Sequence[Message], input: str = "") -> list[int]:
+        """Tokens of a conversation up to its response.
+
+        Args:
+          messages: the turns before the response.
+          input: further context of the last turn.
+
+        Raises:
+          RenderingError: the template has no place for the messages, or refuses them.
+        """
+        if self.chat is not None:
+            return chat_prompt(self.chat, self._conversation(messages, input))
+        is_alpaca = self.encoding.template == "alpaca"
+        write = alpaca_prompt if is_alpaca else bare_prompt
+        return encode_plain_prompt(
+            self.tokenizer,
+            write(self._instruction(messages), input),
+            literal=is_alpaca,
+            add_special_tokens=self.encoding.add_special_tokens,
+        )
+
+    def encode(self, example: "Example") -> "Turns | Rejected":
+        """Tokens of a record; it is rejected if the template has no place for it."""
+        from mgsr_jax.data.records import Rejected
+
+        messages, input = example.messages, example.input
+        try:
+            if example.references:
+                return self.turns(messages, input, example.references[0])
+            return Turns(self.prompt(messages, input), [])
+        except RenderingError as error:
+            return Rejected("malformed", f"{example.source}: {error}")
+
+    def turns(self, messages: Sequence[Message], input: str, response: str) -> Turns:
+        """Tokens of a conversation up to a response, and of the response with its end.
+
+        Args:
+          messages: the turns before the response.
+          input: further context of the last turn.
+          response: text of the response.
+
+        Raises:
+          RenderingError: the template has no place for the messages, refuses them, or
+            changes the text of a turn when later turns are added.
+          ValueError: it does so for every conversation.
+        """
+        end = [eos_id(self.tokenizer)]
+        if self.chat is not None:
+            return self._chat_turns(self.chat, messages, input, response, end)
+        prompt = self.prompt(messages, input)
+        if self.encoding.template == "alpaca":
+            return Turns(prompt, encode_response(self.tokenizer, response) + end)
+        text = bare_prompt(self._instruction(messages), input)
+        tokens = encode_text_behind(self.tokenizer, text, response)
+        ended = tokens and tokens[-1] in self._special_ids
+        return Turns(prompt, tokens if ended else tokens + end)
+
+    def _chat_turns(
+        self,
+        chat: ChatTemplate,
+        messages: Sequence[Message],
+        input: str,
+        response: str,
+        end: list[int],
+    ) -> Turns:
+        train_all = self.encoding.train_on == "all"
+        if not self._nests:
+            chat.check_nesting(several_turns=train_all)
+            self._nests = True
+        conversation = self._conversation(messages, input)
+        turns = chat_turns(chat, conversation, response, train_all=train_all)
+        if chat.end_of_turn is None:
+            return turns._replace(response=turns.response + end)
+        return turns
+
+    @functools.cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the log: which template is used, and what is unusual about it."""
+        template, auto = self.encoding.template, self._given.template == "auto"
+        if self.chat is None:
+            reason = " (auto: the tokenizer has no chat template)" if auto else ""
+            return (f"template: {template}{reason}",)
+        lines = [f"template: {self.chat.name}{' (auto)' if auto else ''}"]
+        if self.chat.end_of_turn is None:
+            eos = self.tokenizer.eos_token
+            lines.append(
+                f"{self.chat.name} writes no token behind the last response; the "
+                f"tokenizer's end-of-sequence {eos} ends it"
+            )
+        if (today := self.chat.today) is not None:
+            lines.append(
+                f"{self.chat.name} writes today's date: always that of {today}, which "
+                "template_args.today sets"
+            )
+        return tuple(lines)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(id_ for id_, token in added if token.special)
+
+    def _instruction(self, messages: Sequence[Message]) -> str:
+        """The text of the only turn."""
+        roles = [message.role for message in messages]
+        if roles != ["user"]:
+            raise RenderingError(
+                f"template {self.encoding.template!r} has a place for one turn of the "
+                f"user, got the roles {roles}; set template to chat or to a template "
+                "file"
+            )
+        return messages[0].content
+
+    def _conversation(
+        self, messages: Sequence[Message], input: str
+    ) -> list[dict[str, str]]:
+        conversation = [message._asdict() for message in messages]
+        if input:
+            last = conversation[-1]
+            last["content"] = bare_prompt(last["content"], input)
+        if self.encoding.system and conversation[0]["role"] != "system":
+            system = {"role": "system", "content": self.encoding.system}
+            conversation.insert(0, system)
+        return conversation
 
 
 def encode_prompt(
@@ -83,72 +294,16 @@ def encode_prompt(
     template: str = "alpaca",
     add_special_tokens: bool = True,
 ) -> list[int]:
-    """Tokens of a prompt, the same for training, sampling and evaluation.
+    """Tokens of a prompt of one turn: `Encoder.prompt` for a single use.
 
-    `add_special_tokens` puts the tokenizer's bos before an Alpaca prompt. It never adds
-    a second bos, or the special tokens that end a text. A chat template contains its
-    own special tokens.
+    `add_special_tokens` puts the tokenizer's bos before the prompt. It never adds a
+    second bos, or the special tokens that end a text.
 
     Raises:
-      ValueError: `template="chat"` and the tokenizer has no chat template.
+      ValueError: see `Encoder`.
     """
-    if template == "chat":
-        return _encode_chat(tokenizer, instruction, input)
-    text = alpaca_prompt(instruction, input)
-    body = _ids(tokenizer, text)
-    if not add_special_tokens:
-        return body
-    with_special = _ids(tokenizer, text, add_special_tokens=True)
-    for start in range(len(with_special) - len(body) + 1):
-        if with_special[start : start + len(body)] == body:
-            return with_special[:start] + body
-    raise ValueError(
-        f"{type(tokenizer).__name__} encodes a prompt differently with special tokens; "
-        "set add_special_tokens=False"
-    )
-
-
-def _encode_chat(tokenizer: Tokenizer, instruction: str, input: str) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "template='chat', but the tokenizer has no chat template; use 'alpaca', or "
-            "a tokenizer whose tokenizer_config.json has one"
-        )
-    content = f"{instruction}\n\n{input}" if input else instruction
-    # A template is a program from a checkpoint. transformers renders it in jinja2's
-    # ImmutableSandboxedEnvironment, which refuses access to Python's internals.
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-    )
-    return cast(list[int], ids)
-
-
-def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a response that continues a prompt ending with a line break.
-
-    The text is encoded after a line break, whose tokens are then removed: some
-    tokenizers put a space before the first word of a text, which is wrong here. Where
-    the line break merges with the text's beginning, the text is encoded by itself.
-    """
-    newline, joined = _ids(tokenizer, "\n"), _ids(tokenizer, "\n" + text)
-    if joined[: len(newline)] == newline:
-        return joined[len(newline) :]
-    return _ids(tokenizer, text)
-
-
-def _ids(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool = False
-) -> list[int]:
-    # split_special_tokens: a "</s>" in the data is text, not end-of-sequence.
-    return tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        split_special_tokens=True,
-        verbose=False,
-    ).input_ids
+    encoding = Encoding(template, add_special_tokens)
+    return Encoder(tokenizer, encoding).prompt([Message("user", instruction)], input)
 
 
 def eos_id(tokenizer: Tokenizer) -> int:

@@ -5,11 +5,9 @@ from pathlib import Path
 
 from mgsr_jax.data.encoding import (
     ALPACA,
+    Encoder,
     Encoding,
     cut_prompt,
-    encode_prompt,
-    encode_response,
-    eos_id,
 )
 from mgsr_jax.data.forms import Form, recognise
 from mgsr_jax.data.records import Example, Rejected, examples_of
@@ -25,8 +23,8 @@ class Prompt:
 
     Attributes:
       tokens: token ids of the prompt.
-      response: token ids of the first reference and end-of-sequence, cut at
-        `max_length`.
+      response: token ids of the first reference, with the token that ends a response,
+        cut at `max_length`.
       references: text of every reference, uncut.
       example: index among the prompts; random keys are folded by it.
       scored: whether the set's metrics count it.
@@ -64,19 +62,15 @@ def load_prompts(
     _check_responses(path, form)
     prompts: list[Prompt] = []
     problems, messages, lengths = [], [], []
-    limit = encoding.max_prompt_length
+    encoder, limit = Encoder(tokenizer, encoding), encoding.prompt_limit
     for example in examples_of(source, form):
-        if isinstance(example, Rejected):
-            problems.append(example.problem)
-            messages.append(example.message)
+        turns = example if isinstance(example, Rejected) else encoder.encode(example)
+        if isinstance(turns, Rejected):
+            problems.append(turns.problem)
+            messages.append(turns.message)
             continue
-        tokens = encode_prompt(
-            tokenizer,
-            example.instruction,
-            example.input,
-            template=encoding.template,
-            add_special_tokens=encoding.add_special_tokens,
-        )
+        assert isinstance(example, Example)
+        tokens, response, _ = turns
         lengths.append(len(tokens))
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")
@@ -86,7 +80,8 @@ def load_prompts(
             )
         if not too_long or encoding.too_long == "truncate":
             tokens = cut_prompt(tokenizer, tokens, limit)
-            prompts.append(_prompt(tokenizer, example, encoding, tokens, len(prompts)))
+            response = response[: encoding.max_length - len(tokens)]
+            prompts.append(_prompt(example, tokens, response, len(prompts)))
     report = data_report(form, len(prompts), problems, messages, prompt_lengths=lengths)
     check_report(path, report, len(problems), max_bad_fraction)
     return prompts, report
@@ -102,16 +97,11 @@ def _check_responses(path: str | Path, form: Form) -> None:
 
 
 def _prompt(
-    tokenizer: Tokenizer,
-    example: Example,
-    encoding: Encoding,
-    tokens: list[int],
-    index: int,
+    example: Example, tokens: list[int], response: list[int], index: int
 ) -> Prompt:
-    response = encode_response(tokenizer, example.references[0]) + [eos_id(tokenizer)]
     return Prompt(
         tokens=tuple(tokens),
-        response=tuple(response[: encoding.max_length - len(tokens)]),
+        response=tuple(response),
         references=example.references,
         example=index,
         scored=example.scored,

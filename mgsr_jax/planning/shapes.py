@@ -77,6 +77,7 @@ def row_shapes(config: TrainConfig, mesh: Mesh) -> Rows:
         span_ids=per_row(jnp.int32, width),
         example=per_row(jnp.int32),
         ground_truth=per_row(jnp.bool),
+        earlier_responses=per_row(jnp.bool, width),
     )
 
 

@@ -241,6 +241,11 @@ def _check_teacher_cache(config: TrainConfig) -> None:
             f"teacher_cache={config.teacher_cache!r}, but no teacher is set; set "
             "teacher to the folder that the cache was made from"
         )
+    if config.data.train_on == "all":
+        raise ValueError(
+            "data.train_on='all', but teacher_cache holds the teacher's output only on "
+            "the last response; set data.train_on to last, or leave teacher_cache out"
+        )
     if objective.span:
         raise ValueError(
             f"objective.span={objective.span} compares whole distributions, and "

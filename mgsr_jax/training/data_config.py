@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from mgsr_jax import settings
 from mgsr_jax.data.encoding import Encoding
@@ -34,9 +34,17 @@ class DataConfig:
       valid_split: validation split of a folder or hub data set.
       columns: the data's names of columns that it names differently, such as {prompt:
         query, completion: text}.
-      template: "alpaca", or "chat" for the tokenizer's own chat template.
-      add_special_tokens: whether prompts carry the tokenizer's own (such as bos).
-      max_prompt_length: longest prompt in tokens.
+      template: "chat" for the tokenizer's own chat template, the path of a template
+        file (.jinja), "alpaca", "none" for the texts as they are, or "auto": chat where
+        the tokenizer has a template, otherwise alpaca.
+      template_args: further variables of the chat template, such as
+        {enable_thinking: false}.
+      system: system message for conversations that begin without one.
+      train_on: "last" response of a conversation, or "all" of them. Rollouts always
+        replace the last.
+      add_special_tokens: whether prompts carry the tokenizer's own (such as bos). A
+        chat template writes its own.
+      max_prompt_length: longest prompt in tokens; none: half of `max_length`.
       max_length: longest prompt and response in tokens; the width of rows.
       buckets: additional, narrower widths such as [128,256]. Batches then hold examples
         of similar length, and a step on the data's or on replayed rows is only as wide
@@ -56,9 +64,12 @@ class DataConfig:
     train_split: str = "train"
     valid_split: str = "validation"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    template: Literal["alpaca", "chat"] = "alpaca"
+    template: str = "auto"
+    template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
+    train_on: Literal["last", "all"] = "last"
     add_special_tokens: bool = True
-    max_prompt_length: int = 256
+    max_prompt_length: int | None = None
     max_length: int = 512
     buckets: tuple[int, ...] = ()
     too_long: Literal["drop", "truncate"] = "drop"
@@ -143,6 +154,9 @@ class DataConfig:
         """The settings that turn a record into tokens."""
         return Encoding(
             template=self.template,
+            template_args=self.template_args,
+            system=self.system,
+            train_on=self.train_on,
             add_special_tokens=self.add_special_tokens,
             max_prompt_length=self.max_prompt_length,
             max_length=self.max_length,

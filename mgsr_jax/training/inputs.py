@@ -15,9 +15,11 @@ from rich.console import Console
 
 from mgsr_jax import __version__, models, sharding
 from mgsr_jax.checkpoint import hf, hub
+from mgsr_jax.checkpoint.chat_template import same_template
 from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
+from mgsr_jax.data.encoding import Encoder
 from mgsr_jax.data.spans import Chunker, resolve_chunker
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
@@ -104,6 +106,7 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
     tokenizer = hf.load_tokenizer(config.student)
     vocab_size = shared_vocabulary(config, student, teacher, tokenizer)
     check_sizes(config, student, teacher, mesh)
+    encoder = _encoder(config, tokenizer, console)
     data = read_data(config, tokenizer, console=console)
     return RunInputs(
         config=config,
@@ -111,7 +114,7 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
         teacher=teacher,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_ids=eos_ids(tokenizer, student),
+        eos_ids=eos_ids(tokenizer, student, encoder.chat),
         mesh=mesh,
         train=data.train,
         train_fingerprint=dataset.fingerprint(data.train),
@@ -120,6 +123,21 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
         rejected=data.rejected,
         steps=_steps(config, len(data.train)),
     )
+
+
+def _encoder(config: TrainConfig, tokenizer: Tokenizer, console: Console) -> Encoder:
+    """The encoder of the data; prints which template it uses."""
+    encoder = Encoder(tokenizer, config.data.encoding)
+    lines = list(encoder.notes)
+    if config.teacher is not None and encoder.encoding.template == "chat":
+        if not same_template(tokenizer, hf.load_tokenizer(config.teacher)):
+            lines.append(
+                f"teacher {config.teacher} has another chat template; the student's is "
+                "used for both"
+            )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    return encoder
 
 
 def _steps(config: TrainConfig, examples: int) -> int:

@@ -105,7 +105,7 @@ def _protocol(inputs: RunInputs) -> EvaluationConfig:
     settings, encoding = config.evaluate, config.data.encoding
     return EvaluationConfig(
         seeds=(),
-        max_prompt_length=encoding.max_prompt_length,
+        max_prompt_length=encoding.prompt_limit,
         max_length=settings.max_length or encoding.max_length,
         batch_size=settings.batch_size or config.micro_batch_size,
         dtype=jnp.dtype(config.dtype),

@@ -118,7 +118,7 @@ def _rollout(
         config.rollout,
         eos_ids=eos_ids,
         vocab_size=vocab_size,
-        prefill_width=config.data.max_prompt_length,
+        prefill_width=config.data.encoding.prompt_limit,
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -165,7 +165,7 @@ def _too_long_warning(encoding: Encoding, report: DataReport) -> str:
         f"warning: {report.too_long} of {report.kept + report.too_long} records are "
         "left out as too long. 50 %, 90 %, 99 % and 100 % of all have at most "
         f"{_listed(report.prompt_lengths)} tokens of prompt "
-        f"(data.max_prompt_length={encoding.max_prompt_length}) and "
+        f"(data.max_prompt_length={encoding.prompt_limit}) and "
         f"{_listed(report.lengths)} tokens of prompt and response "
         f"(data.max_length={encoding.max_length}); raise these settings to keep more"
     )

@@ -47,6 +47,7 @@ class ReplayBuffer:
                 span_ids=np.full((capacity, width), NO_SPAN, np.int32),
                 example=np.zeros(capacity, np.int32),
                 ground_truth=np.zeros(capacity, bool),
+                earlier_responses=np.zeros((capacity, width), bool),
             )
         )
 

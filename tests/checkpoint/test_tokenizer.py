@@ -11,6 +11,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from mgsr_jax import models
 from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint.chat_template import ChatTemplate
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 
 TEXTS = [
@@ -196,6 +197,23 @@ def test_several_end_ids_of_generation_config_end_a_text_and_are_exported(
     hf.save_pretrained(out, model, params, tokenizer_from=json_folder)
     assert json.loads((out / "generation_config.json").read_text()) == given
     assert models.from_config(out) == model
+
+
+def test_the_end_of_a_chat_templates_turn_ends_a_response(json_folder):
+    """The tokenizer's end-of-sequence ends documents, another token ends turns."""
+    (json_folder / "config.json").write_text(json.dumps({**GPT2, "eos_token_id": 0}))
+    model, tokenizer = models.from_config(json_folder), hf.load_tokenizer(json_folder)
+    end = tokenizer.convert_tokens_to_ids("<|pad|>")
+    tokenizer.chat_template = None
+    assert eos_ids(tokenizer, model) == (0,)
+    turns = "{% for m in messages %}{{ m.content }}<|pad|>\n{% endfor %}"
+    own = ChatTemplate(tokenizer, turns)
+    assert eos_ids(tokenizer, model, own) == (0, end)
+    tokenizer.chat_template = turns
+    assert eos_ids(tokenizer, model) == (0, end)
+    # A template that cannot be rendered ends nothing; training would refuse it.
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert eos_ids(tokenizer, model) == (0,)
 
 
 @pytest.mark.parametrize("ids", [0, [0], None])

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mgsr_jax.commands import chat
+from mgsr_jax.checkpoint.chat_template import ChatTemplate
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
 from mgsr_jax.commands.parser import main
 
@@ -29,13 +29,14 @@ def talker(project, tmp_path_factory):
 def rendered(monkeypatch):
     """The messages of each response."""
     seen = []
-    encode = chat.encode_messages
+    text = ChatTemplate.text
 
-    def record(tokenizer, messages, **arguments):
-        seen.append([dict(message) for message in messages])
-        return encode(tokenizer, messages, **arguments)
+    def record(template, conversation, *, add_generation_prompt):
+        if add_generation_prompt:
+            seen.append([dict(message) for message in conversation])
+        return text(template, conversation, add_generation_prompt=add_generation_prompt)
 
-    monkeypatch.setattr(chat, "encode_messages", record)
+    monkeypatch.setattr(ChatTemplate, "text", record)
     return seen
 
 
@@ -88,6 +89,8 @@ def test_template_args_reach_the_template(talker, monkeypatch, capsys):
         (["--top_p", "2"], "0 < top_p <= 1"),
         (["--max_length", "0"], "max_length must be at least 1"),
         ([], "has no chat template"),
+        (["--template", "alpaca"], "template='alpaca'; expected chat, or the path"),
+        (["--template", "own.jinja"], "template file own.jinja is missing"),
     ],
 )
 def test_a_mistake_is_one_line(project, monkeypatch, capsys, arguments, message):

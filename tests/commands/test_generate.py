@@ -83,7 +83,7 @@ def test_prompts_come_from_files_and_standard_input(generate, tmp_path, monkeypa
         ('{"text": "a"}', r"prompts.jsonl:2 has the keys \['text'\]"),
         ('{"prompt": [{"role": "user"}]}', "messages that have a role"),
         ('{"prompt": ""}', "prompts.jsonl:2 is empty"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "one turn of the user"),
     ],
 )
 def test_a_bad_line_is_named(project, capsys, tmp_path, line, message):

@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from mgsr_jax.checkpoint.hf import load_tokenizer
-from mgsr_jax.commands.prompts import Request, encode_bare, encode_request
+from mgsr_jax.commands.prompts import Request, encode_request
+from mgsr_jax.data.encoding import Encoder, Encoding
 
 BOS, EOS = 391, 0
 
@@ -39,16 +40,31 @@ def surrounded(tmp_path_factory):
     return load_tokenizer(folder)
 
 
+def encode(tokenizer, text, input="", **settings):
+    encoder = Encoder(tokenizer, Encoding("none", **settings))
+    return encode_request(encoder, Request(text, input))
+
+
 def test_a_bare_text_has_one_bos_and_no_end_of_sequence(surrounded):
-    plain = encode_bare(surrounded, "the dog", add_special_tokens=False)
+    plain = encode(surrounded, "the dog", add_special_tokens=False)
     assert surrounded("the dog").input_ids == [BOS, *plain, EOS]
-    assert encode_bare(surrounded, "the dog") == [BOS, *plain]
-    assert encode_bare(surrounded, "<s>the dog") == [BOS, *plain]
+    assert encode(surrounded, "the dog") == [BOS, *plain]
+    assert encode(surrounded, "<s>the dog") == [BOS, *plain]
     # A text may end a turn of its own.
-    assert encode_bare(surrounded, "the dog<|end|>") == [BOS, *plain, EOS]
+    assert encode(surrounded, "the dog<|end|>") == [BOS, *plain, EOS]
 
 
 def test_an_input_follows_a_bare_text(surrounded):
-    settings = dict(template="none", add_special_tokens=True)
-    both = encode_request(surrounded, Request("the dog", "a cat"), **settings)
-    assert both == encode_bare(surrounded, "the dog\n\na cat")
+    both = encode(surrounded, "the dog", "a cat")
+    assert both == encode(surrounded, "the dog\n\na cat")
+
+
+def test_a_prompt_that_the_template_refuses_is_named(surrounded):
+    encoder = Encoder(surrounded, Encoding("none"))
+    system = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl:3: template 'none' has a place for"
+    ):
+        encode_request(encoder, Request(system, source="p.jsonl:3"))
+    with pytest.raises(ValueError, match="prompt is empty; give at least one token"):
+        encode_request(encoder, Request(""))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mgsr_jax.data.batches import eval_batches, prompt_batches, train_batches
-from mgsr_jax.data.dataset import lengths
+from mgsr_jax.data.dataset import EARLIER, lengths
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import next_token_view
 
@@ -181,3 +181,23 @@ def test_prompt_batches_have_the_first_reference_or_no_response():
     assert (second.lengths - second.prompt_lengths).tolist() == [4, 5, 0]
     start, end = second.prompt_lengths[1], second.lengths[1]
     assert second.tokens[1, start:end].tolist() == [3] * 5
+
+
+def test_rows_have_the_earlier_responses_of_their_examples():
+    """Also behind rows that fill up the last batch, and in a selection of the table."""
+    trained = [[-2, -1, 3, -2], [-2, -2], []]
+    prompts = [[5, 6, 7, 8], [5, 6], [5]]
+    columns = {
+        "prompt": prompts,
+        "response": [[9]] * 3,
+        "span_ids": [[-1]] * 3,
+        EARLIER: trained,
+    }
+    dataset = datasets.Dataset.from_dict(columns)
+    (first, second) = eval_batches(dataset, 2, widths=[6])
+    assert first.earlier_responses[0].tolist() == [False, True, True] + [False] * 3
+    assert first.span_ids[0].tolist() == [-1, -1, 3, -1, -1, -1]
+    assert not first.earlier_responses[1].any()
+    assert not second.earlier_responses.any() and second.example.tolist() == [2, -1]
+    batch = next(train_batches(dataset.select([2, 0]), 2, widths=[6], seed=0))
+    assert sorted(batch.earlier_responses.sum(1).tolist()) == [0, 2]

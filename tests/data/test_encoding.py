@@ -104,6 +104,9 @@ def test_response_has_no_added_space_before_its_first_word():
         ),
         ({"max_prompt_length": 0}, "max_prompt_length is 0; expected 1 to 511"),
         ({"template": "chat", "too_long": "truncate"}, "beginning of a chat template"),
+        ({"train_on": "first"}, "train_on is 'first'; expected one of"),
+        ({"system": "Be brief."}, "template 'alpaca' has no place for it"),
+        ({"max_length": 1}, "max_prompt_length is 0; expected"),
     ],
 )
 def test_invalid_settings_raise(fields, reason):

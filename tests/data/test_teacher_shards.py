@@ -59,6 +59,7 @@ def test_logits_beyond_the_range_of_float16_stay_finite(tmp_path):
         span_ids=np.int32([[-1, -1]]),
         example=np.int32([0]),
         ground_truth=np.array([True]),
+        earlier_responses=np.zeros((1, 2), bool),
     )
     stored = TeacherCache.open(tmp_path, ORIGIN).lookup(rows)
     assert np.isfinite(stored.logits).all() and stored.logsumexp == 0

@@ -138,7 +138,16 @@ def test_what_works_is_let_through(changes):
             dict(data__max_prompt_length=512),
             "max_prompt_length is 512; .* max_length=512",
         ),
-        (dict(data__template="vicuna"), "data.template='vicuna'; expected .*'alpaca'"),
+        (dict(data__template="vicuna"), "template is 'vicuna'; expected .*'alpaca'"),
+        (dict(data__train_on="both"), "data.train_on='both'; expected .*'all'"),
+        (
+            dict(data__template="alpaca", data__system="Be brief."),
+            "system is set, but template 'alpaca' has no place for it; set template to",
+        ),
+        (
+            dict(data__template="none", data__template_args={"enable_thinking": False}),
+            "template_args is set, but template 'none' has no place",
+        ),
         (dict(data__chunker="nltk"), "data.chunker='nltk'; expected textblob, spacy"),
         (dict(dtype="float16"), "dtype='float16'; expected one of .*'bfloat16'"),
         (dict(rollout__policy="onn"), "rollout.policy='onn'; expected .*'replay'"),
@@ -268,8 +277,20 @@ def test_counts_and_weights_are_not_negative(field):
 
 
 def test_the_encoding_is_the_data_section():
-    data = DataConfig("x", add_special_tokens=False, max_prompt_length=7, max_length=9)
-    assert dataclasses.asdict(data.encoding).items() <= dataclasses.asdict(data).items()
+    data = DataConfig(
+        "x",
+        template="chat",
+        template_args={"enable_thinking": False},
+        system="Be brief.",
+        train_on="all",
+        add_special_tokens=False,
+        max_prompt_length=7,
+        max_length=9,
+    )
+    encoding = dataclasses.asdict(data.encoding)
+    assert encoding.pop("template_text") is None  # the tokenizer is not known yet
+    assert encoding == {name: getattr(data, name) for name in encoding}
+    assert DataConfig("x", max_length=90).encoding.prompt_limit == 45
 
 
 def test_two_configurations_share_no_section():

@@ -76,7 +76,7 @@ def numbered(first, count, width=5):
     """Host rows whose every field says which one it is."""
     index = np.arange(first, first + count, dtype=np.int32)
     wide = np.broadcast_to(index[:, None], (count, width))
-    return Rows(wide, index, index + 1, -wide, index, index % 2 == 1)
+    return Rows(wide, index, index + 1, -wide, index, index % 2 == 1, wide % 3 == 0)
 
 
 def test_the_buffer_keeps_the_latest_rows():

@@ -1,0 +1,79 @@
+"""Prompts and responses without a chat template: Alpaca's, and bare texts."""
+
+from mgsr_jax.data.templates import following_ids, token_ids
+from mgsr_jax.typing import Tokenizer
+
+ALPACA_HEAD = (
+    "Below is an instruction that describes a task{}. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{}\n\n"
+)
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    r"""The prompt of Alpaca, MiniLLM and DistiLLM.
+
+    >>> alpaca_prompt("Add.", "1 + 1")[-55:]
+    '### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n'
+    """
+    if not input:
+        return ALPACA_HEAD.format("", instruction) + "### Response:\n"
+    context = ", paired with an input that provides further context"
+    head = ALPACA_HEAD.format(context, instruction)
+    return f"{head}### Input:\n{input}\n\n### Response:\n"
+
+
+def bare_prompt(text: str, input: str = "") -> str:
+    """A text, and its further context behind an empty line."""
+    return "\n\n".join(part for part in (text, input) if part)
+
+
+def encode_plain_prompt(
+    tokenizer: Tokenizer, text: str, *, literal: bool, add_special_tokens: bool
+) -> list[int]:
+    """Tokens of a prompt's text.
+
+    What the tokenizer puts before a text, such as bos, is put before it once. What it
+    puts behind a text is left out: a model does not continue after end-of-sequence.
+
+    Args:
+      tokenizer: a fast tokenizer of transformers.
+      text: the prompt.
+      literal: whether special tokens in the text, such as "</s>", are only text.
+      add_special_tokens: whether the tokenizer's own come before the text.
+
+    Raises:
+      ValueError: the tokenizer encodes the text differently with its own tokens.
+    """
+    body = token_ids(tokenizer, text, literal=literal)
+    if not add_special_tokens:
+        return body
+    tokens = tokenizer(text, split_special_tokens=literal, verbose=False).input_ids
+    for start in range(len(tokens) - len(body) + 1):
+        if tokens[start : start + len(body)] == body:
+            prefix = tokens[:start]
+            return body if body[:start] == prefix else prefix + body
+    raise ValueError(
+        f"{type(tokenizer).__name__} encodes a prompt differently with special tokens; "
+        "set add_special_tokens=False"
+    )
+
+
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a response that continues a prompt ending with a line break.
+
+    Special tokens in the text, such as "</s>", are only text.
+    """
+    return following_ids(tokenizer, text, literal=True)
+
+
+def encode_text_behind(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
+    """Tokens of a text that continues the text `before`; special tokens are parsed.
+
+    They are those of the joint text, unless `before` has others there.
+    """
+    first, joint = (
+        token_ids(tokenizer, part, literal=False) for part in (before, before + text)
+    )
+    if joint[: len(first)] == first:
+        return joint[len(first) :]
+    return following_ids(tokenizer, text, literal=False)
