@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from mgsr_jax import sharding
+from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.data.prompts import Prompt, load_prompts
 from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.evaluation.evaluate import evaluate, prompts_to_score
@@ -39,16 +40,13 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
             f"{limit} positions; lower it"
         )
     sharding.host_rows(inputs.mesh, protocol.batch_size)  # raises if it does not divide
-    encoding = dataclasses.replace(
-        config.data.encoding, max_length=protocol.max_length, too_long="drop"
-    )
     prompts: list[Prompt] = []
     for source in sources:
         columns = config.data.columns if source.columns is None else source.columns
         prompts += load_prompts(
             source.path,
             inputs.tokenizer,
-            encoding,
+            _encoding(inputs, protocol),
             split=source.split or config.evaluate.split,
             columns=columns,
         )[0]
@@ -98,6 +96,15 @@ def evaluation_scores(
     for name in ("distinct_1", "distinct_2", "distinct_4", "length", "stopped"):
         values[name] = getattr(greedy, name)
     return values | {"loss": result.loss}
+
+
+def _encoding(inputs: RunInputs, protocol: EvaluationConfig) -> Encoding:
+    return dataclasses.replace(
+        inputs.config.data.encoding,
+        max_prompt_length=protocol.max_prompt_length,
+        max_length=protocol.max_length,
+        too_long="drop",
+    )
 
 
 def _protocol(inputs: RunInputs) -> EvaluationConfig:
