@@ -27,6 +27,7 @@ from mgsr_jax.training.distributed import (
     DistributedConfig,
     check_equal,
     is_lead,
+    lead_first,
     on_all_processes,
     start,
 )
@@ -181,7 +182,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
         check_same_tokenizer(loaded, teacher)
-    sets = on_all_processes(lambda: _load_sets(config, loaded, baselines))
+    sets = lead_first(lambda: _load_sets(config, loaded, baselines))
     check_equal({path: _digest(prompts) for path, prompts in sets.items()})
     results: dict[str, EvaluationResult] = {}
     for path, result in _score_sets(config, loaded, teacher, sets):
