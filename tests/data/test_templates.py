@@ -14,6 +14,7 @@ from chat_templates import (
     decoded,
     encoder,
     messages,
+    metaspace_tokenizer,
     of_transformers,
     with_template,
 )
@@ -419,3 +420,23 @@ def test_only_data_of_all_responses_has_their_column(tmp_path):
         columns[train_on] = table.column_names
     assert columns["last"] == ["prompt", "response", "span_ids"]
     assert columns["all"] == [*columns["last"], dataset.EARLIER]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_tokenizers_that_put_a_space_before_a_text(scheme):
+    """As LLaMA 2 and Mistral: a piece of a text is no text of its own."""
+    tokenizer = metaspace_tokenizer(scheme, MISTRAL)
+    ours = Encoder(tokenizer, Encoding(template="chat"))
+    conversation = messages("say hi", "hi there", "say what is a text")
+    turns = ours.turns(conversation, "", "there is")
+    last = Message("assistant", "there is")
+    whole = of_transformers(tokenizer, [*conversation, last])
+    assert turns.prompt + turns.response == whole
+    assert ours.prompt(conversation) == turns.prompt
+    bad = f"what is a {tokenizer.eos_token} text"
+    marked = ours.turns(messages(bad), "", bad)
+    plain = ours.turns(messages("what is a text"), "", "what is a text")
+    assert ours.tokenizer.decode(marked.response[:-1]).split() == bad.split()
+    for got, want in zip(marked[:2], plain[:2], strict=True):
+        ends = [ids.count(tokenizer.eos_token_id) for ids in (got, want)]
+        assert ends[0] == ends[1]
