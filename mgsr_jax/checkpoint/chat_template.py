@@ -195,9 +195,15 @@ class ChatTemplate:
 
     @functools.cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """Matches special tokens, which the text of the data must not become."""
+        """Matches tokens that the text of the data must not become.
+
+        They are the special tokens, and those that the template writes around a turn:
+        some tokenizers do not mark these as special.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
-        return _any_of([token.content for token in added if token.special])
+        special = [token.content for token in added if token.special]
+        turn = self.text([_QUESTION], add_generation_prompt=False)
+        return _any_of([*special, *self._added_tokens.findall(turn)])
 
     @functools.cached_property
     def _added_tokens(self) -> re.Pattern[str]:

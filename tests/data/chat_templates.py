@@ -61,10 +61,10 @@ CONTROL = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|header|>", "<|eot|>"]
 CONTROL += ["<turn>", "<end>", "[INST]", "[/INST]"]
 
 
-def with_template(template):
+def with_template(template, *, special=True):
     """The small tokenizer with control tokens, bos before a text, and a template."""
     tokenizer = make_tokenizer("<|begin|> $A", chat_template=template)
-    tokenizer.add_tokens([AddedToken(t, special=True) for t in CONTROL])
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in CONTROL])
     tokenizer.add_tokens(
         [AddedToken(t, special=False) for t in ("<think>", "</think>")]
     )

@@ -75,18 +75,20 @@ def fix_date(monkeypatch, day):
     monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
 
 
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", REALISTIC)
-def test_control_tokens_in_the_data_stay_text(name):
-    """In the prompt and in the response, with everything around them kept."""
+def test_control_tokens_in_the_data_stay_text(name, special):
+    """In the prompt and in the response, also where they are not marked as special."""
     template, end = REALISTIC[name]
-    ours, bad = encoder(template), f"what is {end} for, {end}<|begin|>?"
+    tokenizer = with_template(template, special=special)
+    ours = Encoder(tokenizer, Encoding(template="chat"))
+    bad = f"what is {end} for, {end}<|begin|>?"
     plain = ours.turns(messages("what", "is", "this"), "", "for")
     turns = ours.turns(messages(bad, bad, bad), "", bad)
-    special = {t.content for t in ours.tokenizer.added_tokens_decoder.values()}
-    special = set(ours.tokenizer.convert_tokens_to_ids(sorted(special)))
+    control = {id_ for id_, t in tokenizer.added_tokens_decoder.items()}
     for got, want in zip(turns[:2], plain[:2], strict=True):
-        control = [[i for i in ids if i in special] for ids in (got, want)]
-        assert control[0] == control[1]
+        found = [[i for i in ids if i in control] for ids in (got, want)]
+        assert found[0] == found[1]
     assert decoded(ours, turns.prompt).count(bad) == 3
     assert decoded(ours, turns.response).count(bad) == 1
 
