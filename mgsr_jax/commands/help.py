@@ -21,6 +21,7 @@ COMMON = (
     "output",
     "data.train",
     "data.valid",
+    "data.max_length",
     "steps",
     "epochs",
     "batch_size",
@@ -31,6 +32,7 @@ COMMON = (
     "lora.rank",
     "mesh.fsdp",
     "validate_every",
+    "evaluate_every",
     "save_every",
     "resume",
 )

@@ -174,6 +174,35 @@ def test_only_the_latest_checkpoints_are_kept(tmp_path):
         assert manager.all_steps() == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("metric", "kept"), [("valid/loss", [2, 5]), ("eval/rouge_l", [3, 5])]
+)
+def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path, metric, kept):
+    """The lowest loss, or the highest score; step 1 and the last have no value."""
+    values = {2: 0.5, 3: 0.9, 4: 0.7}
+    for steps in ((1, 2), (3, 4, 5)):  # a manager that is opened again has them too
+        with checkpoint.open_manager(tmp_path, keep=1, best_metric=metric) as manager:
+            for step in steps:
+                checkpoint.save(
+                    manager,
+                    step,
+                    state={"x": jnp.ones(2)},
+                    host=HOST,
+                    replay=make_replay(),
+                    metrics={metric: values[step]} if step in values else None,
+                )
+            remaining = sorted(manager.all_steps())
+    assert remaining == kept
+    assert checkpoint.best_step(tmp_path, metric) == kept[0]
+
+
+def test_without_a_value_there_is_no_best_checkpoint(saved, tmp_path):
+    for folder in (saved[0], tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint .* valid/loss"):
+            checkpoint.best_step(folder, "valid/loss")
+    assert not (tmp_path / "none").exists()
+
+
 def test_only_the_parameters_can_be_restored(saved):
     folder, state, _ = saved
     expected = like({"student": state.params["student"]})

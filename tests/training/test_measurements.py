@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from mgsr_jax.objective import Objective
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import train
 
 pytestmark = [
@@ -94,21 +96,32 @@ def plain(project):
     return config, *run(config)
 
 
-def test_the_curves_end_with_the_scores_of_the_exported_student(project, plain):
-    config, result, printed = plain
-    student = models.from_config(result.student)
-    tokenizer = hf.load_tokenizer(result.student)
-    encoding = config.data.encoding
+def scores_of(folder, config, *, limit=None, max_length=56):
+    """Greedy scores of an exported student on one device, by the evaluation itself."""
+    student, tokenizer = models.from_config(folder), hf.load_tokenizer(folder)
+    encoding = dataclasses.replace(config.data.encoding, max_length=max_length)
     prompts, _ = load_prompts(config.data.valid, tokenizer, encoding)
-    scores = evaluate(
+    return evaluate(
         student,
-        hf.load_params(result.student, student),
+        hf.load_params(folder, student),
         tokenizer,
-        prompts[:5],
-        EvaluationConfig(seeds=(), max_prompt_length=40, max_length=56, batch_size=5),
+        prompts[:limit],
+        EvaluationConfig(
+            seeds=(), max_prompt_length=40, max_length=max_length, batch_size=4
+        ),
         eos_ids=eos_ids(tokenizer, student),
     )
-    for name, value in dataclasses.asdict(scores.greedy).items():
+
+
+def test_the_curves_end_with_the_scores_of_the_exported_student(plain):
+    config, result, printed = plain
+    scores = scores_of(result.student, config, limit=5)
+    expected = {
+        "rouge_l": scores.greedy.metrics["rouge_l"].mean,
+        "length": scores.greedy.length,
+        "distinct_2": scores.greedy.distinct_2,
+    }
+    for name, value in expected.items():
         curve = logged(config, f"eval/{name}")
         assert list(curve) == [0, 2, 4, 6]
         assert curve[6] == pytest.approx(value, rel=1e-6)
@@ -140,62 +153,65 @@ def test_adapters_are_evaluated_merged(project):
         evaluate=PeriodicEvaluation(limit=3, batch_size=4, max_length=48),
     )
     result, _ = run(config)
-    student = models.from_config(result.student)
-    tokenizer = hf.load_tokenizer(result.student)
-    encoding = dataclasses.replace(config.data.encoding, max_length=48)
-    prompts, _ = load_prompts(config.data.valid, tokenizer, encoding)
-    scores = evaluate(
-        student,
-        hf.load_params(result.student, student),
-        tokenizer,
-        prompts[:3],
-        EvaluationConfig(seeds=(), max_prompt_length=40, max_length=48, batch_size=3),
-        eos_ids=eos_ids(tokenizer, student),
-    )
+    scores = scores_of(result.student, config, limit=3, max_length=48)
     assert logged(config, "eval/loss")[2] == pytest.approx(scores.loss, rel=1e-4)
 
 
-def test_the_best_checkpoint_is_kept_and_exported(project, tmp_path):
-    """The learning rate of the last steps spoils the student."""
-    config = settings(
+def spoilt(project, name):
+    """A run whose learning rate rises until the last steps spoil the student."""
+    return settings(
         project,
-        "best",
+        name,
         evaluate_every=0,
         validate_every=2,
         best_metric="valid/loss",
         optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=5, clip_norm=1e3),
     )
+
+
+@pytest.fixture(scope="module")
+def best(project):
+    """The settings of such a run, and its best step, which is not the last."""
+    config = spoilt(project, "best")
     run(config)
     curve = logged(config, "valid/loss")
-    del curve[0]
-    best = min(curve, key=curve.get)
-    assert best != 6, curve
-    assert steps(config, "valid/loss") == sorted({best, 6})
-    assert state.best_step(f"{config.output}/checkpoints", "valid/loss") == best
-    export_student(config.output, tmp_path / "best", step=best)
-    student = models.from_config(tmp_path / "best")
-    params = hf.load_params(tmp_path / "best", student)
-    saved = state.restore_params(
-        f"{config.output}/checkpoints",
-        best,
-        {"student": dataclasses.replace(student, vocab_rows=384).abstract_params()},
-    )
-    np.testing.assert_array_equal(
-        params["final_norm"]["scale"], saved["student"]["final_norm"]["scale"]
-    )
+    assert list(curve) == [0, 2, 4, 6]
+    step = min((2, 4, 6), key=curve.get)
+    assert step != 6, curve
+    return config, step
 
 
-def test_a_resumed_run_still_has_the_best_checkpoint(project):
-    config = settings(
-        project, "halves", steps=2, validate_every=1, best_metric="valid/loss"
-    )
-    run(config)
-    assert steps(config, "valid/loss") == [2]
+def test_the_best_checkpoint_is_kept_and_exported(best, tmp_path):
+    config, step = best
+    assert steps(config, "valid/loss") == [step, 6]
+    assert state.best_step(f"{config.output}/checkpoints", "valid/loss") == step
+    export_student(config.output, tmp_path / "best", step=step)
+    loss = scores_of(tmp_path / "best", config).loss
+    assert loss == pytest.approx(logged(config, "valid/loss")[step], rel=1e-5)
+
+
+def test_a_resumed_run_has_the_same_best_checkpoint(project, best):
+    straight, step = best
+    halves = spoilt(project, "halves")
+    advance = StepProgress.advance
+
+    def stop_after_3(self, done):
+        advance(self, done)
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepProgress, "advance", stop_after_3)
+        result, _ = run(halves)
+    assert not result.finished
+    other = dataclasses.replace(halves, best_metric="valid/sft", resume=True)
     with pytest.raises(ValueError, match="best_metric changed"):
-        run(dataclasses.replace(config, best_metric="eval/rouge_l", resume=True))
-    result, printed = run(dataclasses.replace(config, resume=True))
-    assert "resumed from step 2" in printed and "first batch" not in printed
-    assert result.finished
+        run(other)
+    result, printed = run(dataclasses.replace(halves, resume=True))
+    assert "resumed from step 3" in printed and "first batch" not in printed
+    assert steps(halves, "valid/loss") == [step, 6]
+    for name in ("valid/loss", "start/student_loss"):
+        assert logged(halves, name) == logged(straight, name)
 
 
 def test_a_metric_that_is_not_measured_is_named(project):
