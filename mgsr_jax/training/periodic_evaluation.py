@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from mgsr_jax import sharding
+from mgsr_jax.data.encoding import Encoding
 from mgsr_jax.data.prompts import Prompt, load_prompts
 from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.evaluation.evaluate import evaluate, prompts_to_score
@@ -39,16 +40,13 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
             f"{limit} positions; lower it"
         )
     sharding.host_rows(inputs.mesh, protocol.batch_size)  # raises if it does not divide
-    encoding = dataclasses.replace(
-        config.data.encoding, max_length=protocol.max_length, too_long="drop"
-    )
     prompts: list[Prompt] = []
     for source in sources:
         columns = config.data.columns if source.columns is None else source.columns
         prompts += load_prompts(
             source.path,
             inputs.tokenizer,
-            encoding,
+            _encoding(config),
             split=source.split or config.evaluate.split,
             columns=columns,
         )[0]
@@ -100,13 +98,19 @@ def evaluation_scores(
     return values | {"loss": result.loss}
 
 
+def _encoding(config: TrainConfig) -> Encoding:
+    """How evaluation prompts become tokens: as the data does, with their own length."""
+    encoding = config.data.encoding
+    length = config.evaluate.max_length or encoding.max_length
+    return dataclasses.replace(encoding, max_length=length, too_long="drop")
+
+
 def _protocol(inputs: RunInputs) -> EvaluationConfig:
-    config = inputs.config
-    settings, encoding = config.evaluate, config.data.encoding
+    config, encoding = inputs.config, _encoding(inputs.config)
     return EvaluationConfig(
         seeds=(),
         max_prompt_length=encoding.prompt_limit,
-        max_length=settings.max_length or encoding.max_length,
-        batch_size=settings.batch_size or config.micro_batch_size,
+        max_length=encoding.max_length,
+        batch_size=config.evaluate.batch_size or config.micro_batch_size,
         dtype=jnp.dtype(config.dtype),
     )
