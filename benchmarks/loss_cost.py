@@ -4,6 +4,8 @@ Every loss is timed in turn with `forward_kl` on the same logits. The median of 
 ratios is printed. Models and heads, which make the logits, are not included.
 
     python benchmarks/loss_cost.py      # a few minutes on two CPU cores
+
+A name ending in "_weights" is forward KL times these token weights.
 """
 
 import argparse
@@ -31,6 +33,29 @@ def spans(student: Any, teacher: Any) -> Any:
     return losses.span_correlation(student, teacher, jnp.arange(len(student)) // 3)
 
 
+def sampled(student: Any, teacher: Any) -> Any:
+    """The sampled-token reverse KL, on the teacher's most probable tokens."""
+    tokens = jnp.argmax(teacher, -1)
+    return losses.sampled_reverse_kl(student, teacher, tokens)
+
+
+def union(student: Any, teacher: Any) -> Any:
+    """The top-K reverse KL on the classes of both models."""
+    return losses.reverse_kl_top_k(student, teacher, support="union")
+
+
+def weighted(weights: Any, student: Any, teacher: Any) -> Any:
+    """Forward KL times token weights."""
+    return weights * losses.forward_kl(student, teacher)
+
+
+def discrepancy(student: Any, teacher: Any) -> Any:
+    """Weights by the models' difference on the teacher's most probable tokens."""
+    labels = jnp.argmax(teacher, -1)
+    both = (losses.cross_entropy(x, labels) for x in (student, teacher))
+    return losses.discrepancy_weights(jnp.abs(jnp.subtract(*both)))
+
+
 LOSSES: dict[str, Callable[..., Any]] = {
     "cross_entropy": lambda s, t: losses.cross_entropy(s, jnp.argmax(t, -1)),
     "forward_kl": losses.forward_kl,
@@ -43,10 +68,24 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "adaptive_kl": losses.adaptive_kl,
     "alpha_beta_divergence": losses.alpha_beta_divergence,
     "taid": lambda s, t: losses.taid(s, t, mix=0.5),
+    "entropy_gated_kl": losses.entropy_gated_kl,
+    "per_class_kl": losses.per_class_kl,
+    "logit_difference": losses.logit_difference,
+    "reverse_kl_top_k": losses.reverse_kl_top_k,
+    "reverse_kl_top_k_union": union,
+    "sampled_reverse_kl": sampled,
     "forward_kl_top_k": top_k,
     "dac_kl": lambda s, t: losses.dac_kl(CLIP, s, t).loss,
     "dac_kl_fixed": lambda s, t: losses.dac_kl_fixed((0.1, 0.98), s, t).loss,
     "span_correlation": spans,
+    "student_entropy_weights": lambda s, t: weighted(
+        losses.student_entropy_weights(s), s, t
+    ),
+    "teacher_entropy_weights": lambda s, t: weighted(
+        losses.teacher_entropy_weights(t), s, t
+    ),
+    "acceptance_weights": lambda s, t: weighted(losses.acceptance_weights(s, t), s, t),
+    "discrepancy_weights": lambda s, t: weighted(discrepancy(s, t), s, t),
 }
 
 
@@ -65,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", nargs="+", default=[*LOSSES], choices=[*LOSSES])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=50_257)
     parser.add_argument("--pairs", type=int, default=7)
@@ -76,8 +116,8 @@ def main() -> None:
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens, "
         f"V = {args.vocabulary}: time / that of forward_kl, median (min-max)"
     )
-    for name, loss in LOSSES.items():
-        run = gradient_of(loss)
+    for name in args.only:
+        run = gradient_of(LOSSES[name])
         runs = {
             side: _pairs.timed(functools.partial(call, function, student, teacher))
             for side, function in (("forward_kl", plain), ("loss", run))

@@ -4,17 +4,19 @@
 
   L_sft    cross-entropy on the labels, ground-truth rows only (our choice: on the
            student's own samples it would teach the student's errors)
-  L_token  DAC-KL at every scored position, or another divergence in its place
+  L_token  DAC-KL at every scored position, or another divergence in its place, each
+           times the position's token weight (1 unless chosen)
   L_span   span correlation at every scored pair of adjacent tokens in one phrase
 
 Each part is a mean over its own count, taken once over the whole step: all hosts,
 devices and micro-batches. The counts depend on masks only, so weights come first: each
 position gets lambda_i / N_i, the loss of a micro-batch is one weighted sum, and the
 gradients of micro-batches add up to the gradient of the step, however it was split.
+`weighted_sum` computes it.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -22,21 +24,16 @@ from jaxtyping import Array, Bool, Float
 from mgsr_jax import losses, settings
 from mgsr_jax.divergences import (
     DIVERGENCE_SETTINGS,
-    DIVERGENCES,
+    FROM_SAMPLES,
+    TOKEN_WEIGHT_SETTINGS,
     Divergence,
+    TokenWeights,
     check_divergence_settings,
+    check_token_weight_settings,
+    fields_of,
 )
-from mgsr_jax.losses import (
-    LOWER_START,
-    UPPER_START,
-    DacKl,
-    Sum,
-    TopKTeacher,
-    at_bound,
-    masked_sum,
-)
+from mgsr_jax.losses import LOWER_START, UPPER_START
 from mgsr_jax.rows import Rows, next_token_view
-from mgsr_jax.typing import Leaf, Params
 
 LIMITS_START = {"lower": LOWER_START, "upper": UPPER_START}
 """DAC-KL's limits at the start; their variances are reported around these."""
@@ -60,10 +57,28 @@ class Objective:
       lower: lower quantile limit of "dac_kl_fixed".
       upper: upper quantile limit of "dac_kl_fixed".
       temperature: divides both logits; DAC-KL has no temperature.
-      alpha: setting of the skewed KLs and "alpha_beta_divergence"; default: theirs.
+      alpha: setting of the skewed KLs, "alpha_beta_divergence" and "logit_difference";
+        default: theirs.
       beta: setting of "jensen_shannon" and "alpha_beta_divergence"; default: theirs.
       head_mass: setting of "adaptive_kl"; default: its own.
       mix: the teacher's share in "taid", which requires it; constant over the run.
+      threshold: setting of "entropy_gated_kl", in nats; default: its own.
+      top_k: setting of "reverse_kl_top_k", a number of classes; default: its own.
+      support: setting of "reverse_kl_top_k", "student" or "union"; default: its own.
+      baseline: setting of "sampled_reverse_kl"; default: its own.
+      token_weights: factor of the divergence at each position. "uniform": 1.
+        "student_entropy": 1 where the student is uncertain. "teacher_entropy": 1 where
+        the teacher is certain. "acceptance": 1 where the teacher accepts the student's
+        most probable token. "discrepancy": falls along a row with the difference of the
+        two models on its tokens so far. Functions of these names and "_weights" in
+        mgsr_jax.losses have the equations.
+      weight_threshold: entropy in nats above which a model is uncertain; default: that
+        of the weights.
+      weight_floor: weight where it is not 1, from 0 to 1; default: that of the weights.
+      weight_top_k: number of most probable teacher classes that "acceptance" accepts;
+        default: its own.
+      weight_gain: what "discrepancy" adds to the first token's weight; default: its
+        own.
     """
 
     sft: float = 1.0
@@ -81,6 +96,15 @@ class Objective:
     beta: float | None = None
     head_mass: float | None = None
     mix: float | None = None
+    threshold: float | None = None
+    top_k: int | None = None
+    support: Literal["student", "union"] | None = None
+    baseline: float | None = None
+    token_weights: TokenWeights = "uniform"
+    weight_threshold: float | None = None
+    weight_floor: float | None = None
+    weight_top_k: int | None = None
+    weight_gain: float | None = None
 
     def check(self) -> None:
         """Refuse values that do not work, alone or with one another.
@@ -103,14 +127,25 @@ class Objective:
                 "objective needs 0 <= lower < upper <= 1, got "
                 f"lower={self.lower}, upper={self.upper}"
             )
-        fields = ("alpha", "beta", "head_mass", "mix")
-        own = {field: getattr(self, field) for field in fields}
-        check_divergence_settings(self.divergence, own, temperature=self.temperature)
+        check_divergence_settings(
+            self.divergence,
+            {name: getattr(self, name) for name in fields_of(DIVERGENCE_SETTINGS)},
+            temperature=self.temperature,
+        )
+        check_token_weight_settings(
+            self.token_weights,
+            {name: getattr(self, name) for name in fields_of(TOKEN_WEIGHT_SETTINGS)},
+        )
 
     @property
     def needs_teacher(self) -> bool:
         """True where any part compares with a teacher."""
         return self.token != 0 or self.span != 0
+
+    @property
+    def weighs_by_discrepancy(self) -> bool:
+        """True where a token's weight depends on the tokens of its row before it."""
+        return self.token != 0 and self.token_weights == "discrepancy"
 
     @property
     def needs_clip_network(self) -> bool:
@@ -126,224 +161,24 @@ class Weights(NamedTuple):
     span: Float[Array, "*A B T"]
 
 
-class Targets(NamedTuple):
-    """All that the losses read in addition to logits; index t is about labels[t].
-
-    Attributes:
-      labels: the tokens to predict. [..., T]
-      where: positions of a response. [..., T]
-      span_ids: the phrase of each label, negative for none. [..., T]
-      scored: positions where the divergence counts. [..., T]
-      labelled: positions where the label counts: it is the data's own. [..., T]
-      pairs: positions whose pair with the next position counts. [..., T]
-      weights: of the three losses. [..., T] each
-    """
-
-    labels: Leaf
-    where: Leaf
-    span_ids: Leaf
-    scored: Leaf
-    labelled: Leaf
-    pairs: Leaf
-    weights: Leaf
-
-
-class VocabArguments(TypedDict, total=False):
-    """Arguments that every loss takes about the columns of logits."""
-
-    vocab_size: int | None
-    vocab_axis: str | None
-
-
 def position_weights(rows: Rows, objective: Objective) -> Weights:
     """Weights of every position of a step's rows, `[A, B, S]` or `[B, S]`."""
     view = next_token_view(rows)
+    scored = scored_positions(rows, objective)
 
     def spread(weight: float, where: Bool[Array, "*A B T"]) -> Float[Array, "*A B T"]:
         return where * (weight / jnp.maximum(jnp.sum(where), 1))
 
     return Weights(
         sft=spread(objective.sft, view.where & rows.ground_truth[..., None]),
-        token=spread(objective.token, view.where),
+        token=spread(objective.token, scored),
         span=spread(objective.span, losses.span_pairs(view.span_ids, view.where)),
     )
 
 
-def make_targets(rows: Rows, weights: Weights) -> Targets:
-    """The targets of `rows`, whose positions have these weights."""
-    view = next_token_view(rows)
-    return Targets(
-        labels=view.labels,
-        where=view.where,
-        span_ids=view.span_ids,
-        scored=view.where,
-        labelled=view.where & rows.ground_truth[..., None],
-        pairs=losses.span_pairs(view.span_ids, view.where),
-        weights=weights,
-    )
-
-
-def weighted_sum(
-    clip_params: Params | None,
-    student_logits: Float[Array, "*B T V"],
-    teacher_logits: Float[Array, "*B T W"] | TopKTeacher | None,
-    targets: Targets,
-    objective: Objective,
-    *,
-    vocab_size: int | None = None,
-    vocab_axis: str | None = None,
-    score_teacher: bool = False,
-) -> tuple[Float[Array, ""], dict[str, Sum]]:
-    """The three losses as one weighted sum, and their metrics as sums and counts.
-
-      L = sum_t  w_sft[t] CE_t + w_token[t] D_t + w_span[t] span_t
-
-    A part of weight 0 in `objective` is not computed; without a teacher only the
-    cross-entropy is. `score_teacher` adds the teacher's own cross-entropy.
-    """
-    columns = VocabArguments(vocab_size=vocab_size, vocab_axis=vocab_axis)
-    weights, total, metrics = targets.weights, jnp.zeros(()), {}
-    if objective.sft:
-        values, metrics["sft"] = _cross_entropy(student_logits, targets, columns)
-        total += jnp.sum(weights.sft * values)
-    if teacher_logits is None:
-        return total, metrics
-    if score_teacher and not isinstance(teacher_logits, TopKTeacher):
-        _, metrics["teacher_sft"] = _cross_entropy(teacher_logits, targets, columns)
-    if objective.token:
-        models = student_logits, teacher_logits
-        values, token_metrics = token_loss(
-            clip_params, *models, targets.scored, objective, **columns
-        )
-        total += jnp.sum(weights.token * values)
-        metrics |= token_metrics
-    if objective.span:
-        values = losses.span_correlation(
-            student_logits,
-            teacher_logits,
-            targets.span_ids,
-            where=targets.where,
-            **columns,
-        )
-        total += jnp.sum(jnp.where(targets.pairs, weights.span * values, 0.0))
-        metrics["span"] = masked_sum(values, targets.pairs)
-    return total, metrics
-
-
-def _cross_entropy(
-    logits: Float[Array, "*B T V"], targets: Targets, columns: VocabArguments
-) -> tuple[Float[Array, "*B T"], Sum]:
-    where = targets.labelled
-    values = losses.cross_entropy(logits, targets.labels, where=where, **columns)
-    return values, masked_sum(values, where)
-
-
-def token_loss(
-    clip_params: Params | None,
-    student_logits: Float[Array, "*B V"],
-    teacher_logits: Float[Array, "*B W"] | TopKTeacher,
-    where: Bool[Array, "*B"],
-    objective: Objective,
-    *,
-    vocab_size: int | None = None,
-    vocab_axis: str | None = None,
-) -> tuple[Float[Array, "*B"], dict[str, Sum]]:
-    """The chosen divergence at every scored position, and its metrics.
-
-    Raises:
-      ValueError: an unknown divergence, or one that needs more than a cached teacher.
-    """
-    name = objective.divergence
-    if name not in DIVERGENCES:
-        raise ValueError(
-            f"objective.divergence={name!r}; expected one of {DIVERGENCES}"
-        )
-    columns = VocabArguments(vocab_size=vocab_size, vocab_axis=vocab_axis)
-    models = student_logits, teacher_logits
-    if name.startswith("dac_kl"):
-        result = _dac_kl(clip_params, *models, where, objective, columns)
-        metrics = {name: result.loss} | _dac_kl_metrics(result)
-        return result.loss, {k: masked_sum(v, where) for k, v in metrics.items()}
-    values = _whole_divergence(*models, where, objective, columns)
-    return values, {name: masked_sum(values, where)}
-
-
-def _dac_kl(
-    clip_params: Params | None,
-    student_logits: Float[Array, "*B V"],
-    teacher_logits: Float[Array, "*B W"] | TopKTeacher,
-    where: Bool[Array, "*B"],
-    objective: Objective,
-    columns: VocabArguments,
-) -> DacKl:
-    """DAC-KL with learned limits, or with those of the objective."""
-    models = student_logits, teacher_logits
-    if objective.divergence == "dac_kl":
-        return losses.dac_kl(
-            clip_params,
-            *models,
-            where=where,
-            width=objective.width,
-            normalization=objective.normalization,
-            prior_weight=objective.prior_weight,
-            **columns,
-        )
-    return losses.dac_kl_fixed(
-        (objective.lower, objective.upper),
-        *models,
-        where=where,
-        num_candidates=objective.num_candidates,
-        width=objective.width,
-        normalization=objective.normalization,
-        **columns,
-    )
-
-
-def _dac_kl_metrics(result: DacKl) -> dict[str, Float[Array, "*B"]]:
-    """The limits, and how much of the teacher they keep."""
-    return {
-        "lower": result.lower,
-        "lower_variance": jnp.square(result.lower - LIMITS_START["lower"]),
-        "upper": result.upper,
-        "upper_variance": jnp.square(result.upper - LIMITS_START["upper"]),
-        "at_bound": at_bound(result.lower, result.upper),
-        "kept_mass": result.kept_mass,
-        "kept_classes": result.kept_classes,
-        "candidate_mass": result.candidate_mass,
-    }
-
-
-def _whole_divergence(
-    student_logits: Float[Array, "*B V"],
-    teacher_logits: Float[Array, "*B W"] | TopKTeacher,
-    where: Bool[Array, "*B"],
-    objective: Objective,
-    columns: VocabArguments,
-) -> Float[Array, "*B"]:
-    """A divergence of all classes; of a cached teacher, of its K classes and a tail."""
-    name = objective.divergence
-    if isinstance(teacher_logits, TopKTeacher):
-        if name != "forward_kl":
-            raise ValueError(
-                f"objective.divergence={name!r} needs the teacher's whole distribution "
-                "and a cached teacher has K classes; use forward_kl or a DAC-KL"
-            )
-        if objective.temperature != 1:
-            raise ValueError(
-                f"objective.temperature={objective.temperature}; a cached teacher "
-                "requires temperature 1"
-            )
-        return losses.forward_kl_top_k(
-            student_logits, teacher_logits, where=where, **columns
-        )
-    fields = DIVERGENCE_SETTINGS.get(name, ())
-    chosen = {field: getattr(objective, field) for field in fields}
-    given = {field: value for field, value in chosen.items() if value is not None}
-    return getattr(losses, name)(
-        student_logits,
-        teacher_logits,
-        where=where,
-        temperature=objective.temperature,
-        **columns,
-        **given,
-    )
+def scored_positions(rows: Rows, objective: Objective) -> Bool[Array, "*A B T"]:
+    """Where the divergence counts: in responses, or only in those of the student."""
+    where = next_token_view(rows).where
+    if objective.divergence in FROM_SAMPLES:
+        where = where & ~rows.ground_truth[..., None]
+    return where

@@ -86,6 +86,26 @@ class RolloutConfig:
                 f"top_p={self.top_p}"
             )
 
+    def check_samples(self, *, temperature: float) -> None:
+        """Refuse settings with which a token is no sample of the current student.
+
+        Args:
+          temperature: of the distributions that a divergence compares.
+
+        Raises:
+          ValueError: names the field, its value and the one that is needed.
+        """
+        needed = {"policy": "on", "probability": 1.0, "rounds": 0}
+        needed |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"rollout.{name}={getattr(self, name)!r}, but "
+                    "objective.divergence=sampled_reverse_kl needs tokens that the "
+                    f"student sampled, at the objective's temperature; set it to "
+                    f"{value!r}, or use reverse_kl"
+                )
+
     @property
     def always_generates(self) -> bool:
         """True where every step trains on generated rows."""

@@ -14,19 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mgsr_jax import losses, sharding
 from mgsr_jax.losses import Projection, Sum, TopKTeacher, default_chunk_size
-from mgsr_jax.objective import (
-    Objective,
-    Targets,
-    Weights,
-    make_targets,
-    weighted_sum,
-)
+from mgsr_jax.objective import Objective, Weights
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Leaf, Model, Params, RowKeys
+from mgsr_jax.weighted_sum import (
+    Targets,
+    check_teacher,
+    label_discrepancy,
+    make_targets,
+    weighted_sum,
+    with_discrepancy_weights,
+)
 
 LOGIT_PARTS = 8
 """Parts of a chunk whose losses are computed one after the other.
@@ -61,6 +63,11 @@ class StepLoss:
     dtype: DTypeLike = jnp.float32
     chunk_size: int | None = None
     score_teacher: bool = False
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens per device whose logits exist at a time."""
+        return self.chunk_size or default_chunk_size(self.student.config.vocab_size)
 
     @property
     def overlap(self) -> int:
@@ -116,13 +123,18 @@ def micro_batch_loss(
         "teacher_head": teacher_head,
         "clip_network": params.get("clip_network"),
     }
+    targets = make_targets(rows, weights, spec.objective)
+    if spec.objective.weighs_by_discrepancy:
+        heads = head, teacher_head
+        gaps = _discrepancy(spec, heads, hidden, teacher, targets)
+        targets = with_discrepancy_weights(targets, gaps, spec.objective)
     by_token = P(sharding.vocab_axis())
     return losses.chunked(
         functools.partial(chunk_loss, spec=spec),
         shared,
         hidden,
-        Chunk(make_targets(rows, weights), teacher),
-        chunk_size=spec.chunk_size or default_chunk_size(student.config.vocab_size),
+        Chunk(targets, teacher),
+        chunk_size=spec.tokens_per_chunk,
         overlap=spec.overlap,
         where=view.where,
         batch_axes=sharding.batch_axes(),
@@ -175,6 +187,49 @@ def _logits_loss(
     )
 
 
+def _discrepancy(
+    spec: StepLoss,
+    heads: tuple[PyTree, PyTree],
+    hidden: Float[Array, "B T D"],
+    teacher_hidden: Leaf,
+    targets: Targets,
+) -> Float[Array, "B T"]:
+    """Each label's discrepancy, without gradient.
+
+    The weights of a row read all of it, so this pass over both heads comes before that
+    of the losses. Logits exist for a few positions of all rows at a time.
+    """
+    assert spec.teacher is not None  # `_teacher_chunk` raises
+    teacher, hidden = spec.teacher, lax.stop_gradient(hidden)
+    head, teacher_head = lax.stop_gradient(heads)
+    head = jax.tree.map(lambda p: p.astype(spec.dtype), head)
+    # All-gathered over fsdp once, not once per chunk of positions.
+    head, teacher_head = sharding.constrain((head, teacher_head), P("tensor"))
+    rows, width = targets.where.shape
+    size = spec.tokens_per_chunk * sharding.batch_shards() // rows
+    size = min(max(size, 1), width)
+
+    def add_chunk(i: Array, found: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        # The last chunk is shifted left to stay full; positions that overlap are
+        # recomputed to the same value.
+        start = jnp.minimum(i * size, width - size)
+        of_student, of_teacher, part = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1),
+            (hidden, teacher_hidden, targets),
+        )
+        values = label_discrepancy(
+            spec.student.unembed(head, of_student),
+            teacher.unembed(teacher_head, of_teacher),
+            part,
+            vocab_size=spec.vocab_size,
+            vocab_axis=sharding.vocab_axis(),
+        )
+        return lax.dynamic_update_slice_in_dim(found, values, start, axis=1)
+
+    empty = jnp.zeros(targets.where.shape)
+    return lax.fori_loop(0, -(-width // size), add_chunk, empty)
+
+
 def _without_overlap(targets: Targets, overlap: int) -> Targets:
     """`targets` in which the last `overlap` tokens are read but do not count."""
     size = len(targets.where)
@@ -202,6 +257,7 @@ def _teacher_chunk(
                 "objective.span compares whole distributions and a cached teacher has "
                 "K classes; set it to 0, or pass no teacher_outputs, to run the teacher"
             )
+        check_teacher(outputs, objective)
         return outputs, None
     if spec.teacher is None or teacher_params is None:
         raise ValueError(

@@ -26,7 +26,8 @@ from tables import (
 )
 
 from mgsr_jax import losses
-from mgsr_jax.objective import Objective, at_bound
+from mgsr_jax.losses import at_bound
+from mgsr_jax.objective import Objective
 from mgsr_jax.rows import next_token_view
 
 
@@ -142,6 +143,10 @@ def test_every_divergence_is_averaged_over_all_responses(changes, token):
         ("adaptive_kl", {"head_mass": 0.7}),
         ("alpha_beta_divergence", {"alpha": 0.4, "beta": 0.5}),
         ("taid", {"mix": 0.3}),
+        ("entropy_gated_kl", {"threshold": 1.5}),
+        ("per_class_kl", {"temperature": 2.0}),
+        ("logit_difference", {"alpha": 0.3}),
+        ("reverse_kl_top_k", {"top_k": 2, "support": "union"}),
     ],
 )
 def test_the_token_level_can_be_any_divergence(divergence, settings):
@@ -152,6 +157,78 @@ def test_the_token_level_can_be_any_divergence(divergence, settings):
     loss, metrics = evaluate(objective)
     np.testing.assert_allclose(loss, want, rtol=2e-6)
     assert metrics[divergence].count == len(scored())
+
+
+def test_the_sampled_divergence_reads_the_labels_of_sampled_rows_only():
+    objective = Objective(
+        sft=0.0, span=0.0, divergence="sampled_reverse_kl", baseline=0.5
+    )
+    log_q, log_p = (log_softmax(table["logits"]) for table in (STUDENT, TEACHER))
+    tokens = np.asarray(ROWS.tokens)
+    at = [(b, t) for b, t in scored() if b in SAMPLED]
+    gaps = (log_q - log_p)[tuple(np.array([(b, t, tokens[b, t + 1]) for b, t in at]).T)]
+    loss, metrics = evaluate(objective)
+    np.testing.assert_allclose(loss, np.mean(gaps), rtol=2e-6)
+    assert metrics["sampled_reverse_kl"].count == len(at)
+    grads = np.asarray(differentiate(objective)[2]["student"]["logits"])
+    moved = {tuple(index) for index in np.argwhere(np.any(grads != 0, -1)).tolist()}
+    assert moved == set(at)
+
+
+def entropies(table):
+    log_probs = log_softmax(table["logits"])
+    return -np.sum(np.exp(log_probs) * log_probs, -1)
+
+
+def discrepancy_weights_by_hand(gain):
+    """Row by row, from the labels' log-probabilities."""
+    log_q, log_p = (log_softmax(table["logits"]) for table in (STUDENT, TEACHER))
+    tokens, weights = np.asarray(ROWS.tokens), np.zeros(log_q.shape[:2])
+    for row in range(len(tokens)):
+        at = [t for b, t in scored() if b == row]
+        gaps = [abs((log_p - log_q)[row, t, tokens[row, t + 1]]) for t in at]
+        for i, t in enumerate(at):
+            weights[row, t] = 1 + gain * (1 - sum(gaps[:i]) / sum(gaps))
+    return weights
+
+
+TOKEN_WEIGHTS = [
+    (
+        {"token_weights": "student_entropy", "weight_threshold": 1.2},
+        lambda: entropies(STUDENT) > 1.2,
+    ),
+    (
+        {"token_weights": "teacher_entropy", "weight_floor": 0.25},
+        lambda: np.where(entropies(TEACHER) <= 0.8, 1, 0.25),
+    ),
+    (
+        {"token_weights": "acceptance", "weight_top_k": 4, "weight_floor": 0.0},
+        lambda: losses.acceptance_weights(
+            STUDENT["logits"], TEACHER["logits"], top_k=4, floor=0, vocab_size=VOCAB
+        ),
+    ),
+    (
+        {"token_weights": "discrepancy", "weight_gain": 0.7},
+        lambda: discrepancy_weights_by_hand(0.7),
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "weights"), TOKEN_WEIGHTS)
+def test_token_weights_multiply_the_divergence_and_not_its_count(settings, weights):
+    objective = Objective(sft=0.0, span=0.0, divergence="forward_kl", **settings)
+    kl = losses.forward_kl(STUDENT["logits"], TEACHER["logits"], vocab_size=VOCAB)
+    kl, weights = np.asarray(kl), np.float64(weights())
+    parts = np.array([weights[b, t] * kl[b, t] for b, t in scored()])
+    assert 0 < np.mean(parts) != np.mean([kl[b, t] for b, t in scored()])
+    loss, metrics = evaluate(objective)
+    np.testing.assert_allclose(loss, np.sum(parts) / len(scored()), rtol=2e-6)
+    assert metrics["forward_kl"].count == len(scored())
+    if "token_weight" in metrics:
+        mean = np.mean([weights[b, t] for b, t in scored()])
+        np.testing.assert_allclose(
+            metrics["token_weight"].total, mean * len(scored()), rtol=1e-6
+        )
 
 
 def test_an_unknown_divergence_is_an_error():

@@ -33,7 +33,7 @@ from tables import (
 from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
-from mgsr_jax.objective import Objective, make_targets, position_weights, weighted_sum
+from mgsr_jax.objective import Objective, position_weights
 from mgsr_jax.rows import (
     NO_SPAN,
     UNTRAINED,
@@ -43,6 +43,7 @@ from mgsr_jax.rows import (
 )
 from mgsr_jax.step_loss import StepLoss, micro_batch_loss
 from mgsr_jax.train_step import init_state, make_train_step
+from mgsr_jax.weighted_sum import make_targets, weighted_sum
 
 
 def top_k(k):
@@ -82,9 +83,13 @@ def test_losses_that_need_more_than_a_cached_teacher_are_errors():
         loss_with_outputs(MGSR, top_k(K))
     with pytest.raises(ValueError, match="'reverse_kl' needs the teacher's whole"):
         loss_with_outputs(Objective(span=0.0, divergence="reverse_kl"), top_k(K))
-    with pytest.raises(ValueError, match="temperature=2.0; a cached teacher"):
+    with pytest.raises(ValueError, match="temperature=2.0, but a cached teacher"):
         hot = Objective(span=0.0, divergence="forward_kl", temperature=2.0)
         loss_with_outputs(hot, top_k(K))
+    for weights in ("teacher_entropy", "acceptance", "discrepancy"):
+        settings = dict(span=0.0, divergence="forward_kl", token_weights=weights)
+        with pytest.raises(ValueError, match=f"{weights}.* needs the teacher's whole"):
+            loss_with_outputs(Objective(**settings), top_k(K))
 
 
 @pytest.mark.slow
@@ -113,6 +118,64 @@ def test_chunks_do_not_change_the_loss(chunk_size):
     np.testing.assert_allclose(loss, want, rtol=2e-6)
     assert_close(jax.device_get(grads), jax.device_get(want_grads), rtol=3e-6)
     assert_close(jax.device_get(metrics), jax.device_get(want_metrics), rtol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "entropy_gated_kl"},
+        {"divergence": "per_class_kl"},
+        {"divergence": "logit_difference", "alpha": 0.5},
+        {"divergence": "reverse_kl_top_k", "top_k": 3, "support": "union"},
+        {"divergence": "sampled_reverse_kl"},
+        {"divergence": "reverse_kl", "token_weights": "acceptance"},
+    ],
+    ids=lambda settings: settings["divergence"],
+)
+def test_chunks_do_not_change_a_gradient(settings):
+    """The dense form is the sum itself, once, on all logits."""
+    objective = Objective(sft=0.0, span=0.0, **settings)
+    weights = position_weights(ROWS, objective)
+    spec = StepLoss(Table(), Table("teacher"), objective, VOCAB, chunk_size=7)
+
+    def in_chunks(params):
+        return micro_batch_loss(params, TEACHER, ROWS, weights, spec=spec)
+
+    def dense(params):
+        logits = params["student"]["logits"], TEACHER["logits"]
+        targets = make_targets(ROWS, weights, objective)
+        return weighted_sum(None, *logits, targets, objective, vocab_size=VOCAB)
+
+    (got, grads), (want, want_grads) = (
+        jax.jit(jax.value_and_grad(f, has_aux=True))(PARAMS) for f in (in_chunks, dense)
+    )
+    assert_close(jax.device_get(got), jax.device_get(want), rtol=2e-6)
+    assert np.any(want_grads["student"]["logits"])
+    assert_close(grads["student"], want_grads["student"], rtol=3e-6)
+
+
+DRIFTING = Objective(
+    span=0.0, divergence="forward_kl", token_weights="discrepancy", weight_gain=2.0
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [2, 30])
+def test_chunks_do_not_change_weights_that_read_a_whole_row(chunk_size):
+    """Logits of less than a position of all rows, and of three with a shifted last."""
+    spec = StepLoss(Table(), Table("teacher"), DRIFTING, VOCAB, chunk_size=chunk_size)
+
+    def loss(params):
+        weights = position_weights(ROWS, DRIFTING)
+        return micro_batch_loss(params, TEACHER, ROWS, weights, spec=spec)[0]
+
+    got, grads = jax.jit(jax.value_and_grad(loss))(PARAMS)
+    want, _, want_grads, _ = differentiate(DRIFTING)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    assert_close(grads["student"], want_grads["student"], rtol=3e-6)
+    uniform, _ = evaluate(dataclasses.replace(DRIFTING, token_weights="uniform"))
+    assert want > uniform + 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +215,7 @@ def test_chunks_of_a_model_with_a_biased_head_equal_the_dense_form(chunk_size):
             params["clip_network"],
             logits,
             teacher_logits,
-            make_targets(ROWS, weights),
+            make_targets(ROWS, weights, MGSR),
             MGSR,
             vocab_size=VOCAB,
         )
@@ -256,11 +319,15 @@ def recorder():
     )
 
 
-def gradient_of(split, *, student, teacher, params, teacher_params, vocab_size):
+def gradient_of(
+    split, *, student, teacher, params, teacher_params, vocab_size, objective=MGSR
+):
     """(loss, gradient, metrics) of one train step over the micro-batches `split`."""
     # The step donates its state, and the caller's parameters are used again.
     state = init_state(jax.tree.map(jnp.array, params), recorder(), 0)
-    step = make_train_step(student, teacher, recorder(), MGSR, vocab_size=vocab_size)
+    step = make_train_step(
+        student, teacher, recorder(), objective, vocab_size=vocab_size
+    )
     state, metrics = step(state, teacher_params, split)
     loss = metrics.pop("loss").total
     return jax.device_get((loss, state.opt_state, metrics))
@@ -378,3 +445,25 @@ def test_sharded_transformers_do_not_change_the_gradient(sizes):
     for name in ("sft", "dac_kl", "span", "kept_mass"):
         assert metrics[name].count == whole[2][name].count
         np.testing.assert_allclose(metrics[name].total, whole[2][name].total, rtol=1e-6)
+
+
+@pytest.mark.exhaustive
+def test_sharding_does_not_change_weights_that_read_a_whole_row():
+    """Rows over two axes and the vocabulary over the third, against one device."""
+    model = dataclasses.replace(models.from_config(LLAMA), tensor=2)
+    params = jax.jit(model.init)(jax.random.key(0))
+    teacher_params = jax.tree.map(lambda p: p[..., ::-1], params)
+    settings = dict(student=model, teacher=model, vocab_size=tiny.VOCAB)
+    settings["objective"] = DRIFTING
+    rows = tiny.complete(LENGTHS, width=12)
+    trees = {"params": {"student": params}, "teacher_params": teacher_params}
+    whole = gradient_of(split(rows, 1), **settings, **trees)
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    places = sharding.shardings(mesh, model.partition_rules, params)
+    trees["params"] = {"student": jax.device_put(params, places)}
+    trees["teacher_params"] = jax.device_put(teacher_params, places)
+    with jax.set_mesh(mesh):
+        loss, grads, _ = gradient_of(on_mesh(mesh, rows, 2), **settings, **trees)
+    np.testing.assert_allclose(loss, whole[0], rtol=1e-6)
+    assert_close(grads, whole[1], rtol=16 * np.finfo(np.float32).eps)

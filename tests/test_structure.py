@@ -24,6 +24,7 @@ checkpoint.*
 decoding.*
 scrg
 objective
+weighted_sum
 step_loss
 train_step
 rollout

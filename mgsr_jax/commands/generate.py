@@ -41,10 +41,9 @@ class GenerateConfig:
       model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
         org/name@revision).
       prompt: an instruction, or a list of instructions in brackets.
-      file: file of prompts. In a .jsonl file a line is a JSON object with prompt,
-        messages, instruction (and input) or question; a prompt may be a list of
-        messages. In any other file, and on standard input (-), a line is a prompt.
-        Without prompt and file, standard input is read.
+      file: file of prompts: a data file in any form of data.train (.jsonl, .json or
+        .parquet), whose responses are not read. In any other file, and on standard
+        input (-), a line is a prompt. Without prompt and file, standard input is read.
       input: context that is added to each instruction (the field `input` of Alpaca).
       template: "chat" for the tokenizer's chat template, the path of a template file
         (.jinja), "alpaca", "none" for the plain text, or "auto": chat where the

@@ -49,7 +49,7 @@ parameters become options."""
 _POSITIONAL = ("convert",)
 """Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
-_LISTS = ("--data", "--metrics")
+_LISTS = ("--data", "--metrics", "--evaluate.metrics")
 """Options that take several words: `--metrics rouge_l math` is
 `--metrics '["rouge_l", "math"]'`."""
 

@@ -8,8 +8,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, ScalarLike, Shaped
 
 from mgsr_jax import losses
 from mgsr_jax.losses import Sum, TopKTeacher, masked_sum
-from mgsr_jax.objective import Objective, Targets, Weights, weighted_sum
+from mgsr_jax.objective import Objective, Weights
 from mgsr_jax.typing import Leaf, Params
+from mgsr_jax.weighted_sum import (
+    Targets,
+    VocabArguments,
+    label_discrepancy,
+    weighted_sum,
+    with_discrepancy_weights,
+)
 
 DEFAULTS = Objective(span=0.0)
 """Cross-entropy and DAC-KL: the parts that need no span ids."""
@@ -86,8 +93,9 @@ def mgsr_loss(
 
     Each mean is over its own scored positions, or over `labels.counts`. It is the sum
     that `mgsr train` minimises (`mgsr_jax.objective`), with every scored label taken as
-    ground truth: set `objective.sft` to 0 where a model wrote the labels. The gradient
-    reaches the student's logits and `clip_params`. MGSR, arXiv 2407.10068.
+    ground truth: set `objective.sft` to 0 where a model wrote the labels, and choose
+    "sampled_reverse_kl" only where the student sampled them. The gradient reaches the
+    student's logits and `clip_params`. MGSR, arXiv 2407.10068.
 
     Args:
       clip_params: from `mgsr_jax.losses.init_clip_network`.
@@ -116,15 +124,14 @@ def mgsr_loss(
     1.6764 1.0
     """
     _check(objective, labels, teacher_logits, scale)
-    return weighted_sum(
-        clip_params,
-        student_logits,
-        teacher_logits,
-        _targets(labels, objective, scale or {}),
-        objective,
-        vocab_size=vocab_size,
-        vocab_axis=vocab_axis,
-    )
+    columns = VocabArguments(vocab_size=vocab_size, vocab_axis=vocab_axis)
+    targets = _targets(labels, objective, scale or {})
+    models = student_logits, teacher_logits
+    # `weighted_sum` refuses a teacher of K classes with these weights.
+    if objective.weighs_by_discrepancy and not isinstance(teacher_logits, TopKTeacher):
+        gaps = label_discrepancy(student_logits, teacher_logits, targets, **columns)
+        targets = with_discrepancy_weights(targets, gaps, objective)
+    return weighted_sum(clip_params, *models, targets, objective, **columns)
 
 
 def _check(

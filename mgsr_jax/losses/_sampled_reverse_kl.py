@@ -39,7 +39,8 @@ def sampled_reverse_kl(
     reduces the gradient's variance: to 0.2 to 0.5 of it on random logits of 50 to 500
     classes. It can raise it where the student is nearly certain of one token.
 
-    vOPD, arXiv 2605.07865, of which we read the abstract: on-policy distillation as
+    vOPD, arXiv 2605.07865, of which we read the abstract and a public
+    re-implementation: on-policy distillation as
     policy gradient, with the negative reverse KL as value function and baseline. Our
     choice: the value, which is the plain estimate and not the product that the paper's
     loss is formed from.
@@ -104,12 +105,7 @@ def _jitted(
         log_p, log_q = log_probs_of_both(
             vocabulary, student, teacher, where, temperature, vocab_size
         )
-        is_token = vocabulary.columns(log_q) == tokens[..., None]
-        of_p, of_q = (
-            vocabulary.sum(jnp.where(is_token, x, 0.0)) for x in (log_p, log_q)
-        )
-        exists = (tokens >= 0) & (tokens < vocabulary.width(log_q))
-        of_q = jnp.where(exists, of_q, -jnp.inf)
+        of_p, of_q = (_at(vocabulary, x, tokens) for x in (log_p, log_q))
         allowed = jnp.where(log_p > -jnp.inf, log_q, -jnp.inf)
         return of_p, of_q, lax.stop_gradient(kl(vocabulary, allowed, log_p))
 
@@ -124,3 +120,13 @@ def _jitted(
     # The second term is 0; only its gradient counts.
     values = estimate + advantage * (of_q - lax.stop_gradient(of_q))
     return zero_where_masked(jnp.where(possible, values, jnp.inf), where)
+
+
+def _at(
+    vocabulary: Vocabulary, log_probs: Float[Array, "*B V"], tokens: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """The tokens' log-probabilities; -inf for a token that is no column."""
+    is_token = vocabulary.columns(log_probs) == tokens[..., None]
+    picked = vocabulary.sum(jnp.where(is_token, log_probs, 0.0))
+    exists = (tokens >= 0) & (tokens < vocabulary.width(log_probs))
+    return jnp.where(exists, picked, -jnp.inf)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mgsr_jax import settings
 from mgsr_jax.checkpoint.folder import check_folder
+from mgsr_jax.divergences import FROM_SAMPLES, check_cached_teacher
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
@@ -13,9 +14,6 @@ from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation, check_best_metric
 from mgsr_jax.training.optimizer import OptimizerConfig
-
-_FROM_CACHE = ("dac_kl", "dac_kl_fixed", "forward_kl")
-"""Divergences that need only the teacher's most probable classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +147,8 @@ class TrainConfig:
         _check_attention(self)
         if self.teacher_cache is not None:
             _check_teacher_cache(self)
+        if self.objective.divergence in FROM_SAMPLES:
+            self.rollout.check_samples(temperature=self.objective.temperature)
 
     @property
     def micro_batch_size(self) -> int:
@@ -252,13 +252,8 @@ def _check_teacher_cache(config: TrainConfig) -> None:
             "teacher_cache holds only the most probable classes; set objective.span "
             "to 0, or leave teacher_cache out"
         )
-    if objective.divergence not in _FROM_CACHE:
-        raise ValueError(
-            f"objective.divergence={objective.divergence!r} needs the teacher's whole "
-            f"distribution; with teacher_cache it is one of {_FROM_CACHE}"
-        )
-    if objective.temperature != 1:
-        raise ValueError(
-            f"objective.temperature={objective.temperature}, but teacher_cache holds "
-            "the distribution at temperature 1; set it to 1, or leave teacher_cache out"
-        )
+    check_cached_teacher(
+        objective.divergence,
+        objective.token_weights,
+        temperature=objective.temperature,
+    )

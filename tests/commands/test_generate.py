@@ -68,32 +68,45 @@ def test_prompts_come_from_files_and_standard_input(generate, tmp_path, monkeypa
     for source in ([], ["--file", "-"]):
         monkeypatch.setattr("sys.stdin", io.StringIO(text.read_text()))
         assert generate(*source) == expected
-    records = [{"prompt": "the"}, {"instruction": "a", "input": "red"}, "the"]
-    records += [{"question": "a red"}]
-    lines = tmp_path / "prompts.jsonl"
-    lines.write_text("\n".join(map(json.dumps, records)))
-    prompts = [line["prompt"] for line in generate("--file", str(lines))]
-    assert prompts == ["the", "a\n\nred", "the", "a red"]
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "the"}, "the"),
+        ({"prompt": [{"role": "user", "content": "the"}], "completion": "a"}, "the"),
+        ({"instruction": "a", "input": "red"}, "a\n\nred"),
+        ({"question": "a red", "answer": "dog"}, "a red"),
+        ({"messages": [{"role": "user", "content": "the"}]}, "the"),
+        ({"conversations": [{"from": "human", "value": "the"}]}, "the"),
+    ],
+)
+def test_a_data_file_gives_its_prompts(generate, tmp_path, record, prompt):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(record))
+    (line,) = generate("--file", str(file))
+    assert line["prompt"] == prompt and line["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "prompts.jsonl:2 is not valid JSON"),
-        ('{"text": "a"}', r"prompts.jsonl:2 has the keys \['text'\]"),
-        ('{"prompt": [{"role": "user"}]}', "messages that have a role"),
-        ('{"prompt": ""}', "prompts.jsonl:2 is empty"),
-        ('{"messages": [{"role": "system", "content": "a"}]}', "one turn of the user"),
+        ("{", "prompts.jsonl:2: Expecting property name"),
+        ('{"text": "a"}', "prompts.jsonl:2: no 'prompt'"),
+        ('{"prompt": [{"role": "user"}]}', "prompts.jsonl:2: no 'prompt: content"),
+        ('{"prompt": ""}', "prompts.jsonl:2: empty 'prompt'"),
+        (
+            '{"prompt": "a", "system": "b"}',
+            "prompts.jsonl:2: template 'none' has a place for one turn of the user",
+        ),
     ],
 )
 def test_a_bad_line_is_named(project, capsys, tmp_path, line, message):
-    import re
-
     file = tmp_path / "prompts.jsonl"
-    file.write_text(f'"the"\n{line}\n')
+    file.write_text(f'{{"prompt": "the"}}\n{line}\n')
     command = ["generate", "--model", str(project / "student"), "--file", str(file)]
     assert main([*command, "--template", "none"]) == MISTAKE
-    assert re.search(message, capsys.readouterr().err)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tiny
 
 from mgsr_jax.checkpoint.hf import load_tokenizer
 from mgsr_jax.commands.prompts import Request, encode_request
+from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding
 
 BOS, EOS = 391, 0
@@ -42,7 +43,7 @@ def surrounded(tmp_path_factory):
 
 def encode(tokenizer, text, input="", **settings):
     encoder = Encoder(tokenizer, Encoding("none", **settings))
-    return encode_request(encoder, Request(text, input))
+    return encode_request(encoder, Request([Message("user", text)], input))
 
 
 def test_a_bare_text_has_one_bos_and_no_end_of_sequence(surrounded):
@@ -61,10 +62,10 @@ def test_an_input_follows_a_bare_text(surrounded):
 
 def test_a_prompt_that_the_template_refuses_is_named(surrounded):
     encoder = Encoder(surrounded, Encoding("none"))
-    system = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    system = [Message("system", "a"), Message("user", "b")]
     with pytest.raises(
         ValueError, match=r"p\.jsonl:3: template 'none' has a place for"
     ):
         encode_request(encoder, Request(system, source="p.jsonl:3"))
     with pytest.raises(ValueError, match="prompt is empty; give at least one token"):
-        encode_request(encoder, Request(""))
+        encode_request(encoder, Request([Message("user", "")]))

@@ -10,6 +10,7 @@ import tiny
 from losses import reference
 from mgsr_reference import mgsr_means
 
+from mgsr_jax import losses
 from mgsr_jax.integrations import (
     Labels,
     Objective,
@@ -18,7 +19,8 @@ from mgsr_jax.integrations import (
     next_token_labels,
 )
 from mgsr_jax.losses import init_clip_network, top_k_teacher
-from mgsr_jax.objective import make_targets, position_weights, weighted_sum
+from mgsr_jax.objective import position_weights
+from mgsr_jax.weighted_sum import make_targets, weighted_sum
 
 B, S, V, K = 3, 7, 9, 4
 VOCAB_SIZE = 8
@@ -242,7 +244,7 @@ def test_the_loss_of_a_batch_equals_the_trainers_objective():
     labels = jax.tree.map(lambda x: x[:, :S], labels)
     loss, sums = mgsr_loss(CLIP, *logits, labels, OBJECTIVE, vocab_size=VOCAB_SIZE)
     assert sums["span"].count > 0
-    targets = make_targets(rows, position_weights(rows, OBJECTIVE))
+    targets = make_targets(rows, position_weights(rows, OBJECTIVE), OBJECTIVE)
     want, metrics = weighted_sum(
         CLIP, *logits, targets, OBJECTIVE, vocab_size=VOCAB_SIZE
     )
@@ -250,3 +252,20 @@ def test_the_loss_of_a_batch_equals_the_trainers_objective():
     assert sums.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_weights_that_read_a_whole_row_multiply_the_divergence():
+    objective = Objective(
+        sft=0.0, span=0.0, divergence="forward_kl", token_weights="discrepancy"
+    )
+    loss, _ = mgsr_loss(CLIP, STUDENT, TEACHER, LABELS, objective)
+    where = LABELS.where
+    of_student, of_teacher = (
+        losses.cross_entropy(x, LABELS.tokens, where=where) for x in (STUDENT, TEACHER)
+    )
+    gaps = jnp.abs(of_student - of_teacher)
+    weights = losses.discrepancy_weights(gaps, where=where)
+    want = jnp.sum(weights * losses.forward_kl(STUDENT, TEACHER, where=where)) / SCORED
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    with pytest.raises(ValueError, match="'discrepancy' needs the teacher's whole"):
+        mgsr_loss(CLIP, STUDENT, top_k_teacher(TEACHER, K), LABELS, objective)

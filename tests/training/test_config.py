@@ -11,6 +11,12 @@ from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.inputs import prepare
 
+SAMPLED = dict(
+    objective__divergence="sampled_reverse_kl",
+    rollout__policy="on",
+    rollout__rounds=0,
+)
+
 
 def make(**changes):
     """The defaults; `section__field` changes one field of a section.
@@ -51,6 +57,8 @@ def test_the_defaults_are_valid():
         dict(lora__rank=16, lora__alpha=0.5, lora__dropout=0.99, lora__targets=""),
         dict(data__buckets=(64, 128)),
         dict(teacher_cache="cache", objective__span=0.0),
+        SAMPLED | dict(objective__baseline=0.0),
+        dict(objective__token_weights="discrepancy", objective__weight_gain=2.0),
         dict(
             teacher_cache="cache",
             objective__span=0.0,
@@ -174,7 +182,7 @@ def test_what_works_is_let_through(changes):
                 objective__divergence="forward_kl",
                 objective__temperature=2.0,
             ),
-            "objective.temperature=2.0, but teacher_cache holds .* temperature 1",
+            "objective.temperature=2.0, but a cached teacher holds .* temperature 1",
         ),
         (
             dict(
@@ -209,6 +217,45 @@ def test_what_works_is_let_through(changes):
         (dict(best_metric="loss"), "best_metric='loss'; .* valid/loss or eval/rouge_l"),
         (dict(best_metric="valid/loss"), "while the run trains; set validate_every"),
         (dict(best_metric="eval/rouge_l"), "while the run trains; set evaluate_every"),
+        (
+            dict(objective__divergence="reverse_kl_top_k", objective__top_k=0),
+            "objective.top_k=0; expected at least 1",
+        ),
+        (
+            dict(objective__divergence="reverse_kl_top_k", objective__support="both"),
+            "objective.support='both'; expected 'student' or 'union'",
+        ),
+        (
+            dict(objective__divergence="entropy_gated_kl", objective__threshold=-1.0),
+            "objective.threshold=-1.0; expected at least 0",
+        ),
+        (
+            dict(objective__token_weights="entropy"),
+            "objective.token_weights='entropy'; expected .*'acceptance'",
+        ),
+        (
+            dict(objective__token_weights="acceptance", objective__weight_gain=0.5),
+            "objective.weight_gain=0.5 is not read by .*'acceptance'.*'discrepancy'",
+        ),
+        (
+            dict(objective__token_weights="acceptance", objective__weight_floor=2.0),
+            "objective.weight_floor=2.0; expected 0 to 1",
+        ),
+        (
+            dict(
+                teacher_cache="cache",
+                objective__span=0.0,
+                objective__token_weights="acceptance",
+            ),
+            "token_weights='acceptance' needs the teacher's whole distribution",
+        ),
+        (SAMPLED | dict(rollout__policy="off"), "rollout.policy='off', .* set it to"),
+        (SAMPLED | dict(rollout__rounds=1), "rollout.rounds=1, .* set it to 0"),
+        (SAMPLED | dict(rollout__top_p=0.9), "rollout.top_p=0.9, .* set it to 1.0"),
+        (
+            SAMPLED | dict(objective__temperature=2.0),
+            "rollout.temperature=1.0, .* set it to 2.0, or use reverse_kl",
+        ),
         (dict(chunk_size=1), "chunk_size=1 leaves no neighbouring token"),
         (
             dict(objective__temperature=2.0),
