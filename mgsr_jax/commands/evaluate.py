@@ -49,7 +49,7 @@ class EvaluateConfig:
         references), or a list of files in brackets. A record with "minillm": false is
         not scored.
       split: split of a hub data set.
-      metrics: names of one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
+      metrics: one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
         stemming), exact_match (equal after SQuAD's normalisation), math (final answer
         equal as a number or as LaTeX; needs the extra math). The best reference counts.
       seeds: seeds of sampling. []: only greedy responses.
@@ -91,7 +91,7 @@ class EvaluateConfig:
     model: str
     data: str | list[str]
     split: str = "test"
-    metrics: tuple[MetricName, ...] = ("rouge_l",)
+    metrics: MetricName | list[MetricName] = "rouge_l"
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     samples: int = 1
     temperature: float = 1.0
@@ -120,6 +120,11 @@ class EvaluateConfig:
     def paths(self) -> list[str]:
         """The sets, one or several."""
         return [self.data] if isinstance(self.data, str) else self.data
+
+    @property
+    def metric_names(self) -> list[MetricName]:
+        """The metrics, one or several."""
+        return [self.metrics] if isinstance(self.metrics, str) else self.metrics
 
     @property
     def encoding(self) -> "Encoding":
@@ -165,7 +170,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
     _check(config)
     start(config.distributed)
-    on_all_processes(lambda: check_metrics(config.metrics))
+    on_all_processes(lambda: check_metrics(config.metric_names))
     folder = on_all_processes(lambda: new_folder(config.output))
     baselines = on_all_processes(lambda: _read_baselines(config))
     mesh = make_mesh(config.mesh)
@@ -223,7 +228,7 @@ def _read_baselines(config: EvaluateConfig) -> dict[str, "Baseline"]:
         return {}
     baselines = {path: read_baseline(config.against, path) for path in config.paths}
     for baseline in baselines.values():
-        baseline.check_metrics(config.metrics)
+        baseline.check_metrics(config.metric_names)
     return baselines
 
 
@@ -237,7 +242,7 @@ def _load_sets(
     sets, protocol = {}, config.protocol()
     for path in config.paths:
         sets[path] = _load_prompts(config, loaded, path)
-        scored = prompts_to_score(sets[path], protocol, config.metrics)
+        scored = prompts_to_score(sets[path], protocol, config.metric_names)
         if path in baselines:
             baselines[path].check(
                 [(prompt_text(loaded.tokenizer, p), p.references) for p in scored]
@@ -292,7 +297,7 @@ def _score_sets(
                 loaded.tokenizer,
                 prompts,
                 protocol,
-                metrics=config.metrics,
+                metrics=config.metric_names,
                 eos_ids=loaded.eos_ids(),
                 mesh=loaded.mesh,
                 progress=progress,

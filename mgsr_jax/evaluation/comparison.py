@@ -83,7 +83,7 @@ def _differences(
 ) -> dict[str, Estimate]:
     other = prompt_means(theirs, prompts)
     return {
-        name: mean_estimate(values - other[name])
+        name: mean_estimate(values - other[name], least=-100.0)
         for name, values in prompt_means(ours, prompts).items()
     }
 

@@ -26,24 +26,31 @@ class Estimate:
     high: float | None
 
 
-def mean_estimate(values: Float[np.ndarray, "N"]) -> Estimate:
+def mean_estimate(
+    values: Float[np.ndarray, "N"], *, least: float = 0.0, most: float = 100.0
+) -> Estimate:
     """Mean of one value per prompt, with its 95 % interval.
 
       mean +- 1.96 s / sqrt(N),  s^2 = sum_i (x_i - mean)^2 / (N - 1)
 
     The interval is the central limit theorem's, with the prompts as a random sample
-    (Miller 2024, arXiv 2411.00640, section 3.1). Several samples of a prompt are one
-    value, their mean: they are not independent. For a paired difference the values are
-    the differences of the prompts.
+    (Miller 2024, arXiv 2411.00640, section 3.1), cut at the values that a mean can
+    have. Several samples of a prompt are one value, their mean: they are not
+    independent. For a paired difference the values are the prompts' differences.
 
-    >>> mean_estimate(np.array([0.0, 100.0, 100.0, 100.0])).low.__round__(2)
-    26.0
+    Args:
+      values: one per prompt.
+      least: smallest possible value.
+      most: largest possible value.
+
+    >>> mean_estimate(np.array([0.0, 100.0, 100.0, 100.0]))
+    Estimate(mean=75.0, low=26.00090038649865, high=100.0)
     """
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Estimate(mean, None, None)
     half = NORMAL_95 * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half)
+    return Estimate(mean, max(least, mean - half), min(most, mean + half))
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:

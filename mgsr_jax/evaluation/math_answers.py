@@ -22,7 +22,7 @@ def math_accuracy(prediction: str, references: Sequence[str]) -> float:
     - of a reference, the text behind "####" (GSM8K),
     - of a prediction, the first line that is only "#### " and a number,
     - otherwise the whole text, if it is only a number or LaTeX without delimiters,
-    - otherwise what math-verify finds: the last \boxed expression, or the formula or
+    - otherwise what math-verify finds: the \boxed expression, or the formula or
       number behind "the answer is", or the last one.
 
     An answer that takes more than 5 seconds to read or to compare is wrong. The limit

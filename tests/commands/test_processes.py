@@ -12,9 +12,14 @@ LAYOUTS = {
 }
 RUN = """
 import json, sys
+import jax
+import numpy as np
 from mgsr_jax.commands.parser import main
+from mgsr_jax.sharding import from_lead
 for arguments in json.loads(sys.argv[1]):
     assert main(arguments) == 0
+lead = np.array([[0.1, 1e-300]])  # float32 has neither
+assert np.array_equal(from_lead(lead + jax.process_index()), lead)
 """
 
 

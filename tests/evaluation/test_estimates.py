@@ -17,14 +17,14 @@ from mgsr_jax.evaluation.estimates import (
 
 
 def test_the_interval_is_1_96_standard_errors():
-    values = np.array([3.0, 50.0, 0.0, 100.0, 12.5])
+    values = np.array([43.0, 50.0, 30.0, 100.0, 12.5])
     found = mean_estimate(values)
     error = statistics.stdev(values) / math.sqrt(5)
     quantile = statistics.NormalDist().inv_cdf(0.975)
     assert quantile == pytest.approx(NORMAL_95, rel=1e-12)
-    assert found.mean == pytest.approx(33.1)
-    assert found.low == pytest.approx(33.1 - quantile * error)
-    assert found.high == pytest.approx(33.1 + quantile * error)
+    assert found.mean == pytest.approx(47.1)
+    assert found.low == pytest.approx(47.1 - quantile * error)
+    assert found.high == pytest.approx(47.1 + quantile * error)
 
 
 def test_the_interval_covers_the_mean_in_95_of_100_samples():
@@ -33,6 +33,16 @@ def test_the_interval_covers_the_mean_in_95_of_100_samples():
     found = [mean_estimate(values) for values in right]
     covered = [estimate.low <= 30.0 <= estimate.high for estimate in found]
     assert 0.93 < statistics.fmean(covered) < 0.96
+
+
+def test_the_interval_is_cut_at_possible_values():
+    found = mean_estimate(np.array([0.0] * 11 + [100.0]))
+    assert (found.low, found.high) == (0.0, pytest.approx(100 / 12 + 16.333, abs=1e-3))
+    assert mean_estimate(np.array([100.0, 0.0, 100.0])).high == 100.0
+    difference = mean_estimate(np.array([0.0] * 11 + [-100.0]), least=-100.0)
+    assert (difference.low, difference.high) == pytest.approx(
+        (-found.high, 8.0), abs=1e-2
+    )
 
 
 def test_one_prompt_has_no_interval():
