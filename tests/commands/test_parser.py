@@ -46,8 +46,9 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
         ("evaluate --metrics math rouge_l", 'evaluate --metrics ["math","rouge_l"]'),
         (
             "evaluate --data a.jsonl b.jsonl --seeds [] --metrics math",
-            'evaluate --data ["a.jsonl","b.jsonl"] --seeds [] --metrics math',
+            'evaluate --data ["a.jsonl","b.jsonl"] --seeds [] --metrics ["math"]',
         ),
+        ("train --evaluate.metrics [math]", "train --evaluate.metrics [math]"),
         ("convert --mesh.data 2 a b", "convert --mesh.data 2 a b"),
         ("--help", "--help"),
         ("", ""),
