@@ -35,7 +35,7 @@ class Cake:
     """
 
     name: str
-    oven: Oven = dataclasses.field(default_factory=Oven)
+    oven: Oven = dataclasses.field(default_factory=lambda: Oven(180.0))
     layers: tuple[str, ...] = ("cream", "jam")
 
 
@@ -63,7 +63,7 @@ def test_a_setting_has_its_values_its_default_and_its_explanation():
         "watch": ("true or false", "false", "whether to look at it."),
         "name": ("text", '""', "its name."),
         "layers": ("list of text", "['cream', 'jam']", "names of layers."),
-        "oven.degrees": ("number", "none", "its heat, in Celsius."),
+        "oven.degrees": ("number", "180", "its heat, in Celsius."),
         "oven.mode": ("grill, fan", "fan", '"grill" or "fan".'),
     }
     assert [s.name for s in own_settings(bake)] == ["minutes", "watch"]
