@@ -280,6 +280,15 @@ def test_a_system_message_that_a_template_moves():
         ours.turns(conversation, "", "Hi")
 
 
+def test_a_template_that_needs_a_system_message():
+    needs = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('none') }}{% endif %}"
+    )
+    ours = encoder(needs + CHATML, train_on="all", system="Be brief.")
+    turns = ours.turns(messages("Say hi.", "Hi", "Bye."), "", "Bye!")
+    assert trained(ours, turns) == ["Hi<|im_end|>", "Bye!<|im_end|>"]
+
+
 def test_a_conversation_that_begins_with_the_assistant():
     conversation = [Message("assistant", "Hello!"), *messages("Say hi.")]
     assert encoder(CHATML).turns(conversation, "", "Hi").earlier == ()
@@ -312,7 +321,7 @@ def test_a_template_file_of_ones_own(tmp_path):
     ours = Encoder(tokenizer, Encoding(template=str(file)))
     prompt = ours.prompt(messages("Say hi."))
     assert prompt == encoder(CHATML).prompt(messages("Say hi."))
-    assert ours.notes == (f"template: template {file}",)
+    assert ours.notes == (f"template: {file}",)
     with pytest.raises(FileNotFoundError, match="nowhere.jinja is missing"):
         Encoder(tokenizer, Encoding(template="nowhere.jinja"))
 
