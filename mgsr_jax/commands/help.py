@@ -27,7 +27,6 @@ COMMON = (
     "batch_size",
     "micro_batches",
     "optimizer.learning_rate",
-    "objective.divergence",
     "rollout.policy",
     "lora.rank",
     "mesh.fsdp",
@@ -37,6 +36,9 @@ COMMON = (
     "resume",
 )
 """Settings that most runs give."""
+
+CONFIG_HELP = "YAML file; may be given several times, the last one wins key by key"
+RECIPE_HELP = "method by name (see mgsr recipes); files and options override it"
 
 _WIDTH, _INDENT = 80, 28
 
@@ -82,11 +84,12 @@ def _common_page(
         f"--help all explains all {len(settings)} settings."
     )
     lines = [
-        f"usage: mgsr {name} --config FILE [--SETTING VALUE ...]",
+        f"usage: mgsr {name} [--recipe NAME] [--config FILE ...] [--SETTING VALUE]",
         "",
         title,
         "",
-        _line("--config", "YAML file with settings; an option overrides it"),
+        _line("--recipe", "method; mgsr recipes lists them"),
+        _line("--config", "YAML files; later ones override, options always"),
         *(_line(f"--{s.name}", _shortened(s)) for s in common),
         "",
         textwrap.fill(more, _WIDTH),
