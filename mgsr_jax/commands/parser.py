@@ -24,7 +24,12 @@ from mgsr_jax.commands.evaluate import evaluate
 from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE
 from mgsr_jax.commands.export import export
 from mgsr_jax.commands.generate import generate
-from mgsr_jax.commands.help import CONFIG_HELP, RECIPE_HELP, help_page
+from mgsr_jax.commands.help import (
+    CONFIG_HELP,
+    RECIPE_HELP,
+    help_page,
+    reads_recipes,
+)
 from mgsr_jax.commands.plan import plan
 from mgsr_jax.commands.recipes import recipes
 from mgsr_jax.commands.report import report
@@ -32,7 +37,6 @@ from mgsr_jax.commands.settings_reference import config_class, settings_of
 from mgsr_jax.commands.suggestions import with_suggestion
 from mgsr_jax.commands.train import train
 from mgsr_jax.train_step import Diverged
-from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.recipes import default_recipe, recipe_file
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -53,8 +57,8 @@ parameters become options."""
 _POSITIONAL = ("convert",)
 """Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
-_LISTS = ("--data", "--metrics")
-"""Options that take several words: `--metrics rouge_l math` is
+_LISTS = ("--data", "--metrics", "--evaluate.metrics")
+"""Options that take one or several words: `--metrics rouge_l math` is
 `--metrics '["rouge_l", "math"]'`."""
 
 
@@ -98,7 +102,7 @@ def _parser() -> jsonargparse.ArgumentParser:
             description=text.partition("\n\nArgs:")[0], exit_on_error=False
         )
         sub.add_argument("--config", action="config", help=CONFIG_HELP)
-        if _trains(name):
+        if reads_recipes(command):
             sub.add_argument("--recipe", type=str | None, help=RECIPE_HELP)
         if (record := config_class(command)) is not None:
             sub.add_class_arguments(record)
@@ -109,19 +113,14 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _trains(name: str) -> bool:
-    """Whether a command reads the settings of train."""
-    return issubclass(config_class(COMMANDS[name]) or object, TrainConfig)
-
-
 def _with_recipe(arguments: list[str]) -> list[str]:
     """Put the recipe's file first, so that all other files and options override it.
 
     An option or a file names the recipe; if none does, `default_recipe` may.
     """
-    if not arguments or arguments[0] not in COMMANDS or not _trains(arguments[0]):
+    name, rest = "".join(arguments[:1]), arguments[1:]
+    if name not in COMMANDS or not reads_recipes(COMMANDS[name]):
         return arguments
-    name, *rest = arguments
     # What is required may be missing here; the second reading of the settings says so.
     required = [s.name for s in settings_of(COMMANDS[name]) if s.default == "required"]
     words = [word for word in rest if not word.startswith("--print_config")]
@@ -134,12 +133,12 @@ def _with_recipe(arguments: list[str]) -> list[str]:
 
 
 def _with_lists(arguments: Sequence[str]) -> list[str]:
-    """Join the words of an option that takes several; jsonargparse reads one."""
+    """Join the words of an option that takes a list; jsonargparse reads one word."""
     result: list[str] = []
     starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
     for start, end in itertools.pairwise([0, *starts, len(arguments)]):
         option, words = arguments[start:end][:1], list(arguments[start:end][1:])
-        is_list = option and option[0] in _LISTS and len(words) > 1
+        is_list = option and option[0] in _LISTS and words and words[0][:1] != "["
         result += [*option, *([json.dumps(words)] if is_list else words)]
     return result
 
@@ -160,8 +159,9 @@ def _names(arguments: list[str]) -> list[str]:
     """Names of the settings of the command that was given; of commands without one."""
     if not arguments or arguments[0] not in COMMANDS:
         return list(COMMANDS)
-    names = [setting.name for setting in settings_of(COMMANDS[arguments[0]])]
-    return ["config", "recipe", *names]
+    command = COMMANDS[arguments[0]]
+    recipe = ["recipe"] if reads_recipes(command) else []
+    return ["config", *recipe, *(setting.name for setting in settings_of(command))]
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:

@@ -126,7 +126,7 @@ def test_a_method_that_compares_needs_a_teacher(parse):
     ("arguments", "message"),
     [
         (["--recipe", "gdk"], "recipe='gdk'; expected one of abkd, .*did you mean gkd"),
-        (["--recpie", "gkd"], "did you mean recipe"),
+        (["--recpie", "gkd"], "did you mean --recipe"),
         (["--recipe", "gkd"], "arguments are required: train.student"),
         (["--recipe"], "expected one argument"),
     ],
