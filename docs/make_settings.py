@@ -24,8 +24,9 @@ HEAD = """# What does every setting mean?
 
 `mgsr COMMAND --help` prints the same explanations. A setting is given as an option,
 `--rollout.policy on`, or in a YAML file, where a section is a level:
-`rollout: {policy: "on"}`. [training.md](training.md) explains how the settings of a
-training run work together.
+`rollout: {policy: "on"}`. Files and recipes are given with `--config` and `--recipe`:
+[training.md](training.md#where-the-settings-come-from) explains how they and the
+settings of a training run work together.
 
 This page is written by `python docs/make_settings.py` from the docstrings; a change
 belongs there.

@@ -2,7 +2,7 @@
 # Train on TPU slices of a GKE cluster, through xpk.
 #
 #   PROJECT=p ZONE=z CLUSTER=c IMAGE=i launch/gke_xpk.sh [--dry-run] -- \
-#     --config configs/X.yaml ...
+#     --config configs/pairs/X.yaml ...
 #
 # `xpk cluster create` makes the cluster; the image must contain mgsr and jax[tpu].
 # Everything after -- goes to `mgsr train`. --output must be on storage that all pods

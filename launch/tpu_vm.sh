@@ -3,7 +3,7 @@
 #
 #   launch/tpu_vm.sh [--dry-run] create              request the slice, wait for it
 #   launch/tpu_vm.sh [--dry-run] install             install this commit on all hosts
-#   launch/tpu_vm.sh [--dry-run] train -- --config configs/X.yaml ...
+#   launch/tpu_vm.sh [--dry-run] train -- --config configs/pairs/X.yaml ...
 #   launch/tpu_vm.sh [--dry-run] stop                save, then exit with 42
 #   launch/tpu_vm.sh [--dry-run] delete
 #

@@ -1,4 +1,4 @@
-"""Every recipe in configs/ is accepted by `mgsr train` and `mgsr plan`."""
+"""Every pair in configs/pairs is accepted by `mgsr train` and `mgsr plan`."""
 
 import dataclasses
 import math
@@ -7,15 +7,17 @@ import shlex
 
 import jax
 import pytest
+import yaml
 
 from mgsr_jax import models
 from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.commands.plan import PlanConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.inputs import read_models
+from mgsr_jax.training.recipes import recipe_names
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.glob("*.yaml"))
+FILES = sorted((CONFIGS / "pairs").glob("*.yaml"))
 PARAMETERS = {
     "gpt2": 124_439_808,
     "gpt2-xl": 1_557_611_200,
@@ -32,6 +34,17 @@ PARAMETERS = {
 }
 
 
+def test_the_recipes_are_where_people_look_for_them():
+    """The folder links to the package's, so that an installed package has them too."""
+    names = {file.stem for file in (CONFIGS / "recipes").glob("*.yaml")}
+    assert names == set(recipe_names())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_pair_leaves_the_method_to_recipes(file):
+    assert not {"objective", "rollout"} & yaml.safe_load(file.read_text()).keys()
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_shape_has_the_published_number_of_parameters(name):
     model = models.from_config(CONFIGS / "shapes" / f"{name}.json")
@@ -44,7 +57,7 @@ def test_every_shape_is_counted():
 
 
 def command_of_header(file, name):
-    """Arguments of the command `name` in the comments at the head of a recipe."""
+    """Arguments of the command `name` in the comments at the head of a pair."""
     lines = file.read_text().splitlines()
     header = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
     commands = header.replace("\\\n", " ").splitlines()
@@ -55,7 +68,7 @@ def command_of_header(file, name):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_recipe_can_be_trained(file, monkeypatch):
+def test_a_pair_can_be_trained(file, monkeypatch):
     """With the command in its own header."""
     arguments = command_of_header(file, "train")
     assert arguments is not None
@@ -73,15 +86,19 @@ def test_a_recipe_can_be_trained(file, monkeypatch):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_recipe_can_be_planned(file, monkeypatch):
+def test_a_pair_can_be_planned(file, monkeypatch):
     """With the command in its own header, and models that fit each other."""
     arguments = command_of_header(file, "plan")
     if arguments is None:
-        pytest.skip("this recipe needs no plan: it fits one device")
+        pytest.skip("this pair needs no plan: it fits one device")
     configs = []
 
     def plan(config: PlanConfig, *, target: str) -> int:
-        """Keep the settings."""
+        """Keep the settings.
+
+        Args:
+          target: the machine.
+        """
         configs.append(config)
         return 0
 

@@ -29,7 +29,6 @@ COMMON: dict[type, tuple[str, ...]] = {
         "batch_size",
         "micro_batches",
         "optimizer.learning_rate",
-        "objective.divergence",
         "rollout.policy",
         "lora.rank",
         "mesh.fsdp",
@@ -55,7 +54,15 @@ COMMON: dict[type, tuple[str, ...]] = {
 }
 """Settings that most people give, of records with many settings."""
 
+CONFIG_HELP = "YAML file; may be given several times, the last one wins key by key"
+RECIPE_HELP = "method by name (see mgsr recipes); files and options override it"
+
 _WIDTH, _INDENT = 80, 28
+
+
+def reads_recipes(command: Callable[..., int]) -> bool:
+    """Whether a command has the settings of train, which a recipe may set."""
+    return issubclass(config_class(command) or object, TrainConfig)
 
 
 def help_page(name: str, command: Callable[..., int], topic: str) -> str | None:
@@ -93,12 +100,16 @@ def _common_page(name: str, command: Callable[..., int], common: Sequence[str]) 
         f"--help SECTION explains the settings of one of {sections}; "
         f"--help all explains all {len(by_name)} settings."
     )
+    recipe = ("",)
+    if reads_recipes(command):
+        recipe = "[--recipe NAME] ", _line("--recipe", "method; see mgsr recipes")
     lines = [
-        f"usage: mgsr {name} [--config FILE] [--SETTING VALUE ...]",
+        f"usage: mgsr {name} {recipe[0]}[--config FILE ...] [--SETTING VALUE]",
         "",
         (command.__doc__ or "").partition("\n")[0],
         "",
-        _line("--config", "YAML file with settings; an option overrides it"),
+        *recipe[1:],
+        _line("--config", "YAML files; later ones override, options always"),
         *(_line(f"--{option}", _shortened(by_name[option])) for option in common),
         "",
         textwrap.fill(more, _WIDTH),

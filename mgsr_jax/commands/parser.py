@@ -24,16 +24,24 @@ from mgsr_jax.commands.evaluate import evaluate
 from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE
 from mgsr_jax.commands.export import export
 from mgsr_jax.commands.generate import generate
-from mgsr_jax.commands.help import help_page
+from mgsr_jax.commands.help import (
+    CONFIG_HELP,
+    RECIPE_HELP,
+    help_page,
+    reads_recipes,
+)
 from mgsr_jax.commands.plan import plan
+from mgsr_jax.commands.recipes import recipes
 from mgsr_jax.commands.report import report
 from mgsr_jax.commands.settings_reference import config_class, settings_of
 from mgsr_jax.commands.suggestions import with_suggestion
 from mgsr_jax.commands.train import train
 from mgsr_jax.train_step import Diverged
+from mgsr_jax.training.recipes import default_recipe, recipe_file
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
+    "recipes": recipes,
     "plan": plan,
     "cache-teacher": cache_teacher,
     "generate": generate,
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         if (page := _short_help(arguments)) is not None:
             print(page)
             return DONE
-        parser = _parser()
+        parser, arguments = _parser(), _with_recipe(arguments)
         settings = parser.instantiate(parser.parse_args(arguments))
         return _run(settings.subcommand, settings[settings.subcommand])
     except (
@@ -93,7 +101,9 @@ def _parser() -> jsonargparse.ArgumentParser:
         sub = jsonargparse.ArgumentParser(
             description=text.partition("\n\nArgs:")[0], exit_on_error=False
         )
-        sub.add_argument("--config", action="config", help="YAML file")
+        sub.add_argument("--config", action="config", help=CONFIG_HELP)
+        if reads_recipes(command):
+            sub.add_argument("--recipe", type=str | None, help=RECIPE_HELP)
         if (record := config_class(command)) is not None:
             sub.add_class_arguments(record)
         sub.add_function_arguments(
@@ -101,6 +111,25 @@ def _parser() -> jsonargparse.ArgumentParser:
         )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """Put the recipe's file first, so that all other files and options override it.
+
+    An option or a file names the recipe; if none does, `default_recipe` may.
+    """
+    name, rest = "".join(arguments[:1]), arguments[1:]
+    if name not in COMMANDS or not reads_recipes(COMMANDS[name]):
+        return arguments
+    # What is required may be missing here; the second reading of the settings says so.
+    required = [s.name for s in settings_of(COMMANDS[name]) if s.default == "required"]
+    words = [word for word in rest if not word.startswith("--print_config")]
+    words = [name, *(f"--{setting}=missing" for setting in required), *words]
+    given = _parser().parse_args(words, defaults=False)[name].as_dict()
+    recipe = given.get("recipe") or default_recipe(given)
+    if recipe is None:
+        return arguments
+    return [name, "--config", str(recipe_file(recipe)), *rest]
 
 
 def _with_lists(arguments: Sequence[str]) -> list[str]:
@@ -130,12 +159,15 @@ def _names(arguments: list[str]) -> list[str]:
     """Names of the settings of the command that was given; of commands without one."""
     if not arguments or arguments[0] not in COMMANDS:
         return list(COMMANDS)
-    return [setting.name for setting in settings_of(COMMANDS[arguments[0]])]
+    command = COMMANDS[arguments[0]]
+    recipe = ["recipe"] if reads_recipes(command) else []
+    return ["config", *recipe, *(setting.name for setting in settings_of(command))]
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:
     values = dict(vars(settings))
-    values.pop("config", None)
+    for read_already in ("config", "recipe"):
+        values.pop(read_already, None)
     if (record := config_class(COMMANDS[name])) is not None:
         fields = [field.name for field in dataclasses.fields(record)]
         values["config"] = record(**{field: values.pop(field) for field in fields})

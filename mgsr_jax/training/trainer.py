@@ -17,6 +17,7 @@ from mgsr_jax.models import lora
 from mgsr_jax.train_step import Diverged, Metrics, TrainState
 from mgsr_jax.training.checkpoints import CheckpointInputs, open_checkpoints
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.description import describe_run
 from mgsr_jax.training.distributed import (
     check_equal,
     check_shared,
@@ -116,6 +117,8 @@ class _Run:
     def run(self) -> TrainResult:
         """Load, train and export. Nothing is written before the weights are loaded."""
         inputs = self.inputs
+        for line in describe_run(self.config, steps=inputs.steps):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.state = on_all_processes(self._load_state)
         self.teacher_params = on_all_processes(self._load_teacher)
         with open_checkpoints(

@@ -81,4 +81,6 @@ def test_the_settings_are_the_options_of_the_parser(command, capsys):
     names = {setting.name for setting in settings_of(COMMANDS[command])}
     sections = {setting.section for setting in settings_of(COMMANDS[command])}
     positional = {"source", "output"} if command == "convert" else set()
-    assert options - {"config", "print_config"} - sections == names - positional
+    assert (
+        options - {"config", "print_config", "recipe"} - sections == names - positional
+    )
