@@ -295,16 +295,11 @@ def correct(
     width = rows.tokens.shape[1]
     position = jnp.where(corrected, error.error_position, width)
     lengths = jnp.where(corrected, position + 1, rows.lengths)
-    limit = jnp.minimum(decoding.max_length, width)
-    return dataclasses.replace(
-        state,
-        rows=dataclasses.replace(
-            rows,
-            tokens=put(rows.tokens, position, token),
-            lengths=lengths,
-        ),
-        done=~corrected | is_eos(token, decoding.eos_ids) | (lengths >= limit),
+    rows = dataclasses.replace(
+        rows, tokens=put(rows.tokens, position, token), lengths=lengths
     )
+    ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
+    return dataclasses.replace(state, rows=rows, done=~corrected | ended)
 
 
 Unembed = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]

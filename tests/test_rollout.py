@@ -11,7 +11,7 @@ import tiny
 from mgsr_jax import models
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.rollout import RolloutConfig, make_rollout
-from mgsr_jax.rows import NO_SPAN
+from mgsr_jax.rows import NO_SPAN, next_token_view
 
 EOS = 2
 MODEL = models.from_config(
@@ -36,9 +36,9 @@ def pair():
     return init(jax.random.key(0)), init(jax.random.key(1))
 
 
-def roll(config, pair, rows=ROWS, seed=5):
+def roll(config, pair, rows=ROWS, seed=5, horizon=None):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
-    results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
+    results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed), horizon))
     (samples,), (info,), (teacher_hidden,) = results
     assert (teacher_hidden is None) == (config.rounds == 0)
     return samples, info
@@ -144,6 +144,38 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
         np.testing.assert_array_equal(
             infos[i].error_position, want_info.error_position[:, here]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_horizon_cuts_responses_without_an_end_of_sequence(pair, rounds):
+    free, _ = roll(RolloutConfig("on", rounds=0), pair)
+    rows, info = roll(RolloutConfig("on", rounds=rounds), pair, horizon=3)
+    ends = np.minimum(rows.prompt_lengths + 3, 12)
+    assert (rows.lengths <= ends).all()
+    scored = np.asarray(next_token_view(rows).where).sum(axis=1)
+    np.testing.assert_array_equal(scored, rows.lengths - rows.prompt_lengths)
+    first_error = info.error_position.max(axis=0) if rounds else np.full(5, -1)
+    assert (first_error < ends).all()
+    for b, end in enumerate(rows.lengths.tolist()):
+        response = rows.tokens[b, rows.prompt_lengths[b] : end].tolist()
+        assert EOS not in response[:-1]
+        assert end == ends[b] or response[-1] == EOS
+        same = end if first_error[b] < 0 else first_error[b]
+        np.testing.assert_array_equal(rows.tokens[b, :same], free.tokens[b, :same])
+        if first_error[b] < 0:
+            assert end == min(free.lengths[b], ends[b])
+    cut = [row[end - 1] for row, end in zip(rows.tokens, rows.lengths, strict=True)]
+    assert (np.array(cut) != EOS).any()
+
+
+@pytest.mark.slow
+def test_another_horizon_is_no_other_program(pair):
+    rollout = make_rollout(MODEL, MODEL, RolloutConfig("on"), eos_ids=(EOS,))
+    for horizon in (2, 5, 100):
+        (rows,), _, _ = rollout(*pair, (ROWS,), jax.random.key(0), horizon)
+        assert int((rows.lengths - rows.prompt_lengths).max()) <= horizon
+    assert rollout._cache_size() == 1
 
 
 def test_settings_are_checked():

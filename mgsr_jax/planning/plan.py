@@ -220,10 +220,12 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
     steps = {"train step": (rows, outputs)}
     if run.programs.rollout is not None:
         key = jax.eval_shape(lambda: jax.random.key(0))
+        has_horizon = run.config.rollout.max_new_tokens is not None
+        horizon = jax.ShapeDtypeStruct((), jnp.int32) if has_horizon else None
         program, (samples, _, sample_outputs) = compile_program(
             "rollout",
             run.programs.rollout,
-            (run.state.all_params[STUDENT], run.teacher_params, rows, key),
+            (run.state.all_params[STUDENT], run.teacher_params, rows, key, horizon),
             options=options,
             resident=device_bytes(run.state.opt_state),
         )
