@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgsr_jax import settings
-from mgsr_jax.decoding.decode import Decoding, decode, start
-from mgsr_jax.decoding.sampling import STUDENT_STREAM, Sampling, row_keys
+from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, start
+from mgsr_jax.decoding.sampling import STUDENT_STREAM, Sampling, row_keys, sample_keys
 from mgsr_jax.rows import Rows, blank_padding, prompts_only
 from mgsr_jax.scrg import ScrgInfo, revise
 from mgsr_jax.typing import Leaf, Model, Params, PRNGKey
@@ -53,6 +53,8 @@ class RolloutConfig:
       temperature: temperature of the student's sampling.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the fewest most probable tokens that hold this mass.
+      samples: responses to each prompt of a step. batch_size counts prompts: a step has
+        `samples` times as many generated rows, in as many more micro-batches.
       max_new_tokens: tokens at which a response is cut; it then has no end-of-sequence.
         A list such as [[0, 64], [0.3, 256]] sets them by the share of training that is
         done: 64 at first, 256 from 30 % on. none: up to data.max_length.
@@ -68,6 +70,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    samples: int = 1
     max_new_tokens: int | tuple[tuple[float, int], ...] | None = None
 
     def check(self) -> None:
@@ -77,7 +80,7 @@ class RolloutConfig:
           ValueError: names the field, its value and the values that are allowed.
         """
         settings.check_choices(self, "rollout.")
-        settings.check_positive(self, "capacity", section="rollout.")
+        settings.check_positive(self, "capacity", "samples", section="rollout.")
         settings.check_not_negative(self, "top_k", section="rollout.")
         for name in ("probability", "initial_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -167,10 +170,13 @@ def make_rollout(
     """A jitted `rollout(student_params, teacher_params, micro_batches, key, horizon)`.
 
     The student responds to the prompts of a step and SCRG revises the responses; their
-    spans are not known yet. `horizon` is the most tokens of a response, or None; it is
-    traced, so another number does not compile the rollout again. As many rows as a
-    micro-batch has are decoded at a time. The caches of all rows of the step are kept
-    meanwhile, with SCRG the teacher's too.
+    spans are not known yet. A prompt is prefilled once for all of its samples; the
+    result has the micro-batches of the first samples, then of the second, and so on.
+    `horizon` is the most tokens of a response, or None; it is traced, so another number
+    does not compile the rollout again.
+
+    As many rows as a micro-batch has are decoded at a time. The caches of all rows of
+    the step are kept meanwhile, with SCRG the teacher's too.
 
     Args:
       student, teacher: the models.
@@ -220,20 +226,16 @@ def _roll_out(
     key: PRNGKey,
     horizon: Leaf | None = None,
 ) -> tuple[tuple[Rows, ...], tuple[ScrgInfo, ...], tuple[TeacherHidden | None, ...]]:
-    """Sample a response to every prompt, then correct and re-generate it."""
+    """Sample responses to every prompt, then correct and re-generate them."""
     student, config = spec.student, spec.config
     params = student.decode_params(student_params, spec.dtype)
-    rows, parts = _joined(micro_batches), len(micro_batches)
     decode_rows, width = micro_batches[0].tokens.shape
     decoding = spec.decoding(decode_rows, width, horizon)
-    state = start(
-        student,
-        student_params,
-        prompts_only(rows),
-        dtype=spec.dtype,
-        prefill_width=spec.prefill_width,
-    )
-    keys = row_keys(key, rows.example, STUDENT_STREAM, 0)
+    state = _prefilled(spec, student_params, micro_batches)
+    shape = (decode_rows, config.samples, len(micro_batches))
+    by_sample = sample_keys(key, config.samples)[None, :, None]
+    key = jnp.broadcast_to(by_sample, shape).reshape(-1)
+    keys = row_keys(key, state.rows.example, STUDENT_STREAM, 0)
     state = decode(student, params, state, keys=keys, decoding=decoding)
     state, info, teacher_hidden = revise(
         student,
@@ -246,11 +248,27 @@ def _roll_out(
         rounds=config.rounds,
         teacher_token=config.teacher_token,
     )
+    parts = config.samples * len(micro_batches)
     return (
         _split(blank_padding(state.rows), parts),
         _split(info, parts, axis=1),
         _split(teacher_hidden if config.rounds else None, parts),
     )
+
+
+def _prefilled(
+    spec: _Spec, params: Params, micro_batches: tuple[Rows, ...]
+) -> DecodeState:
+    """The prompts of all micro-batches, once for each of their samples."""
+    prompts = prompts_only(_joined(micro_batches))
+    state = start(
+        spec.student,
+        params,
+        prompts,
+        dtype=spec.dtype,
+        prefill_width=spec.prefill_width,
+    )
+    return _repeated(state, spec.config.samples, len(micro_batches))
 
 
 def _joined(micro_batches: tuple[Rows, ...]) -> Rows:
@@ -260,6 +278,20 @@ def _joined(micro_batches: tuple[Rows, ...]) -> Rows:
         return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
     return jax.tree.map(join, *micro_batches)
+
+
+def _repeated(tree: T, samples: int, parts: int) -> T:
+    """Joined rows `samples` times: all parts of the first sample, then of the second.
+
+    Every device keeps the rows that it has.
+    """
+
+    def repeat(x: Array) -> Array:
+        by_part = x.reshape(-1, 1, parts, *x.shape[1:])
+        shape = (by_part.shape[0], samples, *by_part.shape[2:])
+        return jnp.broadcast_to(by_part, shape).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(repeat, tree)
 
 
 def _split(tree: T, parts: int, axis: int = 0) -> tuple[T, ...]:

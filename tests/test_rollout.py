@@ -10,8 +10,10 @@ import tiny
 
 from mgsr_jax import models
 from mgsr_jax.decoding.decode import Decoding, generate
+from mgsr_jax.decoding.sampling import sample_keys
 from mgsr_jax.rollout import RolloutConfig, make_rollout
 from mgsr_jax.rows import NO_SPAN, next_token_view
+from mgsr_jax.sharding import make_mesh, put_batch
 
 EOS = 2
 MODEL = models.from_config(
@@ -144,6 +146,47 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
         np.testing.assert_array_equal(
             infos[i].error_position, want_info.error_position[:, here]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
+    """All parts of the first sample, then of the second, on any mesh."""
+    rows = jax.tree.map(lambda x: np.concatenate([x, x[:3]]), ROWS)
+    rows = dataclasses.replace(rows, example=np.arange(8, dtype=np.int32))
+    config = RolloutConfig("on", rounds=1)
+    one, three = (
+        make_rollout(
+            MODEL,
+            MODEL,
+            dataclasses.replace(config, samples=samples),
+            eos_ids=(EOS,),
+            vocab_size=29,
+        )
+        for samples in (1, 3)
+    )
+    parts = tuple(
+        jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], rows) for i in range(2)
+    )
+    size = mesh[0] * mesh[1]
+    with jax.set_mesh(mesh := make_mesh(*mesh, devices=jax.devices()[:size])):
+        on_mesh = tuple(put_batch(mesh, part) for part in parts)
+        got = jax.device_get(three(*pair, on_mesh, jax.random.key(5)))
+    assert [len(field) for field in got] == [6, 6, 6]
+    keys = [jax.random.key(5), *sample_keys(jax.random.key(5), 3)[1:]]
+    for j in range(3):
+        want = jax.device_get(one(*pair, parts, keys[j]))
+        for i in range(2):
+            samples, info, teacher_hidden = (field[2 * j + i] for field in got)
+            want_samples, want_info, want_hidden = (field[i] for field in want)
+            jax.tree.map(np.testing.assert_array_equal, samples, want_samples)
+            np.testing.assert_array_equal(info.error_position, want_info.error_position)
+            for b, end in enumerate(samples.lengths):
+                np.testing.assert_allclose(
+                    teacher_hidden[b, : end - 1], want_hidden[b, : end - 1], atol=1e-5
+                )
+    texts = {tuple(field.tokens.ravel().tolist()) for field in got[0]}
+    assert len(texts) == 6
 
 
 @pytest.mark.slow

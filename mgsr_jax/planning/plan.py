@@ -280,7 +280,8 @@ def _decoder_copy_bytes(run: _Run) -> int:
 def _cache_bytes(run: _Run) -> int:
     """Keys and values of the student for all rows of a step."""
     model, dtype = run.student, jnp.dtype(run.config.dtype)
-    rows = run.config.batch_size // sharding.row_parts(run.mesh)
+    samples = run.config.rollout.samples
+    rows = run.config.batch_size * samples // sharding.row_parts(run.mesh)
     width = run.config.data.max_length
     cache = jax.eval_shape(lambda: model.init_cache(rows, width, dtype))
     is_split = model.config.num_kv_heads % model.tensor == 0

@@ -293,6 +293,7 @@ def test_what_cannot_work_is_named(changes, message):
         "log_every",
         "keep_checkpoints",
         "rollout.capacity",
+        "rollout.samples",
         "objective.num_candidates",
         "objective.width",
         "objective.temperature",
