@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mgsr_jax.commands.evaluation_output import print_tables, write_evaluation
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.exposure_bias import check_same_tokenizer, measure_exposure_bias
 from mgsr_jax.commands.loaded import (
@@ -26,6 +27,7 @@ from mgsr_jax.training.distributed import (
     DistributedConfig,
     check_equal,
     is_lead,
+    lead_first,
     on_all_processes,
     start,
 )
@@ -45,10 +47,11 @@ class EvaluateConfig:
     Attributes:
       model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
         org/name@revision).
-      data: JSONL file with instruction, input and output (a string or a list of
-        references), or a list of files in brackets. A record with "minillm": false is
-        not scored.
-      split: split of a hub data set.
+      data: data with references, in any form and place of data.train of mgsr train, or
+        several in brackets. A record with "minillm": false is not scored.
+      split: split of a folder or a hub data set.
+      columns: the data's names of columns that it names differently, such as
+        {question: problem, answer: solution}.
       metrics: one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
         stemming), exact_match (equal after SQuAD's normalisation), math (final answer
         equal as a number or as LaTeX; needs the extra math). The best reference counts.
@@ -83,7 +86,8 @@ class EvaluateConfig:
       mesh: devices that share the work; by default one device. Scores do not depend on
         it.
       distributed: how several processes find each other without a launcher.
-      output: folder for all responses (JSONL) and the scores (JSON); must be new.
+      output: folder for all responses (JSONL), the scores (JSON) and these settings;
+        must be new.
       against: output folder of another evaluation of the same sets with the same
         metrics. The differences to its scores, paired by prompt, are added.
     """
@@ -91,6 +95,7 @@ class EvaluateConfig:
     model: str
     data: str | list[str]
     split: str = "test"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: MetricName | list[MetricName] = "rouge_l"
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     samples: int = 1
@@ -165,7 +170,6 @@ def evaluate(config: EvaluateConfig) -> int:
     Every prompt is sampled with each seed and answered greedily once. A metric is the
     mean over the prompts, with the 95 % interval over the prompts in brackets.
     """
-    from mgsr_jax.evaluation.tables import score_table, text_table, write_scores
     from mgsr_jax.evaluation.text_metrics import check_metrics
 
     _check(config)
@@ -175,12 +179,12 @@ def evaluate(config: EvaluateConfig) -> int:
     baselines = on_all_processes(lambda: _read_baselines(config))
     mesh = make_mesh(config.mesh)
     loaded, teacher = load(config.model, config.encoding, mesh=mesh), None
-    if is_lead():
-        print(*loaded.encoder.notes, sep="\n")
+    for note in loaded.encoder.notes if is_lead() else ():
+        print(note)
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
         check_same_tokenizer(loaded, teacher)
-    sets = on_all_processes(lambda: _load_sets(config, loaded, baselines))
+    sets = lead_first(lambda: _load_sets(config, loaded, baselines))
     check_equal({path: _digest(prompts) for path, prompts in sets.items()})
     results: dict[str, EvaluationResult] = {}
     for path, result in _score_sets(config, loaded, teacher, sets):
@@ -188,9 +192,11 @@ def evaluate(config: EvaluateConfig) -> int:
             difference = baselines[path].difference(result)
             result = dataclasses.replace(result, difference=difference)
         results[path] = result
-        write_scores(folder if is_lead() else None, results)
+        if folder is not None and is_lead():
+            models = {"model": loaded, "teacher": teacher}
+            write_evaluation(folder, dataclasses.asdict(config), models, results)
     if is_lead():
-        Console().print(score_table(results), text_table(results))
+        print_tables(results)
     return DONE
 
 
@@ -261,7 +267,11 @@ def _load_prompts(
     from mgsr_jax.data.prompts import load_prompts
 
     prompts, report = load_prompts(
-        path, loaded.tokenizer, config.encoding, split=config.split
+        path,
+        loaded.tokenizer,
+        config.encoding,
+        split=config.split,
+        columns=config.columns,
     )
     if is_lead():
         unscored = sum(not prompt.scored for prompt in prompts)

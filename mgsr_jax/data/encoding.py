@@ -236,6 +236,12 @@ class Encoder:
             return turns._replace(response=turns.response + end)
         return turns
 
+    @property
+    def template_file_text(self) -> str | None:
+        """Text of the template file; None if the template is not from a file."""
+        is_own = self.encoding.template == "chat"
+        return None if is_own else self.encoding.template_text
+
     @functools.cached_property
     def notes(self) -> tuple[str, ...]:
         """Lines for the log: which template is used, and what is unusual about it."""
@@ -243,7 +249,8 @@ class Encoder:
         if self.chat is None:
             reason = " (auto: the tokenizer has no chat template)" if auto else ""
             return (f"template: {template}{reason}",)
-        lines = [f"template: {self.chat.name}{' (auto)' if auto else ''}"]
+        used = OWN_TEMPLATE if template == "chat" else template
+        lines = [f"template: {used}{' (auto)' if auto else ''}"]
         if self.chat.end_of_turn is None:
             eos = self.tokenizer.eos_token
             lines.append(

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 from rich.console import Console
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
@@ -82,7 +83,7 @@ def test_a_template_file_decides_where_a_turn_ends(talkers, tmp_path):
     read, log = inputs(talkers, template=str(own))
     token = read.tokenizer.convert_tokens_to_ids("<|turn|>")
     assert read.train[0]["response"][-1] == token and token in read.eos_ids
-    assert f"template: template {own}" in log
+    assert f"template: {own}" in log
     with pytest.raises(FileNotFoundError, match="template file nowhere.jinja is miss"):
         inputs(talkers, template="nowhere.jinja")
 
@@ -152,6 +153,25 @@ def train_command(talkers, recipe):
 def losses(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.exhaustive
+def test_an_exported_student_has_the_template_and_the_end_of_turn(
+    talkers, train_command, tmp_path
+):
+    own = tmp_path / "own.jinja"
+    own.write_text(TEMPLATE + "{# my own #}")
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    command = [*train_command, "--data.template", str(own), "--steps", "1"]
+    assert main([*command, "--output", str(run)]) == DONE
+    own.unlink()
+    assert main(["export", "--run", str(run), "--output", str(exported)]) == DONE
+    for folder in (run / "student", exported):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == TEMPLATE + "{# my own #}"
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+        end = tokenizer.convert_tokens_to_ids("<|endturn|>")
+        assert set(generation.eos_token_id) == {tokenizer.eos_token_id, end}
 
 
 @pytest.mark.exhaustive
