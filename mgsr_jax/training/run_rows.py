@@ -61,7 +61,11 @@ def validation_batches(inputs: RunInputs) -> Iterator[Rows]:
 def _layout(inputs: RunInputs) -> BatchLayout:
     config = inputs.config
     return BatchLayout(
-        inputs.mesh, config.batch_size, config.micro_batches, config.data.widths
+        inputs.mesh,
+        config.batch_size,
+        config.micro_batches,
+        config.data.widths,
+        prompt_limit=config.data.encoding.prompt_limit,
     )
 
 
