@@ -29,6 +29,7 @@ def load(name):
     return module
 
 
+load("word_tokenizer")
 little_english = load("little_english")
 
 
@@ -209,12 +210,13 @@ def test_tokenizer_restores_other_text_from_bytes(tokenizer):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+small_runs = load("small_runs")
 quickstart = load("quickstart")
 
 
 def test_the_trainer_accepts_the_settings_of_every_method(tmp_path):
     methods = quickstart.METHODS | quickstart.ABLATIONS
-    names = {quickstart.run_name(name) for name in methods}
+    names = {small_runs.run_name(name) for name in methods}
     assert len(names) == len(methods)
     for method in methods.values():
         config = TrainConfig(
@@ -260,7 +262,7 @@ def test_total_variation_equals_numpy():
 
 def test_initial_deviations_depend_on_the_width():
     model, params = tiny.llama(0, width=64, scale=1.0)
-    scaled = quickstart.scaled_for_width(params)
+    scaled = small_runs.scaled_for_width(params)
     mlp = scaled["layers"]["mlp"]
     np.testing.assert_allclose(mlp["up"]["kernel"].std(), 64**-0.5, rtol=0.1)
     np.testing.assert_allclose(mlp["down"]["kernel"].std(), 24**-0.5, rtol=0.1)
@@ -272,7 +274,9 @@ def test_initial_deviations_depend_on_the_width():
 def test_a_table_row_has_means_and_for_several_seeds_deviations():
     first = quickstart.Scores(90.0, 80.0, 50.0, 0.2, 0.5, 0.1)
     second = dataclasses.replace(first, greedy=92.0)
-    rows = quickstart.table_rows({"a": [first], "b": [first, second]})
+    rows = small_runs.table_rows(
+        {"a": [first], "b": [first, second]}, quickstart.COLUMNS
+    )
     assert rows[0][:2] == ["a", "90.0"]
     assert rows[1][:3] == ["b", "91.0 ± 1.4", "80.0 ± 0.0"]
     assert len(rows[0]) == 1 + len(quickstart.COLUMNS)
@@ -300,3 +304,93 @@ def test_the_figure_of_what_dac_kl_keeps_draws_the_mask_of_the_loss():
     weights = np.stack([figure.kept_weights(row) for row in p])
     np.testing.assert_allclose(kept.kept_classes, weights.sum(-1), rtol=1e-4)
     np.testing.assert_allclose(kept.kept_mass, (weights * p).sum(-1), rtol=1e-5)
+
+
+arithmetic = load("arithmetic")
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = arithmetic.write(
+        tmp_path_factory.mktemp("arithmetic"), teacher=2000, train=300, test=150
+    )
+    names = ("teacher", "train", "prompts", "test")
+    return {name: read(folder / f"{name}.jsonl") for name in names}
+
+
+def told(record):
+    return record["messages"][0]["content"]
+
+
+def solved(record):
+    return record["messages"][1]["content"]
+
+
+CHANGES = {
+    r"(?:finds|buys) (\d+)": lambda value, n: value + n,
+    r"(?:loses|sells) (\d+)": lambda value, n: value - n,
+    r"(doubles) them": lambda value, _: value + value,
+    r"(triples) them": lambda value, _: value + value + value,
+}
+
+
+def values(prompt):
+    """The numbers that a story goes through, read from its words."""
+    story = re.fullmatch(r"\w+ has (\d+) \w+, (.*)\. How many\?", prompt)
+    passed = [int(story[1])]
+    for clause in re.split(r", | and ", story[2]):
+        matches = ((re.fullmatch(p, clause), f) for p, f in CHANGES.items())
+        [(match, change)] = [(m, f) for m, f in matches if m]
+        number = int(match[1]) if match[1].isdigit() else 0
+        passed.append(change(passed[-1], number))
+    return passed
+
+
+def test_solutions_are_right_and_follow_the_story(problems):
+    words = {"plus": "+", "minus": "-", "times": "*"}
+    for record in problems["teacher"] + problems["test"]:
+        passed = values(told(record))
+        assert 3 <= len(passed) <= 5
+        assert 0 <= min(passed) and max(passed) <= arithmetic.LARGEST
+        assert solved(record).endswith(".")
+        steps = solved(record)[:-1].split(", ")
+        for before, step, after in zip(passed[:-1], steps, passed[1:], strict=True):
+            first, word, second, _, result = step.split()
+            assert int(first) == before and int(result) == after
+            assert eval(f"{first} {words[word]} {second}") == after
+
+
+def test_no_training_problem_has_a_test_calculation(problems):
+    def numbers_and_steps(record):
+        return tuple(re.findall(r"\d+ \w+ \d+", solved(record)))
+
+    trained = {numbers_and_steps(record) for record in problems["teacher"]}
+    tested = {numbers_and_steps(record) for record in problems["test"]}
+    assert len(tested) > 100 and not trained & tested
+    assert problems["train"] == problems["teacher"][:300]
+
+
+def test_prompts_are_the_training_problems_without_solutions(problems):
+    assert problems["prompts"] == [
+        {"messages": record["messages"][:1]} for record in problems["train"]
+    ]
+
+
+def test_the_arithmetic_tokenizer_writes_every_word_as_one_token(problems, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = arithmetic.tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def tokens(messages, **options):
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+    for record in problems["test"]:
+        prompt = tokens(record["messages"][:1], add_generation_prompt=True)
+        whole = tokens(record["messages"])
+        assert whole[: len(prompt)] == prompt
+        assert len(prompt) <= arithmetic.LONGEST_PROMPT
+        assert len(whole) <= arithmetic.LONGEST
+        response = whole[len(prompt) :]
+        assert tokenizer.decode(response) == solved(record) + arithmetic.END
+        assert len(response) == len(re.findall(r"\w+|[.,]", solved(record))) + 1
