@@ -24,15 +24,17 @@ import little_english
 import word_tokenizer
 from rich.console import Console
 from small_runs import (
+    load,
     one_device_per_core,
     optimizer,
     recipe_digest,
     run_name,
     show_table,
+    table_rows,
     write_model,
 )
 
-from mgsr_jax import models, sharding
+from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.prompts import load_prompts
@@ -229,11 +231,6 @@ class Workspace:
             tensorboard=False,
         )
 
-    def load(self, folder: Path) -> tuple[Model, Params]:
-        """Model and weights of a Hugging Face folder, sharded over the mesh."""
-        model = models.from_config(folder)
-        return model, hf.load_params(folder, model, mesh=self.mesh)
-
 
 class Judge:
     """Scores models on the held-out instructions, with the teacher as the measure."""
@@ -245,13 +242,13 @@ class Judge:
             workspace.tokenizer,
             workspace.data_config.encoding,
         )
-        self.teacher, self.teacher_params = workspace.load(teacher)
+        self.teacher, self.teacher_params = load(teacher, workspace.mesh)
 
     def score(self, folder: Path) -> tuple[Scores, EvaluationResult]:
         """Scores of the model in `folder`, and every response that it wrote."""
         workspace = self.workspace
         workspace.console.print(f"scoring {folder}")
-        model, params = workspace.load(folder)
+        model, params = load(folder, workspace.mesh)
         result = evaluate(
             model,
             params,
@@ -378,7 +375,8 @@ def write_results(
     runs: dict[str, Path],
 ) -> None:
     """Print the table; write it as Markdown, the scores as JSON, and the curves."""
-    markdown = show_table(console, scores, COLUMNS, NOTES)
+    heads = [head for head, _ in COLUMNS.values()]
+    markdown = show_table(console, heads, table_rows(scores, COLUMNS), NOTES)
     output = arguments.output
     (output / "table.md").write_text(markdown, encoding="utf-8")
     if arguments.ablations:

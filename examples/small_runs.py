@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ import mgsr_jax
 from mgsr_jax import models
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.evaluation.tables import markdown_table
+from mgsr_jax.models import LanguageModel
 from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.typing import Params
 
@@ -47,6 +49,12 @@ def write_model(
     params = scaled_for_width(model.init(jax.random.key(seed)))
     hf.save_pretrained(folder, model, params, tokenizer_from=tokenizer_folder)
     return folder
+
+
+def load(folder: Path, mesh: Mesh) -> tuple[LanguageModel, Params]:
+    """Model and weights of a Hugging Face folder, sharded over the mesh."""
+    model = models.from_config(folder)
+    return model, hf.load_params(folder, model, mesh=mesh)
 
 
 def scaled_for_width(params: Params) -> Params:
@@ -121,17 +129,21 @@ def table_rows(
 
 
 def show_table(
-    console: Console,
-    scores: Mapping[str, Sequence[object]],
-    columns: Columns,
-    notes: str,
+    console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], notes: str
 ) -> str:
-    """Print the table of all models with its notes, and return both as Markdown."""
-    heads = ["model", *(head for head, _ in columns.values())]
-    rows = table_rows(scores, columns)
-    printed = Table(*(head.replace(" ", "\n") for head in heads), box=box.SIMPLE)
+    """Print a table of models with its notes, and return both as Markdown.
+
+    Args:
+      console: where it is printed.
+      heads: heads of all columns but the first, which has the models' names.
+      rows: from `table_rows`.
+      notes: text below the table.
+    """
+    printed = Table(
+        *(head.replace(" ", "\n") for head in ("model", *heads)), box=box.SIMPLE
+    )
     printed.columns[0].no_wrap = True
     for row in rows:
         printed.add_row(*row)
     console.print(printed, notes)
-    return f"{markdown_table(heads, rows)}\n\n{notes}\n"
+    return f"{markdown_table(['model', *heads], rows)}\n\n{notes}\n"

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
 from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import alpaca_prompt
@@ -394,3 +396,49 @@ def test_the_arithmetic_tokenizer_writes_every_word_as_one_token(problems, tmp_p
         response = whole[len(prompt) :]
         assert tokenizer.decode(response) == solved(record) + arithmetic.END
         assert len(response) == len(re.findall(r"\w+|[.,]", solved(record))) + 1
+
+
+load("arithmetic_judge")
+opd = load("opd")
+
+
+def test_methods_score_the_same_number_of_tokens():
+    """With the data's lengths: limits 6, then 12, then 26 on three lengths."""
+    lengths = [13, 19, 25]
+    whole = opd.METHODS["OPD"].tokens_per_response(lengths)
+    assert whole == 19
+    horizons = dataclasses.replace(opd.ON_POLICY, max_new_tokens=opd.SHORT_FIRST)
+    short = opd.Method(opd.REVERSE_KL, horizons)
+    expected = 0.4 * 6 + 0.3 * 12 + 0.3 * 19
+    np.testing.assert_allclose(short.tokens_per_response(lengths), expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:.*forward-compatible:DeprecationWarning")
+def test_the_smallest_comparison_runs(tmp_path):
+    scale = opd.Scale(
+        teacher_width=64,
+        layers=1,
+        teacher_problems=64,
+        problems=32,
+        test_problems=16,
+        teacher_steps=21,  # the optimizer's warm-up has 20
+        warm_steps=21,
+        steps=21,
+        batch_size=16,
+    )
+    console = Console(file=io.StringIO(), width=120)
+    workspace = opd.Workspace(tmp_path, scale, console)
+    scores = opd.compare(workspace, [0], opd.METHODS)
+    assert list(scores) == ["teacher", "start", *opd.METHODS]
+    assert scores["teacher"][0].kl == 0 < scores["start"][0].kl
+    for name in ("SFT", "KD"):
+        [own] = scores[name]
+        assert own.generated == 0 < own.scored
+    [gkd], [on_policy] = scores["GKD"], scores["OPD"]
+    assert 0 < gkd.generated < gkd.scored
+    assert on_policy.generated == on_policy.scored > 0
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("\n|") == 2 + len(scores) - 1
+    assert "Highest avg@4" in table
+    assert "Highest avg@4" in console.file.getvalue()
