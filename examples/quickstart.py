@@ -256,7 +256,7 @@ class Judge:
             self.prompts,
             EvaluationConfig(
                 seeds=EVALUATION_SEEDS,
-                max_prompt_length=workspace.data_config.max_prompt_length,
+                max_prompt_length=workspace.data_config.encoding.prompt_limit,
                 max_length=workspace.data_config.max_length,
                 batch_size=EVALUATION_BATCH,
             ),

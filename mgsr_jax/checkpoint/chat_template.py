@@ -27,7 +27,8 @@ It is the day that the templates of Llama 3 fall back to where they are given no
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
 _SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}response"
-_QUESTION = {"role": "user", "content": "Hello"}
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_USER = {"role": "user", "content": "Hello"}
 _DIFFERENCE = 30  # characters of a difference that an error shows
 
 
@@ -182,10 +183,20 @@ class ChatTemplate:
         return cast(int, self.tokenizer.convert_tokens_to_ids(end))
 
     @functools.cached_property
+    def _question(self) -> Conversation:
+        """A question of the user, behind a system message if the template needs one."""
+        try:
+            self.text([_USER], add_generation_prompt=False)
+        except RenderingError:
+            self.text([_SYSTEM, _USER], add_generation_prompt=False)
+            return [_SYSTEM, _USER]
+        return [_USER]
+
+    @functools.cached_property
     def _ending(self) -> str:
         """The text that the template writes behind the last response."""
         response = {"role": "assistant", "content": _SENTINEL}
-        text = self.text([_QUESTION, response], add_generation_prompt=False)
+        text = self.text([*self._question, response], add_generation_prompt=False)
         if _SENTINEL not in text:
             raise RenderingError(
                 f"{self.name} leaves out the assistant's text; use a template that "
@@ -195,9 +206,15 @@ class ChatTemplate:
 
     @functools.cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """Matches special tokens, which the text of the data must not become."""
+        """Matches tokens that the text of the data must not become.
+
+        They are the special tokens, and those that the template writes around a turn:
+        some tokenizers do not mark these as special.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
-        return _any_of([token.content for token in added if token.special])
+        special = [token.content for token in added if token.special]
+        turn = self.text(self._question, add_generation_prompt=False)
+        return _any_of([*special, *self._added_tokens.findall(turn)])
 
     @functools.cached_property
     def _added_tokens(self) -> re.Pattern[str]:
@@ -213,11 +230,11 @@ class ChatTemplate:
             `several_turns` and the template writes no token that ends a turn.
         """
         answer = {"role": "assistant", "content": "Hi"}
-        conversation = [_QUESTION]
         try:
+            conversation = self._question
             first = "".join(self.turn(conversation, answer))
             if several_turns:
-                conversation = [_QUESTION, answer, _QUESTION]
+                conversation = [*conversation, answer, _USER]
                 prompt, _ = self.turn(conversation, answer)
                 self.check_begins(prompt, first)
         except RenderingError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mgsr_jax.commands.evaluation_output import print_tables, write_evaluation
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.exposure_bias import check_same_tokenizer, measure_exposure_bias
 from mgsr_jax.commands.loaded import (
@@ -26,6 +27,7 @@ from mgsr_jax.training.distributed import (
     DistributedConfig,
     check_equal,
     is_lead,
+    lead_first,
     on_all_processes,
     start,
 )
@@ -83,7 +85,8 @@ class EvaluateConfig:
       mesh: devices that share the work; by default one device. Scores do not depend on
         it.
       distributed: how several processes find each other without a launcher.
-      output: folder for all responses (JSONL) and the scores (JSON); must be new.
+      output: folder for all responses (JSONL), the scores (JSON) and these settings;
+        must be new.
       against: output folder of another evaluation of the same sets with the same
         metrics. The differences to its scores, paired by prompt, are added.
     """
@@ -165,7 +168,6 @@ def evaluate(config: EvaluateConfig) -> int:
     Every prompt is sampled with each seed and answered greedily once. A metric is the
     mean over the prompts, with the 95 % interval over the prompts in brackets.
     """
-    from mgsr_jax.evaluation.tables import score_table, text_table, write_scores
     from mgsr_jax.evaluation.text_metrics import check_metrics
 
     _check(config)
@@ -175,12 +177,12 @@ def evaluate(config: EvaluateConfig) -> int:
     baselines = on_all_processes(lambda: _read_baselines(config))
     mesh = make_mesh(config.mesh)
     loaded, teacher = load(config.model, config.encoding, mesh=mesh), None
-    if is_lead():
-        print(*loaded.encoder.notes, sep="\n")
+    for note in loaded.encoder.notes if is_lead() else ():
+        print(note)
     if config.teacher is not None:
         teacher = load(config.teacher, mesh=mesh)
         check_same_tokenizer(loaded, teacher)
-    sets = on_all_processes(lambda: _load_sets(config, loaded, baselines))
+    sets = lead_first(lambda: _load_sets(config, loaded, baselines))
     check_equal({path: _digest(prompts) for path, prompts in sets.items()})
     results: dict[str, EvaluationResult] = {}
     for path, result in _score_sets(config, loaded, teacher, sets):
@@ -188,9 +190,11 @@ def evaluate(config: EvaluateConfig) -> int:
             difference = baselines[path].difference(result)
             result = dataclasses.replace(result, difference=difference)
         results[path] = result
-        write_scores(folder if is_lead() else None, results)
+        if folder is not None and is_lead():
+            models = {"model": loaded, "teacher": teacher}
+            write_evaluation(folder, dataclasses.asdict(config), models, results)
     if is_lead():
-        Console().print(score_table(results), text_table(results))
+        print_tables(results)
     return DONE
 
 

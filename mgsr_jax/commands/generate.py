@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ def generate(config: GenerateConfig) -> int:
         lambda: [_prompt(config, loaded, i, r) for i, r in enumerate(requests)]
     )
     check_equal({"prompt": json.dumps([prompt.tokens for prompt in prompts])})
+    if is_lead():
+        print(*loaded.encoder.notes, sep="\n", file=sys.stderr)
     for rows in _responses(config, loaded, prompts):
         if is_lead():
             _print_lines(loaded, prompts, rows)
@@ -119,7 +122,6 @@ def _encoding(config: GenerateConfig) -> "Encoding":
     return Encoding(
         config.template,
         config.add_special_tokens,
-        max_length=max(2, config.max_length),
         template_args=config.template_args,
         system=config.system,
     )

@@ -5,8 +5,9 @@
 
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from mgsr_jax.commands.evaluate import EvaluateConfig
 from mgsr_jax.commands.settings_reference import (
     Setting,
     config_class,
@@ -15,28 +16,44 @@ from mgsr_jax.commands.settings_reference import (
 )
 from mgsr_jax.training.config import TrainConfig
 
-COMMON = (
-    "student",
-    "teacher",
-    "output",
-    "data.train",
-    "data.valid",
-    "data.max_length",
-    "steps",
-    "epochs",
-    "batch_size",
-    "micro_batches",
-    "optimizer.learning_rate",
-    "objective.divergence",
-    "rollout.policy",
-    "lora.rank",
-    "mesh.fsdp",
-    "validate_every",
-    "evaluate_every",
-    "save_every",
-    "resume",
-)
-"""Settings that most runs give."""
+COMMON: dict[type, tuple[str, ...]] = {
+    TrainConfig: (
+        "student",
+        "teacher",
+        "output",
+        "data.train",
+        "data.valid",
+        "data.max_length",
+        "steps",
+        "epochs",
+        "batch_size",
+        "micro_batches",
+        "optimizer.learning_rate",
+        "objective.divergence",
+        "rollout.policy",
+        "lora.rank",
+        "mesh.fsdp",
+        "validate_every",
+        "evaluate_every",
+        "save_every",
+        "resume",
+    ),
+    EvaluateConfig: (
+        "model",
+        "data",
+        "metrics",
+        "seeds",
+        "samples",
+        "temperature",
+        "limit",
+        "max_length",
+        "batch_size",
+        "mesh.data",
+        "output",
+        "against",
+    ),
+}
+"""Settings that most people give, of records with many settings."""
 
 _WIDTH, _INDENT = 80, 28
 
@@ -53,13 +70,14 @@ def help_page(name: str, command: Callable[..., int], topic: str) -> str | None:
       ValueError: no section has this name.
     """
     record = config_class(command)
-    if topic == "all" or record is None or not issubclass(record, TrainConfig):
+    common = [COMMON[part] for part in getattr(record, "__mro__", ()) if part in COMMON]
+    if topic == "all" or not common:
         return None
     settings = settings_of(command)
-    sections = list(dict.fromkeys(s.section for s in settings if s.section))
     if not topic:
-        return _common_page(name, command, settings, sections)
-    if topic not in sections:
+        own = [setting.name for setting in own_settings(command)]
+        return _common_page(name, command, [*own, *common[0]])
+    if topic not in (sections := _sections(settings)):
         raise ValueError(
             f"--help {topic}: no such section; expected all or one of "
             f"{', '.join(sections)}"
@@ -67,31 +85,29 @@ def help_page(name: str, command: Callable[..., int], topic: str) -> str | None:
     return "\n".join(_explained(s) for s in settings if s.section == topic)
 
 
-def _common_page(
-    name: str,
-    command: Callable[..., int],
-    settings: Sequence[Setting],
-    sections: Sequence[str],
-) -> str:
-    """A line for each setting of the command itself and each common one."""
-    by_name = {setting.name: setting for setting in settings}
-    common = [*own_settings(command), *(by_name[name] for name in COMMON)]
-    title = (command.__doc__ or "").partition("\n")[0]
+def _common_page(name: str, command: Callable[..., int], common: Sequence[str]) -> str:
+    """A line for each of the `common` settings of a command."""
+    by_name = {setting.name: setting for setting in settings_of(command)}
+    sections = ", ".join(_sections(by_name.values()))
     more = (
-        f"--help SECTION explains the settings of one of {', '.join(sections)}; "
-        f"--help all explains all {len(settings)} settings."
+        f"--help SECTION explains the settings of one of {sections}; "
+        f"--help all explains all {len(by_name)} settings."
     )
     lines = [
-        f"usage: mgsr {name} --config FILE [--SETTING VALUE ...]",
+        f"usage: mgsr {name} [--config FILE] [--SETTING VALUE ...]",
         "",
-        title,
+        (command.__doc__ or "").partition("\n")[0],
         "",
         _line("--config", "YAML file with settings; an option overrides it"),
-        *(_line(f"--{s.name}", _shortened(s)) for s in common),
+        *(_line(f"--{option}", _shortened(by_name[option])) for option in common),
         "",
         textwrap.fill(more, _WIDTH),
     ]
     return "\n".join(lines)
+
+
+def _sections(settings: Iterable[Setting]) -> list[str]:
+    return list(dict.fromkeys(s.section for s in settings if s.section))
 
 
 def _shortened(setting: Setting) -> str:

@@ -49,8 +49,8 @@ parameters become options."""
 _POSITIONAL = ("convert",)
 """Commands whose required parameters have no option: `mgsr convert SOURCE OUTPUT`."""
 
-_LISTS = ("--data", "--metrics")
-"""Options that take several words: `--metrics rouge_l math` is
+_LISTS = ("--data", "--metrics", "--evaluate.metrics")
+"""Options that take one or several words: `--metrics rouge_l math` is
 `--metrics '["rouge_l", "math"]'`."""
 
 
@@ -104,12 +104,12 @@ def _parser() -> jsonargparse.ArgumentParser:
 
 
 def _with_lists(arguments: Sequence[str]) -> list[str]:
-    """Join the words of an option that takes several; jsonargparse reads one."""
+    """Join the words of an option that takes a list; jsonargparse reads one word."""
     result: list[str] = []
     starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
     for start, end in itertools.pairwise([0, *starts, len(arguments)]):
         option, words = arguments[start:end][:1], list(arguments[start:end][1:])
-        is_list = option and option[0] in _LISTS and len(words) > 1
+        is_list = option and option[0] in _LISTS and words and words[0][:1] != "["
         result += [*option, *([json.dumps(words)] if is_list else words)]
     return result
 

@@ -58,20 +58,30 @@ def config_class(command: Callable[..., int]) -> type | None:
     return None if parameter is None else parameter.annotation
 
 
-def _fields(record: type, section: str = "") -> Iterator[Setting]:
-    """Settings of a record; those of the records in it come last, by section."""
+def _fields(
+    record: type, section: str = "", values: object = None
+) -> Iterator[Setting]:
+    """Settings of a record; those of the records in it come last, by section.
+
+    `values` is the record that a section has by default; None if it is required.
+    """
     hints, texts, sections = typing.get_type_hints(record), _texts(record), []
     for field in dataclasses.fields(record):
         hint, name = hints[field.name], f"{section}{field.name}"
+        default = getattr(values, field.name, _default(field))
         if dataclasses.is_dataclass(hint):
-            sections.append((hint, f"{name}."))
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield _setting(name, hint, default, texts)
-    for hint, name in sections:
-        yield from _fields(hint, name)
+            sections.append((hint, f"{name}.", default))
+        else:
+            yield _setting(name, hint, default, texts)
+    for part in sections:
+        yield from _fields(*part)
+
+
+def _default(field: dataclasses.Field) -> object:
+    """The default of a field; MISSING if it is required."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _texts(source: Callable[..., object]) -> dict[str, str]:

@@ -243,7 +243,8 @@ class Encoder:
         if self.chat is None:
             reason = " (auto: the tokenizer has no chat template)" if auto else ""
             return (f"template: {template}{reason}",)
-        lines = [f"template: {self.chat.name}{' (auto)' if auto else ''}"]
+        used = OWN_TEMPLATE if template == "chat" else template
+        lines = [f"template: {used}{' (auto)' if auto else ''}"]
         if self.chat.end_of_turn is None:
             eos = self.tokenizer.eos_token
             lines.append(

@@ -131,11 +131,22 @@ class _Text:
     def _tokens(self, text: str, *, follows: bool = False) -> list[int]:
         tokens = []
         for i, part in enumerate(self._marks.split(text)):
-            is_data = i % 2 == 1
-            part = self._hidden[int(part)] if is_data else part
             encode = following_ids if follows or i else token_ids
-            tokens += encode(self._tokenizer, part, literal=is_data)
+            if i % 2 == 1:
+                tokens += self._data_tokens(self._hidden[int(part)])
+            else:
+                tokens += encode(self._tokenizer, part, literal=False)
         return tokens
+
+    def _data_tokens(self, control: str) -> list[int]:
+        """Tokens of the text of a control token."""
+        tokens = following_ids(self._tokenizer, control, literal=True)
+        if tokens != [self._tokenizer.convert_tokens_to_ids(control)]:
+            return tokens
+        # A token that is not marked as special is found in any text but a part of it.
+        parts = (control[:1], control[1:])
+        encoded = (following_ids(self._tokenizer, p, literal=True) for p in parts)
+        return list(itertools.chain(*encoded))
 
 
 def token_ids(tokenizer: Tokenizer, text: str, *, literal: bool) -> list[int]:

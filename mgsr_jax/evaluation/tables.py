@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mgsr_jax.evaluation.comparison import SCORES_FILE
 from mgsr_jax.evaluation.estimates import Estimate
-from mgsr_jax.evaluation.scores import EvaluationResult
+from mgsr_jax.evaluation.scores import Difference, EvaluationResult
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -84,16 +84,11 @@ def score_table(results: Mapping[str, EvaluationResult]) -> Table:
     first = next(iter(results.values()))
     samples = len(first.responses) // first.examples - 1
     passes = sorted({k for ks in first.pass_at_k.values() for k in ks} - {1})
-    heads = [f"avg@{samples}", "std of seeds"] if first.sampled else []
+    heads = [f"avg@{samples}"] if first.sampled else []
+    heads += ["std of seeds"] if first.seed_std else []
     heads += ["greedy", *(f"pass@{k}" for k in passes)]
-    if first.difference is not None:
-        name = Path(first.difference.against).name
-        heads += [f"avg - {name}"] if first.difference.sampled else []
-        heads += [f"greedy - {name}"]
-    caption = "mean [95 % interval over the prompts]"
-    table = Table("set", "metric", caption=caption, caption_justify="left")
-    for head in heads:
-        table.add_column(head, justify="right")
+    caption = "mean [95 % interval over the prompts]; 0 to 100"
+    table = _table(["set", "metric"], heads, caption=caption)
     for path, result in results.items():
         for name in result.greedy.metrics:
             cells = _metric_cells(result, name, passes)
@@ -107,33 +102,56 @@ def _metric_cells(
     """The cells of one metric under the heads of `score_table`."""
     cells = []
     if result.sampled is not None:
-        std = "" if result.seed_std is None else f"{result.seed_std[name]:.2f}"
-        cells += [_estimate(result.sampled.metrics[name]), std]
+        cells.append(_estimate(result.sampled.metrics[name]))
+    if result.seed_std is not None:
+        cells.append(f"{result.seed_std[name]:.2f}")
     cells.append(_estimate(result.greedy.metrics[name]))
     accuracy = result.pass_at_k.get(name)
-    cells += ["" if accuracy is None else _estimate(accuracy[k]) for k in passes]
-    if (difference := result.difference) is not None:
-        if difference.sampled is not None:
-            cells.append(_estimate(difference.sampled[name], sign="+"))
-        cells.append(_estimate(difference.greedy[name], sign="+"))
+    cells += ["" if accuracy is None else f"{accuracy[k].mean:.2f}" for k in passes]
     return cells
 
 
+def difference_table(differences: Mapping[str, Difference]) -> Table:
+    """The table of differences to another evaluation, one row a set and metric.
+
+    Args:
+      differences: path of a set -> its difference.
+    """
+    first = next(iter(differences.values()))
+    heads = ["sampled"] if first.sampled else []
+    caption = f"difference to {first.against}, paired by prompt"
+    table = _table(["set", "metric"], [*heads, "greedy"], caption=caption)
+    for path, difference in differences.items():
+        for name, greedy in difference.greedy.items():
+            sampled = [difference.sampled[name]] if difference.sampled else []
+            cells = [_estimate(value, sign="+") for value in (*sampled, greedy)]
+            table.add_row(Path(path).name, name, *cells)
+    return table
+
+
+def _table(left: Sequence[str], right: Sequence[str], caption: str = "") -> Table:
+    """An empty table; a narrow terminal breaks its cells and hides nothing."""
+    table = Table(caption=caption, caption_justify="left")
+    for head in left:
+        table.add_column(head, overflow="fold")
+    for head in right:
+        table.add_column(head, overflow="fold", justify="right")
+    return table
+
+
 def _estimate(estimate: Estimate, *, sign: str = "") -> str:
-    """Mean and interval as text."""
+    """Mean and interval as text, with one place where a narrow table breaks it."""
     mean = f"{estimate.mean:{sign}.2f}"
     if estimate.low is None:
         return mean
-    return f"{mean} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+    return f"{mean} [{estimate.low:{sign}.1f},{estimate.high:{sign}.1f}]"
 
 
 def text_table(results: Mapping[str, EvaluationResult]) -> Table:
     """The table that `mgsr evaluate` prints below the metrics, one row a set."""
     heads = ["examples", "distinct-2", "length", "ended %", "loss"]
     has_bias = any(result.exposure_bias is not None for result in results.values())
-    table = Table("set")
-    for head in heads + ["ExAccErr %"] * has_bias:
-        table.add_column(head, justify="right")
+    table = _table(["set"], heads + ["ExAccErr %"] * has_bias)
     for path, result in results.items():
         scores, bias = result.sampled or result.greedy, result.exposure_bias
         table.add_row(
@@ -148,17 +166,15 @@ def text_table(results: Mapping[str, EvaluationResult]) -> Table:
     return table
 
 
-def write_scores(folder: Path | None, results: Mapping[str, EvaluationResult]) -> None:
+def write_scores(folder: Path, results: Mapping[str, EvaluationResult]) -> None:
     """Write the responses of every set to JSONL files and the scores to scores.json.
 
     Files of an earlier call with fewer sets are overwritten.
 
     Args:
-      folder: created if it is missing; None writes nothing.
+      folder: created if it is missing.
       results: path of a set -> its result.
     """
-    if folder is None:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for number, (path, result) in enumerate(results.items(), 1):

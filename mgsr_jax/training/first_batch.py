@@ -164,7 +164,7 @@ def describe(values: Mapping[str, float], vocab_size: int) -> list[str]:
     ['first batch, nats per token: student loss 3.0000, entropy 2.5000']
     """
     if not values:
-        return ["first batch: no reference to score, so teacher and student are unread"]
+        return ["first batch: it has no references to read teacher and student on"]
     parts = [
         f"{name} loss {values[f'{name}_loss']:.4f}, "
         f"entropy {values[f'{name}_entropy']:.4f}"

@@ -46,7 +46,7 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
         prompts += load_prompts(
             source.path,
             inputs.tokenizer,
-            _encoding(inputs, protocol),
+            _encoding(config),
             split=source.split or config.evaluate.split,
             columns=columns,
         )[0]
@@ -98,22 +98,19 @@ def evaluation_scores(
     return values | {"loss": result.loss}
 
 
-def _encoding(inputs: RunInputs, protocol: EvaluationConfig) -> Encoding:
-    return dataclasses.replace(
-        inputs.config.data.encoding,
-        max_prompt_length=protocol.max_prompt_length,
-        max_length=protocol.max_length,
-        too_long="drop",
-    )
+def _encoding(config: TrainConfig) -> Encoding:
+    """How evaluation prompts become tokens: as the data does, with their own length."""
+    encoding = config.data.encoding
+    length = config.evaluate.max_length or encoding.max_length
+    return dataclasses.replace(encoding, max_length=length, too_long="drop")
 
 
 def _protocol(inputs: RunInputs) -> EvaluationConfig:
-    config = inputs.config
-    settings, encoding = config.evaluate, config.data.encoding
+    config, encoding = inputs.config, _encoding(inputs.config)
     return EvaluationConfig(
         seeds=(),
         max_prompt_length=encoding.prompt_limit,
-        max_length=settings.max_length or encoding.max_length,
-        batch_size=settings.batch_size or config.micro_batch_size,
+        max_length=encoding.max_length,
+        batch_size=config.evaluate.batch_size or config.micro_batch_size,
         dtype=jnp.dtype(config.dtype),
     )

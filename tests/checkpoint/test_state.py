@@ -134,8 +134,8 @@ def test_a_state_with_fewer_arrays_than_the_checkpoint_raises(saved):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((5, 4), r"example is int32\[3\], expected int32\[5\]"),
-        ((3, 6), r"span_ids is int32\[3, 4\], expected int32\[3, 6\]"),
+        ((5, 4), r"earlier_responses is bool\[3, 4\], expected bool\[5, 4\]"),
+        ((3, 6), r"earlier_responses is bool\[3, 4\], expected bool\[3, 6\]"),
     ],
 )
 def test_the_error_for_a_buffer_of_another_size_names_the_array(saved, sizes, message):

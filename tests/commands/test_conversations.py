@@ -82,7 +82,7 @@ def test_a_template_file_decides_where_a_turn_ends(talkers, tmp_path):
     read, log = inputs(talkers, template=str(own))
     token = read.tokenizer.convert_tokens_to_ids("<|turn|>")
     assert read.train[0]["response"][-1] == token and token in read.eos_ids
-    assert f"template: template {own}" in log
+    assert f"template: {own}" in log
     with pytest.raises(FileNotFoundError, match="template file nowhere.jinja is miss"):
         inputs(talkers, template="nowhere.jinja")
 

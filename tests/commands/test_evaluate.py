@@ -128,6 +128,16 @@ def test_two_sets_are_two_files(project, greedy_only):
         assert list(values["greedy"]["metrics"]) == ["rouge_l", "exact_match"]
 
 
+def test_the_settings_evaluate_again(project, greedy_only, tmp_path):
+    arguments = ["--config", str(greedy_only / "config.yaml")]
+    output = ["--output", str(tmp_path / "scores")]
+    assert main(["evaluate", *arguments, *output]) == DONE
+    for name in ("scores.json", "1-valid.jsonl", "2-train.jsonl"):
+        assert (tmp_path / "scores" / name).read_text() == (
+            greedy_only / name
+        ).read_text()
+
+
 def test_the_difference_to_another_run(project, greedy_only, tmp_path, capsys):
     more = ["--limit", "3", "--samples", "2", "--metrics", "rouge_l", "exact_match"]
     more += ["--against", str(greedy_only), "--output", str(tmp_path / "scores")]

@@ -46,8 +46,9 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
         ("evaluate --metrics math rouge_l", 'evaluate --metrics ["math","rouge_l"]'),
         (
             "evaluate --data a.jsonl b.jsonl --seeds [] --metrics math",
-            'evaluate --data ["a.jsonl","b.jsonl"] --seeds [] --metrics math',
+            'evaluate --data ["a.jsonl","b.jsonl"] --seeds [] --metrics ["math"]',
         ),
+        ("train --evaluate.metrics [math]", "train --evaluate.metrics [math]"),
         ("convert --mesh.data 2 a b", "convert --mesh.data 2 a b"),
         ("--help", "--help"),
         ("", ""),
@@ -128,13 +129,13 @@ def test_without_the_train_extra_the_program_names_it():
     [
         (["trian"], "train"),
         (["cache_teacher"], "cache-teacher"),
-        (["train", "--learning_rate", "1"], "optimizer.learning_rate"),
-        (["train", "--rollout.polcy", "on"], "rollout.policy"),
-        (["train", "--stepz=3"], "steps"),
+        (["train", "--learning_rate", "1"], "--optimizer.learning_rate"),
+        (["train", "--rollout.polcy", "on"], "--rollout.policy"),
+        (["train", "--stepz=3"], "--steps"),
         (["train", "--rollout.policy", "replya"], "replay"),
         (["train", "--objective.divergence", "foward_kl"], "forward_kl"),
-        (["evaluate", "--exposure_bais", "true"], "exposure_bias"),
-        (["export", "--runn", "x"], "run"),
+        (["evaluate", "--exposure_bais", "true"], "--exposure_bias"),
+        (["export", "--runn", "x"], "--run"),
     ],
 )
 def test_a_typo_is_answered_with_what_it_may_mean(arguments, meant, capsys):
@@ -186,16 +187,22 @@ def test_help_lists_the_commands(capsys):
         assert re.search(rf"^ +{name} +[A-Z]\w+ ", text, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "cache-teacher"])
-def test_help_shows_the_common_settings_on_one_screen(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train", ["config", "student", "data.train", "rollout.policy", "mesh.fsdp"]),
+        ("plan", ["target", "search", "student", "micro_batches"]),
+        ("cache-teacher", ["top_k", "teacher", "output"]),
+        ("evaluate", ["model", "data", "metrics", "seeds", "limit"]),
+    ],
+)
+def test_help_shows_the_common_settings_on_one_screen(command, expected, capsys):
     text = help_of(capsys, command, "--help")
     assert len(text.splitlines()) <= 36
     assert all(len(line) <= 80 for line in text.splitlines())
-    for name in ("config", "student", "data.train", "rollout.policy", "mesh.fsdp"):
+    for name in expected:
         assert re.search(rf"^  --{re.escape(name)} +\w", text, re.MULTILINE), name
     assert "--objective.prior_weight" not in text
-    if command == "plan":
-        assert "--target" in text and "--search" in text
     section = re.search(r"one of ([\w, \n]+);", text)
     for name in section[1].replace("\n", " ").split(", "):
         assert f"--{name}." in help_of(capsys, command, "--help", name)

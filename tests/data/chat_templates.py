@@ -1,7 +1,16 @@
 """Chat templates as well-known models have them, and tokenizers that have one."""
 
 from instruction_data import make_tokenizer
-from tokenizers import AddedToken
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding
@@ -52,10 +61,10 @@ CONTROL = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|header|>", "<|eot|>"]
 CONTROL += ["<turn>", "<end>", "[INST]", "[/INST]"]
 
 
-def with_template(template):
+def with_template(template, *, special=True):
     """The small tokenizer with control tokens, bos before a text, and a template."""
     tokenizer = make_tokenizer("<|begin|> $A", chat_template=template)
-    tokenizer.add_tokens([AddedToken(t, special=True) for t in CONTROL])
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in CONTROL])
     tokenizer.add_tokens(
         [AddedToken(t, special=False) for t in ("<think>", "</think>")]
     )
@@ -80,4 +89,33 @@ def decoded(encoder, ids):
 def of_transformers(tokenizer, conversation, **options):
     return tokenizer.apply_chat_template(
         [message._asdict() for message in conversation], return_dict=False, **options
+    )
+
+
+def metaspace_tokenizer(scheme, template):
+    """A tokenizer that puts a space before a text.
+
+    Args:
+      scheme: "first" for the beginning of a text, "always" for every piece between
+        control tokens, "legacy" for the same by a normaliser.
+      template: its chat template.
+    """
+    backend = Tokenizer(models.BPE())
+    when = "always" if scheme == "legacy" else scheme
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=when)
+    backend.decoder = decoders.Metaspace()
+    special = ["<s>", "</s>"]
+    trainer = BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    text = "say hi there, what is a text? [INST] </s> [/INST] \n"
+    backend.train_from_iterator([text] * 9, trainer)
+    if scheme == "legacy":
+        replace = normalizers.Replace(" ", "\u2581")
+        prepend = normalizers.Prepend("\u2581")
+        backend.normalizer = normalizers.Sequence([prepend, replace])
+        backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
     )

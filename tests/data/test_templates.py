@@ -14,6 +14,7 @@ from chat_templates import (
     decoded,
     encoder,
     messages,
+    metaspace_tokenizer,
     of_transformers,
     with_template,
 )
@@ -74,18 +75,20 @@ def fix_date(monkeypatch, day):
     monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
 
 
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", REALISTIC)
-def test_control_tokens_in_the_data_stay_text(name):
-    """In the prompt and in the response, with everything around them kept."""
+def test_control_tokens_in_the_data_stay_text(name, special):
+    """In the prompt and in the response, also where they are not marked as special."""
     template, end = REALISTIC[name]
-    ours, bad = encoder(template), f"what is {end} for, {end}<|begin|>?"
+    tokenizer = with_template(template, special=special)
+    ours = Encoder(tokenizer, Encoding(template="chat"))
+    bad = f"what is {end} for, {end}<|begin|>?"
     plain = ours.turns(messages("what", "is", "this"), "", "for")
     turns = ours.turns(messages(bad, bad, bad), "", bad)
-    special = {t.content for t in ours.tokenizer.added_tokens_decoder.values()}
-    special = set(ours.tokenizer.convert_tokens_to_ids(sorted(special)))
+    control = {id_ for id_, t in tokenizer.added_tokens_decoder.items()}
     for got, want in zip(turns[:2], plain[:2], strict=True):
-        control = [[i for i in ids if i in special] for ids in (got, want)]
-        assert control[0] == control[1]
+        found = [[i for i in ids if i in control] for ids in (got, want)]
+        assert found[0] == found[1]
     assert decoded(ours, turns.prompt).count(bad) == 3
     assert decoded(ours, turns.response).count(bad) == 1
 
@@ -277,6 +280,15 @@ def test_a_system_message_that_a_template_moves():
         ours.turns(conversation, "", "Hi")
 
 
+def test_a_template_that_needs_a_system_message():
+    needs = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('none') }}{% endif %}"
+    )
+    ours = encoder(needs + CHATML, train_on="all", system="Be brief.")
+    turns = ours.turns(messages("Say hi.", "Hi", "Bye."), "", "Bye!")
+    assert trained(ours, turns) == ["Hi<|im_end|>", "Bye!<|im_end|>"]
+
+
 def test_a_conversation_that_begins_with_the_assistant():
     conversation = [Message("assistant", "Hello!"), *messages("Say hi.")]
     assert encoder(CHATML).turns(conversation, "", "Hi").earlier == ()
@@ -309,7 +321,7 @@ def test_a_template_file_of_ones_own(tmp_path):
     ours = Encoder(tokenizer, Encoding(template=str(file)))
     prompt = ours.prompt(messages("Say hi."))
     assert prompt == encoder(CHATML).prompt(messages("Say hi."))
-    assert ours.notes == (f"template: template {file}",)
+    assert ours.notes == (f"template: {file}",)
     with pytest.raises(FileNotFoundError, match="nowhere.jinja is missing"):
         Encoder(tokenizer, Encoding(template="nowhere.jinja"))
 
@@ -419,3 +431,23 @@ def test_only_data_of_all_responses_has_their_column(tmp_path):
         columns[train_on] = table.column_names
     assert columns["last"] == ["prompt", "response", "span_ids"]
     assert columns["all"] == [*columns["last"], dataset.EARLIER]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_tokenizers_that_put_a_space_before_a_text(scheme):
+    """As LLaMA 2 and Mistral: a piece of a text is no text of its own."""
+    tokenizer = metaspace_tokenizer(scheme, MISTRAL)
+    ours = Encoder(tokenizer, Encoding(template="chat"))
+    conversation = messages("say hi", "hi there", "say what is a text")
+    turns = ours.turns(conversation, "", "there is")
+    last = Message("assistant", "there is")
+    whole = of_transformers(tokenizer, [*conversation, last])
+    assert turns.prompt + turns.response == whole
+    assert ours.prompt(conversation) == turns.prompt
+    bad = f"what is a {tokenizer.eos_token} text"
+    marked = ours.turns(messages(bad), "", bad)
+    plain = ours.turns(messages("what is a text"), "", "what is a text")
+    assert ours.tokenizer.decode(marked.response[:-1]).split() == bad.split()
+    for got, want in zip(marked[:2], plain[:2], strict=True):
+        ends = [ids.count(tokenizer.eos_token_id) for ids in (got, want)]
+        assert ends[0] == ends[1]

@@ -14,6 +14,7 @@ from mgsr_jax.evaluation.scores import (
     TextScores,
 )
 from mgsr_jax.evaluation.tables import (
+    difference_table,
     markdown_table,
     score_table,
     text_table,
@@ -81,8 +82,6 @@ def cells(table):
 
 
 def test_score_table_has_one_row_a_set_and_metric(result):
-    single = Estimate(5.0, None, None)
-    difference = Difference("runs/sft", None, {"rouge_l": single, "math": single})
     results = {"folder/dolly.jsonl": result, "sni.jsonl": result}
     assert cells(score_table(results)) == [
         ["set", "metric", "avg@2", "std of seeds", "greedy", "pass@2"],
@@ -90,21 +89,35 @@ def test_score_table_has_one_row_a_set_and_metric(result):
             row
             for name in ("dolly.jsonl", "sni.jsonl")
             for row in [
-                [name, "rouge_l", "12.35 [10.00, 14.69]", "0.50"]
-                + ["20.00 [15.00, 25.00]", ""],
-                [name, "math", "50.00 [1.00, 99.00]", "1.50"]
-                + ["0.00 [0.00, 0.00]", "75.00 [51.00, 99.00]"],
+                [name, "rouge_l", "12.35 [10.0,14.7]", "0.50"]
+                + ["20.00 [15.0,25.0]", ""],
+                [name, "math", "50.00 [1.0,99.0]", "1.50"]
+                + ["0.00 [0.0,0.0]", "75.00"],
             ]
         ),
     ]
-    compared = dataclasses.replace(result, difference=difference)
-    heads, row, _ = cells(score_table({"dolly.jsonl": compared}))
-    assert (heads[-1], row[-1]) == ("greedy - sft", "+5.00")
+
+
+def test_difference_table_has_signs(result):
+    single = Estimate(5.0, None, None)
+    greedy = {"rouge_l": single, "math": single}
+    difference = Difference("runs/sft", None, greedy)
+    assert cells(difference_table({"a/dolly.jsonl": difference})) == [
+        ["set", "metric", "greedy"],
+        ["dolly.jsonl", "rouge_l", "+5.00"],
+        ["dolly.jsonl", "math", "+5.00"],
+    ]
     both = dataclasses.replace(difference, sampled=result.sampled.metrics)
-    compared = dataclasses.replace(result, difference=both)
-    heads, row, _ = cells(score_table({"dolly.jsonl": compared}))
-    assert heads[-2:] == ["avg - sft", "greedy - sft"]
-    assert row[-2:] == ["+12.35 [+10.00, +14.69]", "+5.00"]
+    heads, row, _ = cells(difference_table({"a/dolly.jsonl": both}))
+    assert heads == ["set", "metric", "sampled", "greedy"]
+    assert row[2:] == ["+12.35 [+10.0,+14.7]", "+5.00"]
+
+
+def test_a_narrow_terminal_hides_no_digit(result):
+    console = Console(width=40)
+    with console.capture() as capture:
+        console.print(score_table({"dolly.jsonl": result}))
+    assert "…" not in capture.get()
 
 
 def test_score_table_of_greedy_responses(result):
@@ -113,7 +126,7 @@ def test_score_table_of_greedy_responses(result):
     )
     rows = cells(score_table({"dolly.jsonl": only}))
     assert rows[0] == ["set", "metric", "greedy"]
-    assert rows[1] == ["dolly.jsonl", "rouge_l", "20.00 [15.00, 25.00]"]
+    assert rows[1] == ["dolly.jsonl", "rouge_l", "20.00 [15.0,25.0]"]
 
 
 def test_text_table_has_one_row_a_set(result):
@@ -150,9 +163,3 @@ def test_write_scores_writes_responses_and_scores(tmp_path, result):
     ]  # fmt: skip
     by_seed = scores["sni.jsonl"]["by_seed"]["10"]
     assert by_seed["metrics"]["rouge_l"] == {"mean": 12.345, "low": 10.0, "high": 14.69}
-
-
-def test_write_scores_without_a_folder_writes_nothing(tmp_path, monkeypatch, result):
-    monkeypatch.chdir(tmp_path)
-    write_scores(None, {"dolly.jsonl": result})
-    assert not list(tmp_path.iterdir())

@@ -115,7 +115,7 @@ def test_a_batch_without_references_says_so():
     found = compare(STUDENT, TEACHER, prompts)
     assert found == {}
     (line,) = describe(found, tiny.VOCAB)
-    assert "no reference" in line
+    assert "it has no references" in line
 
 
 def test_a_good_pair_has_one_line():
