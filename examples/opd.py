@@ -163,7 +163,7 @@ class Workspace:
     def train_teacher(self) -> Path:
         """The trained teacher's folder; trained once for a data set and a recipe."""
         files = (arithmetic.__file__, word_tokenizer.__file__, __file__)
-        digest = small_runs.recipe_digest(*files)
+        digest = small_runs.recipe_digest(*files, settings=repr(self.scale))
         folder = self.output / f"teacher-{digest}"
         trained = folder / "run" / "student"
         if trained.exists():

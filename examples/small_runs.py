@@ -82,10 +82,16 @@ def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConf
     )
 
 
-def recipe_digest(*files: str) -> str:
-    """Short digest of the files that a model is made by, and of mgsr_jax's version."""
+def recipe_digest(*files: str, settings: str = "") -> str:
+    """Short digest of everything that a model is made by.
+
+    Args:
+      files: source files, in addition to this one and mgsr_jax's version.
+      settings: settings that are not in a file.
+    """
     recipe = b"".join(Path(file).read_bytes() for file in (*files, __file__))
-    return hashlib.sha256(recipe + mgsr_jax.__version__.encode()).hexdigest()[:8]
+    recipe += f"{mgsr_jax.__version__} {settings}".encode()
+    return hashlib.sha256(recipe).hexdigest()[:8]
 
 
 def one_device_per_core() -> None:
