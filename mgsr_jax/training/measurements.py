@@ -47,7 +47,8 @@ class Measurements:
         batches = first_micro_batches(inputs)
         values = compare_first_batch(comparison, params, teacher_params, batches)
         for line in describe(values, inputs.vocab_size):
-            self._console.print(line)
+            style = "yellow" if line.startswith("warning") else None
+            self._console.print(line, style=style, soft_wrap=True)
         return {f"start/{name}": value for name, value in values.items()}
 
     def after(
@@ -96,7 +97,9 @@ class Measurements:
         """Scores of the student's greedy responses."""
         values = evaluation_scores(self._inputs, self._prompts, params[STUDENT])
         scores = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._console.print(f"step {step}: {scores} on {len(self._prompts)} prompts")
+        self._console.print(
+            f"step {step}: {scores} on {len(self._prompts)} prompts", soft_wrap=True
+        )
         return {f"eval/{name}": value for name, value in values.items()}
 
 
