@@ -29,25 +29,31 @@ class Scores:
     """Scores of a model on the held-out problems, and what its training took.
 
     Attributes:
-      greedy: percent of greedy solutions that are right in every step.
-      by_problem: the same of four samples at temperature 1, for each problem.
+      greedy_by_problem: 100 for each problem whose greedy solution is right in every
+        step, otherwise 0.
+      sampled_by_problem: the same of samples at temperature 1, mean of SAMPLES.
       kl: KL(teacher || student) on the right solutions, nats per token.
-      scored: tokens of its training that the loss read.
-      generated: tokens of its training that the student wrote.
+      scored: thousands of tokens that the loss of its training read.
+      generated: thousands of them that the student wrote.
       seconds: time of its training with compilation.
     """
 
-    greedy: float
-    by_problem: Float[np.ndarray, "N"]
+    greedy_by_problem: Float[np.ndarray, "N"]
+    sampled_by_problem: Float[np.ndarray, "N"]
     kl: float
     scored: float = 0.0
     generated: float = 0.0
     seconds: float = 0.0
 
     @property
-    def average(self) -> float:
-        """Mean over problems and samples (avg@4)."""
-        return float(self.by_problem.mean())
+    def greedy(self) -> float:
+        """Percent of the problems."""
+        return float(self.greedy_by_problem.mean())
+
+    @property
+    def sampled(self) -> float:
+        """Percent of the problems and samples: avg@4."""
+        return float(self.sampled_by_problem.mean())
 
 
 class Judge:
@@ -78,10 +84,12 @@ class Judge:
             metrics=(METRIC,),
             mesh=self.mesh,
         )
-        samples = [sample for sample in result.responses if sample.seed is not None]
-        by_problem = prompt_means(samples, len(self.prompts))[METRIC]
-        greedy = result.greedy.metrics[METRIC].mean
-        return Scores(greedy, by_problem, self.kl(model, params)), result
+        count = len(self.prompts)
+        greedy, sampled = (
+            prompt_means([r for r in result.responses if chosen(r)], count)[METRIC]
+            for chosen in (lambda r: r.seed is None, lambda r: r.seed is not None)
+        )
+        return Scores(greedy, sampled, self.kl(model, params)), result
 
     def kl(self, model: Model, params: Params) -> float:
         """KL(teacher || student) over the tokens of the right solutions."""

@@ -29,6 +29,7 @@ import numpy as np
 import small_runs
 import word_tokenizer
 from arithmetic_judge import Judge, Scores
+from jaxtyping import Float
 from rich.console import Console
 
 from mgsr_jax import sharding
@@ -116,23 +117,31 @@ METHODS = {
     ),
     "OPD": Method(REVERSE_KL, ON_POLICY, "prompts"),
 }
+if hasattr(RolloutConfig, "max_new_tokens"):
+    METHODS["OPD, short"] = Method(
+        REVERSE_KL,
+        dataclasses.replace(ON_POLICY, max_new_tokens=SHORT_FIRST),
+        "prompts",
+    )
 
 
 COLUMNS: small_runs.Columns = {
     "greedy": ("greedy", ".1f"),
-    "average": ("avg@4", ".1f"),
-    "kl": ("KL", ".4f"),
-    "scored": ("tokens scored", ",.0f"),
-    "generated": ("tokens generated", ",.0f"),
+    "sampled": ("avg@4", ".1f"),
+    "kl": ("KL", ".3f"),
+    "scored": ("k tokens scored", ".0f"),
+    "generated": ("k tokens generated", ".0f"),
     "seconds": ("seconds", ".0f"),
 }
+INTERVAL = 2  # the place of the column that `table_rows` adds
 
 NOTES = (
     "Held-out problems. greedy, avg@4: percent of solutions that are right in every "
     "step, greedy and over four samples at temperature 1. interval: the 95 % interval "
     "of avg@4 over the problems. KL: KL(teacher || student) on the right solutions, "
-    "nats per token; for start it is the initial KL of all methods. seconds: of the "
-    "training, with compilation."
+    "nats per token; that of start is the initial KL of every method. Tokens: "
+    "thousands that the training scored, and of these the student's own. seconds: of "
+    "the training, with compilation."
 )
 
 
@@ -255,9 +264,9 @@ class Workspace:
 
 
 def tokens_of(run: Path) -> tuple[float, float]:
-    """Tokens that a run's loss scored, and how many of them the student wrote."""
+    """Thousands of tokens that a run's loss scored, and how many the student wrote."""
     series = read_metrics(run / "metrics.jsonl")
-    tokens = np.array(series["train/tokens"][1])
+    tokens = np.array(series["train/tokens"][1]) / 1000
     share = np.array(series["rollout/student_share"][1])
     return float(tokens.sum()), float((tokens * share).sum())
 
@@ -302,36 +311,35 @@ def compare(
     return scores
 
 
-def interval(by_seed: Sequence[Scores]) -> str:
-    """The interval of avg@4 over the problems, each averaged over the seeds."""
-    values = np.mean([scores.by_problem for scores in by_seed], axis=0)
-    estimate = mean_estimate(values)
-    return f"{estimate.low:.1f} to {estimate.high:.1f}"
+def over_seeds(by_seed: Sequence[Scores], field: str) -> Float[np.ndarray, "N"]:
+    """A score of each problem, mean over the seeds' students."""
+    return np.mean([getattr(scores, field) for scores in by_seed], axis=0)
 
 
 def table_rows(scores: Mapping[str, Sequence[Scores]]) -> list[list[str]]:
     """One row per model: the columns, with the interval behind avg@4."""
     rows = small_runs.table_rows(scores, COLUMNS)
-    place = list(COLUMNS).index("average") + 2  # the first column is the name
-    return [
-        [*row[:place], interval(by_seed), *row[place:]]
-        for row, by_seed in zip(rows, scores.values(), strict=True)
-    ]
+    for row, (name, by_seed) in zip(rows, scores.items(), strict=True):
+        estimate = mean_estimate(over_seeds(by_seed, "sampled_by_problem"))
+        row.insert(1 + INTERVAL, f"{estimate.low:.1f} to {estimate.high:.1f}")
+        if name not in METHODS:  # the teacher and the start train on other terms
+            row[-3:] = ["-"] * 3
+    return rows
 
 
-def verdict(scores: Mapping[str, Sequence[Scores]]) -> str:
-    """Which method has the highest avg@4, and whether the next one is clearly worse."""
+def verdict(scores: Mapping[str, Sequence[Scores]], field: str, label: str) -> str:
+    """The method with the highest score, and whether the next one is clearly worse."""
     values = {
-        name: np.mean([own.by_problem for own in by_seed], axis=0)
+        name: over_seeds(by_seed, field)
         for name, by_seed in scores.items()
         if name in METHODS
     }
     first, second = sorted(values, key=lambda name: -values[name].mean())[:2]
     gap = mean_estimate(values[first] - values[second], least=-100.0)
-    clear = "clear" if gap.low is not None and gap.low > 0 else "not clear"
+    clear = "is" if gap.low is not None and gap.low > 0 else "is not"
     return (
-        f"Highest avg@4: {first}. It leads {second} by {gap.mean:.1f} points "
-        f"({gap.low:.1f} to {gap.high:.1f} over the problems): {clear}."
+        f"Highest {label}: {first}. It leads {second} by {gap.mean:.1f} points "
+        f"({gap.low:.1f} to {gap.high:.1f} over the problems), which {clear} clear."
     )
 
 
@@ -340,8 +348,12 @@ def write_results(
 ) -> None:
     """Print the table; write it as Markdown, and the scores as JSON."""
     heads = [head for head, _ in COLUMNS.values()]
-    heads.insert(list(COLUMNS).index("average") + 1, "interval")
-    notes = f"{NOTES}\n\n{verdict(scores)}"
+    heads.insert(INTERVAL, "interval")
+    verdicts = (
+        verdict(scores, "greedy_by_problem", "greedy accuracy"),
+        verdict(scores, "sampled_by_problem", "avg@4"),
+    )
+    notes = "\n\n".join((NOTES, *verdicts))
     table = small_runs.show_table(console, heads, table_rows(scores), notes)
     (output / "table.md").write_text(table, encoding="utf-8")
     numbers = {

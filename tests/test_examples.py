@@ -1,4 +1,4 @@
-"""The examples: properties of Little English's data, and parts of the quickstart."""
+"""The examples: properties of their data, and parts of the comparisons."""
 
 import collections
 import dataclasses
@@ -402,15 +402,45 @@ load("arithmetic_judge")
 opd = load("opd")
 
 
+@pytest.mark.skipif("OPD, short" not in opd.METHODS, reason="there are no horizons")
 def test_methods_score_the_same_number_of_tokens():
     """With the data's lengths: limits 6, then 12, then 26 on three lengths."""
     lengths = [13, 19, 25]
     whole = opd.METHODS["OPD"].tokens_per_response(lengths)
     assert whole == 19
-    horizons = dataclasses.replace(opd.ON_POLICY, max_new_tokens=opd.SHORT_FIRST)
-    short = opd.Method(opd.REVERSE_KL, horizons)
-    expected = 0.4 * 6 + 0.3 * 12 + 0.3 * 19
-    np.testing.assert_allclose(short.tokens_per_response(lengths), expected)
+    short = opd.METHODS["OPD, short"].tokens_per_response(lengths)
+    np.testing.assert_allclose(short, 0.4 * 6 + 0.3 * 12 + 0.3 * 19)
+
+
+def scored(greedy, sampled, **costs):
+    return opd.Scores(np.array(greedy), np.array(sampled), kl=0.5, **costs)
+
+
+def test_the_table_has_the_interval_over_problems_and_costs_only_of_methods():
+    steady = scored([100.0, 0.0], [50.0, 100.0], scored=7.0)
+    other = scored([100.0, 100.0], [50.0, 50.0], scored=9.0)
+    start, sft = opd.table_rows({"start": [steady], "SFT": [steady, other]})
+    # The standard error of 50 and 100 is 25.
+    assert start == ["start", "50.0", "75.0", "26.0 to 100.0", "0.500", "-", "-", "-"]
+    assert sft[1:4] == ["75.0 ± 35.4", "62.5 ± 17.7", "38.0 to 87.0"]
+    assert sft[5] == "8 ± 1"
+
+
+def test_the_verdict_compares_the_best_two_methods_problem_by_problem():
+    scores = {
+        "teacher": [scored([100.0] * 3, [100.0] * 3)],
+        "SFT": [scored([0.0, 100.0, 0.0], [10.0, 50.0, 90.0])],
+        "KD": [scored([100.0, 0.0, 100.0], [20.0, 60.0, 100.0])],
+        "OPD": [scored([0.0] * 3, [0.0] * 3)],
+    }
+    sampled = opd.verdict(scores, "sampled_by_problem", "avg@4")
+    assert sampled == (
+        "Highest avg@4: KD. It leads SFT by 10.0 points (10.0 to 10.0 over the "
+        "problems), which is clear."
+    )
+    greedy = opd.verdict(scores, "greedy_by_problem", "greedy accuracy")
+    assert "KD. It leads SFT by 33.3 points (-97.3 to 100.0" in greedy
+    assert greedy.endswith("which is not clear.")
 
 
 @pytest.mark.exhaustive
@@ -424,7 +454,7 @@ def test_the_smallest_comparison_runs(tmp_path):
         test_problems=16,
         teacher_steps=21,  # the optimizer's warm-up has 20
         warm_steps=21,
-        steps=21,
+        steps=22,  # eleven epochs
         batch_size=16,
     )
     console = Console(file=io.StringIO(), width=120)
@@ -432,13 +462,16 @@ def test_the_smallest_comparison_runs(tmp_path):
     scores = opd.compare(workspace, [0], opd.METHODS)
     assert list(scores) == ["teacher", "start", *opd.METHODS]
     assert scores["teacher"][0].kl == 0 < scores["start"][0].kl
+    solutions = [solved(record) for record in read(workspace.data / "train.jsonl")]
+    tokens = sum(len(re.findall(r"\w+|[.,]", text)) + 1 for text in solutions)
     for name in ("SFT", "KD"):
         [own] = scores[name]
-        assert own.generated == 0 < own.scored
+        assert own.generated == 0
+        np.testing.assert_allclose(own.scored, 11 * tokens / 1000)
     [gkd], [on_policy] = scores["GKD"], scores["OPD"]
     assert 0 < gkd.generated < gkd.scored
     assert on_policy.generated == on_policy.scored > 0
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n|") == 2 + len(scores) - 1
-    assert "Highest avg@4" in table
-    assert "Highest avg@4" in console.file.getvalue()
+    for text in ("Highest greedy accuracy: ", "Highest avg@4: "):
+        assert text in table and text in console.file.getvalue()

@@ -249,11 +249,6 @@ def test_sft_needs_no_teacher(project, monkeypatch):
     assert lines[-1]["train/sft"] < lines[0]["train/sft"]
     assert "train/dac_kl" not in lines[-1]
     assert all(line["device/peak_gib"] == 1.5 for line in lines)
-    tokenizer = hf.load_tokenizer(project / "student")
-    records = (project / "train.jsonl").read_text().splitlines()
-    outputs = [json.loads(record)["output"] for record in records]
-    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in outputs]  # the end
-    assert sum(line["train/tokens"] for line in lines) == sum(lengths)
 
 
 @pytest.mark.exhaustive
