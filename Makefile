@@ -10,7 +10,7 @@ JAX ?=
 LATEST_VENV := .venv-latest$(JAX:%=-jax-%)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence test test-quick test-all test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence opd opd-evidence test test-quick test-all test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -26,6 +26,13 @@ quickstart: $(VENV)/installed-train  ## distil a tiny model, compare with SFT an
 evidence: $(VENV)/installed-train  ## the same with three seeds and all ablations
 	$(BIN)/python examples/quickstart.py --output $(RUNS)/evidence --ablations --seeds 0 1 2
 	cp $(RUNS)/evidence/evidence.md examples/evidence.md
+
+opd: $(VENV)/installed-train  ## distil arithmetic on policy, compare with four methods
+	$(BIN)/python examples/opd.py --output $(RUNS)/opd
+
+opd-evidence: $(VENV)/installed-train  ## the same with three seeds
+	$(BIN)/python examples/opd.py --output $(RUNS)/opd-evidence --seeds 0 1 2
+	cp $(RUNS)/opd-evidence/opd_evidence.md examples/opd_evidence.md
 
 test: $(VENV)/installed-test  ## the test suite without the longest tests: minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not exhaustive"
@@ -71,8 +78,8 @@ lint: $(VENV)/installed-test  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-clean:  ## remove the environments, the caches and the quickstart's run
-	rm -rf $(VENV) .venv-latest* .venv-trl .venv-tunix .venv-aot .venv-bench $(RUNS)/quickstart $(RUNS)/evidence .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environments, the caches and the examples' runs
+	rm -rf $(VENV) .venv-latest* .venv-trl .venv-tunix .venv-aot .venv-bench $(RUNS)/quickstart $(RUNS)/evidence $(RUNS)/opd $(RUNS)/opd-evidence .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

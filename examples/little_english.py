@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import word_tokenizer
 
 NOISE = 0.1
 HELD_OUT_SHARE = 0.15
@@ -304,33 +304,11 @@ def vocabulary() -> list[str]:
 
 
 def tokenizer(folder: str | Path) -> Path:
-    """Write a tokenizer that transformers loads: one token per word, else bytes.
-
-    Byte-level BPE without merges: a word of the vocabulary, with the space before it,
-    is one token. Any other text falls back to its bytes, so decoding restores every
-    text exactly.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the tokenizer; each constant part of the template is one token."""
     known = vocabulary()
     # A capitalised word can begin a text, so it needs a form without the space too.
     pieces = [*(f"Ġ{word}" for word in known), *(w for w in known if w[0].isupper())]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {piece: i for i, piece in enumerate(dict.fromkeys(alphabet + pieces))}
-    made = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_tokens([AddedToken(part, normalized=False) for part in TEMPLATE_PARTS])
-    made.add_special_tokens([END_OF_TEXT])
-    made.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return folder
+    return word_tokenizer.write(folder, pieces, end=END_OF_TEXT, parts=TEMPLATE_PARTS)
 
 
 if __name__ == "__main__":

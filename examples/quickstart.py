@@ -10,9 +10,7 @@ training is `mgsr_jax.training.trainer.train`, which `mgsr train` calls too.
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 import statistics
 import time
@@ -23,12 +21,20 @@ import datasets
 import jax
 import jax.numpy as jnp
 import little_english
-from rich import box
+import word_tokenizer
 from rich.console import Console
-from rich.table import Table
+from small_runs import (
+    load,
+    one_device_per_core,
+    optimizer,
+    recipe_digest,
+    run_name,
+    show_table,
+    table_rows,
+    write_model,
+)
 
-import mgsr_jax
-from mgsr_jax import models, sharding
+from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.prompts import load_prompts
@@ -36,16 +42,14 @@ from mgsr_jax.evaluation import report
 from mgsr_jax.evaluation.evaluate import evaluate
 from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.evaluation.scores import EvaluationResult
-from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.trainer import train
 from mgsr_jax.typing import Model, Params
 
-TEACHER_WIDTH, STUDENT_WIDTH = 128, 64
+TEACHER_WIDTH, STUDENT_WIDTH, LAYERS = 128, 64, 4
 TEACHER_STEPS, STUDENT_STEPS = 450, 700
 WARM_STEPS = STUDENT_STEPS // 3
 EVALUATION_SEEDS = (10, 20)
@@ -143,17 +147,23 @@ class Workspace:
 
     def train_teacher(self) -> Path:
         """The trained teacher's folder; trained once for a data set and a recipe."""
-        files = (little_english.__file__, __file__)
-        recipe = b"".join(Path(file).read_bytes() for file in files)
-        recipe += mgsr_jax.__version__.encode()
-        folder = self.output / f"teacher-{hashlib.sha256(recipe).hexdigest()[:8]}"
+        digest = recipe_digest(
+            little_english.__file__, word_tokenizer.__file__, __file__
+        )
+        folder = self.output / f"teacher-{digest}"
         trained = folder / "run" / "student"
         if trained.exists():
             self.console.print(f"teacher: {trained}, from an earlier quickstart")
             return trained
         self.console.rule("teacher")
         shutil.rmtree(folder, ignore_errors=True)
-        start = self.new_model(folder / "init", TEACHER_WIDTH, seed=0)
+        start = write_model(
+            folder / "init",
+            self.tokenizer_folder,
+            width=TEACHER_WIDTH,
+            layers=LAYERS,
+            seed=0,
+        )
         config = dataclasses.replace(
             self.config(start, None, folder / "run", Method(SFT_ONLY), seed=0),
             data=dataclasses.replace(
@@ -172,7 +182,13 @@ class Workspace:
         shutil.rmtree(folder, ignore_errors=True)
         runs = {}
         self.console.rule(f"seed {seed}: warm-up")
-        init = self.new_model(folder / "init", STUDENT_WIDTH, seed=seed + 1)
+        init = write_model(
+            folder / "init",
+            self.tokenizer_folder,
+            width=STUDENT_WIDTH,
+            layers=LAYERS,
+            seed=seed + 1,
+        )
         config = self.config(init, None, folder / "start", Method(SFT_ONLY), seed=seed)
         config = dataclasses.replace(
             config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
@@ -188,29 +204,6 @@ class Workspace:
             )
             runs[name] = train(config, console=self.console).output
         return runs
-
-    def new_model(self, folder: Path, width: int, *, seed: int) -> Path:
-        """Write a random LLaMA of four layers as a Hugging Face folder."""
-        model = models.from_config(
-            {
-                "model_type": "llama",
-                "vocab_size": len(self.tokenizer),
-                "hidden_size": width,
-                "intermediate_size": 2 * width,
-                "num_hidden_layers": 4,
-                "num_attention_heads": width // 32,
-                "num_key_value_heads": width // 32,
-                "max_position_embeddings": 64,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 10000.0,
-                "tie_word_embeddings": True,
-                "hidden_act": "silu",
-                "eos_token_id": self.tokenizer.eos_token_id,
-            }
-        )
-        params = scaled_for_width(model.init(jax.random.key(seed)))
-        hf.save_pretrained(folder, model, params, tokenizer_from=self.tokenizer_folder)
-        return folder
 
     def config(
         self,
@@ -238,11 +231,6 @@ class Workspace:
             tensorboard=False,
         )
 
-    def load(self, folder: Path) -> tuple[Model, Params]:
-        """Model and weights of a Hugging Face folder, sharded over the mesh."""
-        model = models.from_config(folder)
-        return model, hf.load_params(folder, model, mesh=self.mesh)
-
 
 class Judge:
     """Scores models on the held-out instructions, with the teacher as the measure."""
@@ -254,13 +242,13 @@ class Judge:
             workspace.tokenizer,
             workspace.data_config.encoding,
         )
-        self.teacher, self.teacher_params = workspace.load(teacher)
+        self.teacher, self.teacher_params = load(teacher, workspace.mesh)
 
     def score(self, folder: Path) -> tuple[Scores, EvaluationResult]:
         """Scores of the model in `folder`, and every response that it wrote."""
         workspace = self.workspace
         workspace.console.print(f"scoring {folder}")
-        model, params = workspace.load(folder)
+        model, params = load(folder, workspace.mesh)
         result = evaluate(
             model,
             params,
@@ -309,31 +297,6 @@ class Judge:
         return total / count
 
 
-def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConfig:
-    """AdamW for a short run: 20 warm-up steps, a short mean of squared gradients."""
-    return OptimizerConfig(
-        learning_rate=learning_rate,
-        final_learning_rate=final_learning_rate,
-        warmup_steps=20,
-        beta2=0.98,
-    )
-
-
-def scaled_for_width(params: Params) -> Params:
-    """Rescale kernels to a deviation of fan_in ** -0.5 and embeddings to 0.3.
-
-    `init` draws with deviation 0.02, as large models do. At these small widths that is
-    too small: learning to copy words from the prompt then takes three times the steps.
-    """
-
-    def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
-        if path[-1].key == "kernel":
-            return leaf * (leaf.shape[-2] ** -0.5 / 0.02)
-        return leaf * 15.0 if path[-1].key == "embedding" else leaf
-
-    return jax.tree_util.tree_map_with_path(scaled, params)
-
-
 @jax.jit(static_argnames=("student", "teacher"))
 def total_variation(
     student: Model,
@@ -352,29 +315,6 @@ def total_variation(
     p = probabilities(teacher, teacher_params)
     q = probabilities(student, student_params)
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1), view.where
-
-
-def run_name(method: str) -> str:
-    """A folder name for a method."""
-    return method.lower().replace(", ", "-").replace(" ", "-")
-
-
-def cell(values: Sequence[float], form: str) -> str:
-    """The mean, and for several values their standard deviation."""
-    text = f"{statistics.fmean(values):{form}}"
-    return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
-
-
-def table_rows(scores: dict[str, list[Scores]]) -> list[list[str]]:
-    """One row per model: its name and a cell for each of COLUMNS."""
-    return [
-        [name]
-        + [
-            cell([getattr(scores, field) for scores in by_seed], form)
-            for field, (_, form) in COLUMNS.items()
-        ]
-        for name, by_seed in scores.items()
-    ]
 
 
 def show_responses(console: Console, results: dict[str, EvaluationResult]) -> None:
@@ -435,14 +375,8 @@ def write_results(
     runs: dict[str, Path],
 ) -> None:
     """Print the table; write it as Markdown, the scores as JSON, and the curves."""
-    heads = ["model", *(head for head, _ in COLUMNS.values())]
-    rows = table_rows(scores)
-    printed = Table(*(head.replace(" ", "\n") for head in heads), box=box.SIMPLE)
-    printed.columns[0].no_wrap = True
-    for row in rows:
-        printed.add_row(*row)
-    console.print(printed, NOTES)
-    markdown = f"{markdown_table(heads, rows)}\n\n{NOTES}\n"
+    heads = [head for head, _ in COLUMNS.values()]
+    markdown = show_table(console, heads, table_rows(scores, COLUMNS), NOTES)
     output = arguments.output
     (output / "table.md").write_text(markdown, encoding="utf-8")
     if arguments.ablations:
@@ -474,8 +408,5 @@ DAC-KL, span and SCRG. Every method keeps the SFT term unless its name says othe
 
 
 if __name__ == "__main__":
-    # On a CPU, one device per core, each with its share of the rows, is faster than one
-    # device that splits every small product over the cores.
-    cores = os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", 1 << min(cores.bit_length() - 1, 3))
+    one_device_per_core()
     main()

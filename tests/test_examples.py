@@ -1,8 +1,9 @@
-"""The examples: properties of Little English's data, and parts of the quickstart."""
+"""The examples: properties of their data, and parts of the comparisons."""
 
 import collections
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
 from mgsr_jax.data import spans
 from mgsr_jax.data.encoding import alpaca_prompt
@@ -29,6 +31,7 @@ def load(name):
     return module
 
 
+load("word_tokenizer")
 little_english = load("little_english")
 
 
@@ -209,12 +212,13 @@ def test_tokenizer_restores_other_text_from_bytes(tokenizer):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+small_runs = load("small_runs")
 quickstart = load("quickstart")
 
 
 def test_the_trainer_accepts_the_settings_of_every_method(tmp_path):
     methods = quickstart.METHODS | quickstart.ABLATIONS
-    names = {quickstart.run_name(name) for name in methods}
+    names = {small_runs.run_name(name) for name in methods}
     assert len(names) == len(methods)
     for method in methods.values():
         config = TrainConfig(
@@ -260,7 +264,7 @@ def test_total_variation_equals_numpy():
 
 def test_initial_deviations_depend_on_the_width():
     model, params = tiny.llama(0, width=64, scale=1.0)
-    scaled = quickstart.scaled_for_width(params)
+    scaled = small_runs.scaled_for_width(params)
     mlp = scaled["layers"]["mlp"]
     np.testing.assert_allclose(mlp["up"]["kernel"].std(), 64**-0.5, rtol=0.1)
     np.testing.assert_allclose(mlp["down"]["kernel"].std(), 24**-0.5, rtol=0.1)
@@ -272,7 +276,9 @@ def test_initial_deviations_depend_on_the_width():
 def test_a_table_row_has_means_and_for_several_seeds_deviations():
     first = quickstart.Scores(90.0, 80.0, 50.0, 0.2, 0.5, 0.1)
     second = dataclasses.replace(first, greedy=92.0)
-    rows = quickstart.table_rows({"a": [first], "b": [first, second]})
+    rows = small_runs.table_rows(
+        {"a": [first], "b": [first, second]}, quickstart.COLUMNS
+    )
     assert rows[0][:2] == ["a", "90.0"]
     assert rows[1][:3] == ["b", "91.0 ± 1.4", "80.0 ± 0.0"]
     assert len(rows[0]) == 1 + len(quickstart.COLUMNS)
@@ -300,3 +306,172 @@ def test_the_figure_of_what_dac_kl_keeps_draws_the_mask_of_the_loss():
     weights = np.stack([figure.kept_weights(row) for row in p])
     np.testing.assert_allclose(kept.kept_classes, weights.sum(-1), rtol=1e-4)
     np.testing.assert_allclose(kept.kept_mass, (weights * p).sum(-1), rtol=1e-5)
+
+
+arithmetic = load("arithmetic")
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = arithmetic.write(
+        tmp_path_factory.mktemp("arithmetic"), teacher=2000, train=300, test=150
+    )
+    names = ("teacher", "train", "prompts", "test")
+    return {name: read(folder / f"{name}.jsonl") for name in names}
+
+
+def told(record):
+    return record["messages"][0]["content"]
+
+
+def solved(record):
+    return record["messages"][1]["content"]
+
+
+CHANGES = {
+    r"(?:finds|buys) (\d+)": lambda value, n: value + n,
+    r"(?:loses|sells) (\d+)": lambda value, n: value - n,
+    r"(doubles) them": lambda value, _: value + value,
+    r"(triples) them": lambda value, _: value + value + value,
+}
+
+
+def values(prompt):
+    """The numbers that a story goes through, read from its words."""
+    story = re.fullmatch(r"\w+ has (\d+) \w+, (.*)\. How many\?", prompt)
+    passed = [int(story[1])]
+    for clause in re.split(r", | and ", story[2]):
+        matches = ((re.fullmatch(p, clause), f) for p, f in CHANGES.items())
+        [(match, change)] = [(m, f) for m, f in matches if m]
+        number = int(match[1]) if match[1].isdigit() else 0
+        passed.append(change(passed[-1], number))
+    return passed
+
+
+def test_solutions_are_right_and_follow_the_story(problems):
+    words = {"plus": "+", "minus": "-", "times": "*"}
+    for record in problems["teacher"] + problems["test"]:
+        passed = values(told(record))
+        assert 3 <= len(passed) <= 5
+        assert 0 <= min(passed) and max(passed) <= arithmetic.LARGEST
+        assert solved(record).endswith(".")
+        steps = solved(record)[:-1].split(", ")
+        for before, step, after in zip(passed[:-1], steps, passed[1:], strict=True):
+            first, word, second, _, result = step.split()
+            assert int(first) == before and int(result) == after
+            assert eval(f"{first} {words[word]} {second}") == after
+
+
+def test_no_training_problem_has_a_test_calculation(problems):
+    def numbers_and_steps(record):
+        return tuple(re.findall(r"\d+ \w+ \d+", solved(record)))
+
+    trained = {numbers_and_steps(record) for record in problems["teacher"]}
+    tested = {numbers_and_steps(record) for record in problems["test"]}
+    assert len(tested) > 100 and not trained & tested
+    assert problems["train"] == problems["teacher"][:300]
+
+
+def test_prompts_are_the_training_problems_without_solutions(problems):
+    assert problems["prompts"] == [
+        {"messages": record["messages"][:1]} for record in problems["train"]
+    ]
+
+
+def test_the_arithmetic_tokenizer_writes_every_word_as_one_token(problems, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = arithmetic.tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def tokens(messages, **options):
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+    for record in problems["test"]:
+        prompt = tokens(record["messages"][:1], add_generation_prompt=True)
+        whole = tokens(record["messages"])
+        assert whole[: len(prompt)] == prompt
+        assert len(prompt) <= arithmetic.LONGEST_PROMPT
+        assert len(whole) <= arithmetic.LONGEST
+        response = whole[len(prompt) :]
+        assert tokenizer.decode(response) == solved(record) + arithmetic.END
+        assert len(response) == len(re.findall(r"\w+|[.,]", solved(record))) + 1
+
+
+load("arithmetic_judge")
+opd = load("opd")
+
+
+@pytest.mark.skipif("OPD, short" not in opd.METHODS, reason="there are no horizons")
+def test_methods_score_the_same_number_of_tokens():
+    """With the data's lengths: limits 6, then 12, then 26 on three lengths."""
+    lengths = [13, 19, 25]
+    whole = opd.METHODS["OPD"].tokens_per_response(lengths)
+    assert whole == 19
+    short = opd.METHODS["OPD, short"].tokens_per_response(lengths)
+    np.testing.assert_allclose(short, 0.4 * 6 + 0.3 * 12 + 0.3 * 19)
+
+
+def scored(greedy, sampled, **costs):
+    return opd.Scores(np.array(greedy), np.array(sampled), kl=0.5, **costs)
+
+
+def test_the_table_has_the_interval_over_problems_and_costs_only_of_methods():
+    steady = scored([100.0, 0.0], [50.0, 100.0], scored=7.0)
+    other = scored([100.0, 100.0], [50.0, 50.0], scored=9.0)
+    start, sft = opd.table_rows({"start": [steady], "SFT": [steady, other]})
+    # The standard error of 50 and 100 is 25.
+    assert start == ["start", "50.0", "75.0", "26.0 to 100.0", "0.500", "-", "-", "-"]
+    assert sft[1:4] == ["75.0 ± 35.4", "62.5 ± 17.7", "38.0 to 87.0"]
+    assert sft[5] == "8 ± 1"
+
+
+def test_the_verdict_compares_the_best_two_methods_problem_by_problem():
+    scores = {
+        "teacher": [scored([100.0] * 3, [100.0] * 3)],
+        "SFT": [scored([0.0, 100.0, 0.0], [10.0, 50.0, 90.0])],
+        "KD": [scored([100.0, 0.0, 100.0], [20.0, 60.0, 100.0])],
+        "OPD": [scored([0.0] * 3, [0.0] * 3)],
+    }
+    sampled = opd.verdict(scores, "sampled_by_problem", "avg@4")
+    assert sampled == (
+        "Highest avg@4: KD. It leads SFT by 10.0 points (10.0 to 10.0 over the "
+        "problems), which is clear."
+    )
+    greedy = opd.verdict(scores, "greedy_by_problem", "greedy accuracy")
+    assert "KD. It leads SFT by 33.3 points (-97.3 to 100.0" in greedy
+    assert greedy.endswith("which is not clear.")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:.*forward-compatible:DeprecationWarning")
+def test_the_smallest_comparison_runs(tmp_path):
+    scale = opd.Scale(
+        teacher_width=64,
+        layers=1,
+        teacher_problems=64,
+        problems=32,
+        test_problems=16,
+        teacher_steps=21,  # the optimizer's warm-up has 20
+        warm_steps=21,
+        steps=22,  # eleven epochs
+        batch_size=16,
+    )
+    console = Console(file=io.StringIO(), width=120)
+    workspace = opd.Workspace(tmp_path, scale, console)
+    scores = opd.compare(workspace, [0], opd.METHODS)
+    assert list(scores) == ["teacher", "start", *opd.METHODS]
+    assert scores["teacher"][0].kl == 0 < scores["start"][0].kl
+    solutions = [solved(record) for record in read(workspace.data / "train.jsonl")]
+    tokens = sum(len(re.findall(r"\w+|[.,]", text)) + 1 for text in solutions)
+    for name in ("SFT", "KD"):
+        [own] = scores[name]
+        assert own.generated == 0
+        np.testing.assert_allclose(own.scored, 11 * tokens / 1000)
+    [gkd], [on_policy] = scores["GKD"], scores["OPD"]
+    assert 0 < gkd.generated < gkd.scored
+    assert on_policy.generated == on_policy.scored > 0
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("\n|") == 2 + len(scores) - 1
+    for text in ("Highest greedy accuracy: ", "Highest avg@4: "):
+        assert text in table and text in console.file.getvalue()

@@ -245,6 +245,7 @@ class _Run:
         if learned and (warning := limit_warning(values)):
             self.console.print(f"[yellow]step {step}: {warning}")
         own = {
+            "train/tokens": tokens,
             "train/tokens_per_second": tokens / seconds,
             "train/learning_rate": float(jnp.asarray(self.learning_rate(step - 1))),
         }
