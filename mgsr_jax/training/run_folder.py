@@ -12,6 +12,7 @@ from mgsr_jax.checkpoint.hub import portable_name
 
 CONFIG_FILE = "config.yaml"
 REJECTED_FILE = "rejected.txt"
+RESPONSE_FORMAT_FILE = "response_format.json"
 CHECKPOINTS = "checkpoints"
 STUDENT_FOLDER = "student"
 
