@@ -32,7 +32,9 @@ def command_of(name, project, folder):
     for split in ("train", "valid"):
         file = project / f"{split}.jsonl"
         if name == "seqkd":
-            file = as_generated(file, folder)
+            file = rewritten(file, folder, as_generated)
+        if name == "opd" and split == "train":
+            file = rewritten(file, folder, as_prompt)
         command += [f"--data.{split}", str(file)]
     if recipe.objective.needs_teacher:
         command += ["--teacher", str(project / "teacher")]
@@ -43,16 +45,22 @@ def command_of(name, project, folder):
     return command
 
 
-def as_generated(file, folder):
+def as_generated(record):
     """The same texts as `mgsr generate` writes them."""
-    records = map(json.loads, file.read_text().splitlines())
-    lines = [
-        {"prompt": alpaca_prompt(r["instruction"]), "response": r["output"]}
-        for r in records
-    ]
-    written = folder / file.name
-    written.write_text("\n".join(map(json.dumps, lines)))
-    return written
+    prompt = alpaca_prompt(record["instruction"])
+    return {"prompt": prompt, "response": record["output"]}
+
+
+def as_prompt(record):
+    return {"instruction": record["instruction"]}
+
+
+def rewritten(file, folder, rewrite):
+    """A copy of the data with other records."""
+    lines = file.read_text().splitlines()
+    copy = folder / file.name
+    copy.write_text("\n".join(json.dumps(rewrite(json.loads(line))) for line in lines))
+    return copy
 
 
 def contents(folder):
