@@ -39,7 +39,7 @@ from mgsr_jax.decoding.sampling import (
 from mgsr_jax.losses import forward_kl
 from mgsr_jax.rows import Rows
 from mgsr_jax.sharding import constrain
-from mgsr_jax.typing import Model, Params, PRNGKey
+from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
 
 CANDIDATES = 4
 """Positions per row whose teacher token is drawn at a time, largest KL first."""
@@ -96,7 +96,7 @@ def revise(
     teacher_params: Params,
     state: DecodeState,
     *,
-    key: PRNGKey,
+    key: PRNGKey | RowKeys,
     decoding: Decoding,
     rounds: int = 1,
     teacher_token: Literal["sample", "argmax"] = "sample",
@@ -110,7 +110,8 @@ def revise(
       student, student_params: as for `decode`, which made `state`.
       teacher, teacher_params: the model that corrects, with stacked layers.
       state: finished rows.
-      key: the key that the rows were generated with; rounds are folded into it.
+      key: the key that the rows were generated with, or one per row; rounds are folded
+        into it.
       decoding: how the student re-generates. `decode_rows` also bounds the rows that
         the teacher reads at a time.
       rounds: corrections per row, at most.
@@ -150,7 +151,7 @@ def revise(
 
 
 def _detect(
-    scrg: _Scrg, carry: _Carry, key: PRNGKey, round: Int[Array, ""]
+    scrg: _Scrg, carry: _Carry, key: PRNGKey | RowKeys, round: Int[Array, ""]
 ) -> tuple[ScrgInfo, Int[Array, "B"]]:
     """Each row's error position, and the teacher's token for it."""
     rows, vocab_size = carry.student.rows, scrg.decoding.vocab_size
@@ -193,7 +194,9 @@ def _correct(
     )
 
 
-def _rewrite(scrg: _Scrg, carry: _Carry, key: PRNGKey, round: Int[Array, ""]) -> _Carry:
+def _rewrite(
+    scrg: _Scrg, carry: _Carry, key: PRNGKey | RowKeys, round: Int[Array, ""]
+) -> _Carry:
     """The student re-generates everything behind the corrections."""
     written = decode(
         scrg.student,
@@ -295,16 +298,11 @@ def correct(
     width = rows.tokens.shape[1]
     position = jnp.where(corrected, error.error_position, width)
     lengths = jnp.where(corrected, position + 1, rows.lengths)
-    limit = jnp.minimum(decoding.max_length, width)
-    return dataclasses.replace(
-        state,
-        rows=dataclasses.replace(
-            rows,
-            tokens=put(rows.tokens, position, token),
-            lengths=lengths,
-        ),
-        done=~corrected | is_eos(token, decoding.eos_ids) | (lengths >= limit),
+    rows = dataclasses.replace(
+        rows, tokens=put(rows.tokens, position, token), lengths=lengths
     )
+    ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
+    return dataclasses.replace(state, rows=rows, done=~corrected | ended)
 
 
 Unembed = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]

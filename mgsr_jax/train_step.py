@@ -88,7 +88,8 @@ def _merge(params: Params, frozen: Params) -> Params:
 def dropout_keys(key: PRNGKey, rows: Rows) -> RowKeys:
     """One key per row, from its example: the same however a step's rows are split.
 
-    The student's own text for an example has another key than the data's text.
+    The student's own text for an example has another key than the data's text; several
+    samples of one prompt have the same key.
     """
 
     def fold(example: Array, ground_truth: Array) -> PRNGKey:

@@ -10,8 +10,10 @@ import tiny
 
 from mgsr_jax import models
 from mgsr_jax.decoding.decode import Decoding, generate
+from mgsr_jax.decoding.sampling import sample_keys
 from mgsr_jax.rollout import RolloutConfig, make_rollout
-from mgsr_jax.rows import NO_SPAN
+from mgsr_jax.rows import NO_SPAN, next_token_view
+from mgsr_jax.sharding import make_mesh, put_batch
 
 EOS = 2
 MODEL = models.from_config(
@@ -36,9 +38,9 @@ def pair():
     return init(jax.random.key(0)), init(jax.random.key(1))
 
 
-def roll(config, pair, rows=ROWS, seed=5):
+def roll(config, pair, rows=ROWS, seed=5, horizon=None):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
-    results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed)))
+    results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed), horizon))
     (samples,), (info,), (teacher_hidden,) = results
     assert (teacher_hidden is None) == (config.rounds == 0)
     return samples, info
@@ -144,6 +146,79 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
         np.testing.assert_array_equal(
             infos[i].error_position, want_info.error_position[:, here]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
+    """All parts of the first sample, then of the second, on any mesh."""
+    rows = jax.tree.map(lambda x: np.concatenate([x, x[:3]]), ROWS)
+    rows = dataclasses.replace(rows, example=np.arange(8, dtype=np.int32))
+    config = RolloutConfig("on", rounds=1)
+    one, three = (
+        make_rollout(
+            MODEL,
+            MODEL,
+            dataclasses.replace(config, samples=samples),
+            eos_ids=(EOS,),
+            vocab_size=29,
+        )
+        for samples in (1, 3)
+    )
+    parts = tuple(
+        jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], rows) for i in range(2)
+    )
+    size = mesh[0] * mesh[1]
+    with jax.set_mesh(mesh := make_mesh(*mesh, devices=jax.devices()[:size])):
+        on_mesh = tuple(put_batch(mesh, part) for part in parts)
+        got = jax.device_get(three(*pair, on_mesh, jax.random.key(5)))
+    assert [len(field) for field in got] == [6, 6, 6]
+    keys = [jax.random.key(5), *sample_keys(jax.random.key(5), 3)[1:]]
+    for j in range(3):
+        want = jax.device_get(one(*pair, parts, keys[j]))
+        for i in range(2):
+            samples, info, teacher_hidden = (field[2 * j + i] for field in got)
+            want_samples, want_info, want_hidden = (field[i] for field in want)
+            jax.tree.map(np.testing.assert_array_equal, samples, want_samples)
+            np.testing.assert_array_equal(info.error_position, want_info.error_position)
+            for b, end in enumerate(samples.lengths):
+                np.testing.assert_allclose(
+                    teacher_hidden[b, : end - 1], want_hidden[b, : end - 1], atol=1e-5
+                )
+    texts = {tuple(field.tokens.ravel().tolist()) for field in got[0]}
+    assert len(texts) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_horizon_cuts_responses_without_an_end_of_sequence(pair, rounds):
+    free, _ = roll(RolloutConfig("on", rounds=0), pair)
+    rows, info = roll(RolloutConfig("on", rounds=rounds), pair, horizon=3)
+    ends = np.minimum(rows.prompt_lengths + 3, 12)
+    assert (rows.lengths <= ends).all()
+    scored = np.asarray(next_token_view(rows).where).sum(axis=1)
+    np.testing.assert_array_equal(scored, rows.lengths - rows.prompt_lengths)
+    first_error = info.error_position.max(axis=0) if rounds else np.full(5, -1)
+    assert (first_error < ends).all()
+    for b, end in enumerate(rows.lengths.tolist()):
+        response = rows.tokens[b, rows.prompt_lengths[b] : end].tolist()
+        assert EOS not in response[:-1]
+        assert end == ends[b] or response[-1] == EOS
+        same = end if first_error[b] < 0 else first_error[b]
+        np.testing.assert_array_equal(rows.tokens[b, :same], free.tokens[b, :same])
+        if first_error[b] < 0:
+            assert end == min(free.lengths[b], ends[b])
+    cut = [row[end - 1] for row, end in zip(rows.tokens, rows.lengths, strict=True)]
+    assert (np.array(cut) != EOS).any()
+
+
+@pytest.mark.slow
+def test_another_horizon_is_no_other_program(pair):
+    rollout = make_rollout(MODEL, MODEL, RolloutConfig("on"), eos_ids=(EOS,))
+    for horizon in (2, 5, 100):
+        (rows,), _, _ = rollout(*pair, (ROWS,), jax.random.key(0), horizon)
+        assert int((rows.lengths - rows.prompt_lengths).max()) <= horizon
+    assert rollout._cache_size() == 1
 
 
 def test_settings_are_checked():

@@ -132,6 +132,8 @@ def _allowed(hint: object) -> str:
         return ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(a) for a in arguments if a is not type(None))
+    if origin is tuple and ... not in arguments:
+        return f"[{', '.join(map(_allowed, arguments))}]"
     if origin in (list, tuple):
         return f"list of {_allowed(arguments[0])}"
     if origin is dict:

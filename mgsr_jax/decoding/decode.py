@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mgsr_jax.decoding.continuous_batching import until_done
 from mgsr_jax.decoding.sampling import (
@@ -41,6 +41,7 @@ class Decoding:
       decode_rows: rows that are decoded at a time; a row that ends makes room for one
         that waits. None decodes all together. It changes time only: the caches of all
         rows are kept.
+      max_new_tokens: tokens of response, at most; None: as many as fit.
     """
 
     max_length: Leaf
@@ -49,6 +50,14 @@ class Decoding:
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     no_repeat_ngram: int = dataclasses.field(default=0, metadata={"static": True})
     decode_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
+    max_new_tokens: Leaf | None = None
+
+    def is_full(self, rows: Rows) -> Bool[Array, "B"]:
+        """Rows that have as many tokens as they may."""
+        limit = jnp.minimum(self.max_length, rows.tokens.shape[1])
+        if self.max_new_tokens is not None:
+            limit = jnp.minimum(limit, rows.prompt_lengths + self.max_new_tokens)
+        return rows.lengths >= limit
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +130,6 @@ def decode(
       The state with every row done.
     """
     width = state.rows.tokens.shape[1]
-    limit = jnp.minimum(decoding.max_length, width)
     head = model.head_params(params)
 
     def extend(state: DecodeState, keys: RowKeys) -> DecodeState:
@@ -140,16 +148,18 @@ def decode(
         token = sample(logits, token_keys, decoding.sampling)
         index = jnp.where(state.done, width, rows.lengths)
         lengths = jnp.where(state.done, rows.lengths, rows.lengths + 1)
+        tokens = put(rows.tokens, index, token)
+        rows = dataclasses.replace(rows, tokens=tokens, lengths=lengths)
+        ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
         return DecodeState(
-            rows=dataclasses.replace(
-                rows, tokens=put(rows.tokens, index, token), lengths=lengths
-            ),
+            rows=rows,
             cache=cache,
             hidden=put(state.hidden, position, hidden[:, 0]),
-            done=state.done | is_eos(token, decoding.eos_ids) | (lengths >= limit),
+            done=state.done | ended,
         )
 
-    state = dataclasses.replace(state, done=state.done | (state.rows.lengths >= limit))
+    done = state.done | decoding.is_full(state.rows)
+    state = dataclasses.replace(state, done=done)
     return until_done(extend, state, keys, decoding.decode_rows)
 
 

@@ -1,7 +1,7 @@
 """One token per row from logits, and the random keys that make a sample reproducible.
 
-A token's key depends on (run, example, stream, round, position), so a sample does not
-depend on the batch, the micro-batch, the host or the device that it is drawn in.
+A token's key depends on (step, sample, example, stream, round, position), so a response
+does not depend on the batch, the micro-batch, the host or the device it is drawn in.
 """
 
 import dataclasses
@@ -43,16 +43,37 @@ GREEDY = Sampling(temperature=0.0)
 """Takes the most probable token."""
 
 
-def row_keys(
-    key: PRNGKey, example: Int[Array, "B"], stream: int, round: Int[Array, ""] | int
-) -> RowKeys:
-    """One key per row; the position is folded in where a token is drawn."""
+def sample_keys(key: PRNGKey, samples: int) -> RowKeys:
+    """One key for each response to a prompt.
 
-    def fold(example: Int[Array, ""]) -> PRNGKey:
+    The first is `key`, so the first responses do not depend on how many follow.
+    """
+    # No example has these numbers, which are folded in where examples are.
+    numbers = jnp.uint32(2**32 - 1) - jnp.arange(samples - 1, dtype=jnp.uint32)
+    others = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    return jnp.concatenate([key[None], others])
+
+
+def row_keys(
+    key: PRNGKey | RowKeys,
+    example: Int[Array, "B"],
+    stream: int,
+    round: Int[Array, ""] | int,
+) -> RowKeys:
+    """One key per row; the position is folded in where a token is drawn.
+
+    Args:
+      key: of the step, or of each row's response (see `sample_keys`).
+      example: global index of each row's example.
+      stream: STUDENT_STREAM or TEACHER_STREAM.
+      round: round of SCRG; 0 is the first response.
+    """
+
+    def fold(key: PRNGKey, example: Int[Array, ""]) -> PRNGKey:
         by_stream = jax.random.fold_in(jax.random.fold_in(key, example), stream)
         return jax.random.fold_in(by_stream, round)
 
-    return jax.vmap(fold)(example)
+    return jax.vmap(fold, (0 if key.ndim else None, 0))(key, example)
 
 
 def sample(

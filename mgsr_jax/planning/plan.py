@@ -220,10 +220,12 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
     steps = {"train step": (rows, outputs)}
     if run.programs.rollout is not None:
         key = jax.eval_shape(lambda: jax.random.key(0))
+        has_horizon = run.config.rollout.max_new_tokens is not None
+        horizon = jax.ShapeDtypeStruct((), jnp.int32) if has_horizon else None
         program, (samples, _, sample_outputs) = compile_program(
             "rollout",
             run.programs.rollout,
-            (run.state.all_params[STUDENT], run.teacher_params, rows, key),
+            (run.state.all_params[STUDENT], run.teacher_params, rows, key, horizon),
             options=options,
             resident=device_bytes(run.state.opt_state),
         )
@@ -239,7 +241,7 @@ def _largest_steps(
     config: TrainConfig, data: StepInputs, samples: StepInputs
 ) -> dict[str, StepInputs]:
     """Inputs of the largest steps of a run whose student generates, by name."""
-    if config.objective.sft:
+    if config.objective.needs_data:
         return {"train step": (data[0] + samples[0], data[1] + samples[1])}
     steps = {"train step": samples}
     if not config.rollout.always_generates:
@@ -278,7 +280,8 @@ def _decoder_copy_bytes(run: _Run) -> int:
 def _cache_bytes(run: _Run) -> int:
     """Keys and values of the student for all rows of a step."""
     model, dtype = run.student, jnp.dtype(run.config.dtype)
-    rows = run.config.batch_size // sharding.row_parts(run.mesh)
+    samples = run.config.rollout.samples
+    rows = run.config.batch_size * samples // sharding.row_parts(run.mesh)
     width = run.config.data.max_length
     cache = jax.eval_shape(lambda: model.init_cache(rows, width, dtype))
     is_split = model.config.num_kv_heads % model.tensor == 0

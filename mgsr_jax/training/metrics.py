@@ -59,6 +59,8 @@ def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
     """The train step's metrics, the share of student text, and SCRG's corrections."""
     named = {f"train/{name}": value for name, value in metrics.items()}
     named["rollout/student_share"] = Sum(float(rows.source != "data"), 1.0)
+    if rows.horizon is not None:
+        named["rollout/max_new_tokens"] = Sum(float(rows.horizon), 1.0)
     if rows.corrections:
         fields = zip(*rows.corrections, strict=True)
         info = ScrgInfo(*[jnp.concatenate(parts) for parts in fields])

@@ -73,12 +73,14 @@ class StepRows(NamedTuple):
       source: where the rows came from.
       teacher_outputs: stored teacher output of each micro-batch.
       corrections: SCRG's record of each generated micro-batch.
+      horizon: the most tokens of a generated response; None: no such limit.
     """
 
     micro_batches: tuple[Rows, ...]
     source: Source
     teacher_outputs: tuple[TeacherOutput, ...]
     corrections: tuple[ScrgInfo, ...] = ()
+    horizon: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,26 @@ class BatchLayout:
       mesh: device mesh.
       batch_size: rows of a step's batch, over all hosts.
       micro_batches: number of parts of a batch.
-      widths: allowed widths of rows, ascending; a step that generates uses the last.
+      widths: allowed widths of rows, ascending. A step that generates uses the last,
+        or one that is wide enough for every prompt and a response of the horizon.
+      prompt_limit: no prompt is longer than this; None: no longer than a row.
     """
 
     mesh: Mesh
     batch_size: int
     micro_batches: int
     widths: Sequence[int]
+    prompt_limit: int | None = None
+
+    def generated_width(self, horizon: int | None) -> int:
+        """Width of rows with a response of at most `horizon` tokens; None: no limit.
+
+        It depends on no batch, so all hosts choose the same one.
+        """
+        if horizon is None or self.prompt_limit is None:
+            return self.widths[-1]
+        needed = self.prompt_limit + horizon
+        return next((w for w in self.widths if needed <= w), self.widths[-1])
 
     @property
     def host_share(self) -> np.ndarray:
@@ -180,10 +195,11 @@ class RowSource:
         if source == "data" or self._rollout is None:  # the second: policy "off"
             host = self._layout.split(rows)
             return StepRows(self._put(host), source, self._look_up(host))
-        host = self._layout.split(with_width(rows, self._layout.widths[-1]))
+        horizon = self._config.horizon(step, self._steps)
+        host = self._layout.split(self._to_generate(rows, horizon))
         ground_truth = self._put(host)
         samples, corrections, teacher_hidden = self._rollout(
-            params, teacher_params, ground_truth, rollout_key
+            params, teacher_params, ground_truth, rollout_key, horizon
         )
         kept, outputs = (), ()
         if self._keep_ground_truth:
@@ -193,6 +209,7 @@ class RowSource:
             source=source,
             teacher_outputs=outputs + teacher_hidden,
             corrections=corrections,
+            horizon=horizon,
         )
 
     def validated(self, loss: float) -> None:
@@ -233,6 +250,17 @@ class RowSource:
         own = jax.tree.map(lambda leaf: leaf[self._host_share], rows)
         return StepRows(self._put(self._layout.split(own)), "replay", self._no_outputs)
 
+    def _to_generate(self, rows: Rows, horizon: int | None) -> Rows:
+        """Host rows, as wide as responses of `horizon` tokens to their prompts need.
+
+        They keep their own responses only where the step trains on these.
+        """
+        width = self._layout.generated_width(horizon)
+        if not self._keep_ground_truth:
+            prompts = dataclasses.replace(rows, lengths=rows.prompt_lengths)
+            return with_width(prompts, width)
+        return with_width(rows, max(width, rows.tokens.shape[1]))
+
     def _put(self, parts: list[Rows]) -> tuple[Rows, ...]:
         return tuple(put_batch(self._layout.mesh, part) for part in parts)
 
@@ -251,7 +279,7 @@ class RowSource:
         """Add spans, which each host finds in its own rows; push to the buffer."""
         rows = put_batch(self._layout.mesh, self._add_spans(fetch_rows(rows)))
         if self._config.policy == "replay":  # the buffer is the same on every host
-            self._buffer.push(fetch_whole(rows))
+            self._buffer.push(with_width(fetch_whole(rows), self._layout.widths[-1]))
         return rows
 
 

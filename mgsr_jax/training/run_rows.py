@@ -33,7 +33,7 @@ def make_row_source(inputs: RunInputs, rollout: Rollout | None) -> RowSource:
         add_spans,
         layout=_layout(inputs),
         steps=inputs.steps,
-        keep_ground_truth=config.objective.sft > 0,
+        keep_ground_truth=config.objective.needs_data,
         lookup=inputs.teacher_cache.lookup if inputs.teacher_cache else None,
     )
 
@@ -61,7 +61,11 @@ def validation_batches(inputs: RunInputs) -> Iterator[Rows]:
 def _layout(inputs: RunInputs) -> BatchLayout:
     config = inputs.config
     return BatchLayout(
-        inputs.mesh, config.batch_size, config.micro_batches, config.data.widths
+        inputs.mesh,
+        config.batch_size,
+        config.micro_batches,
+        config.data.widths,
+        prompt_limit=config.data.encoding.prompt_limit,
     )
 
 

@@ -105,6 +105,12 @@ def test_an_empty_data_set_is_named(recipe, capsys, tmp_path):
     assert "empty" in line
 
 
+@pytest.mark.parametrize("value", ["[[0, 8], [0, 9]]", "[[0.5, 8]]", "0"])
+def test_a_schedule_that_does_not_rise_is_named(value, recipe, capsys, tmp_path):
+    line = fails_to_train(capsys, recipe, tmp_path, "--rollout.max_new_tokens", value)
+    assert "rollout.max_new_tokens=" in line and "rise from 0 to below 1" in line
+
+
 def test_a_missing_extra_is_named(project, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     teacher = ["--teacher", str(project / "teacher"), "--objective.token", "1"]

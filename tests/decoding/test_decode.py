@@ -73,6 +73,45 @@ def test_the_last_slot_is_written(student, max_length):
     assert as_lists(got) == reference.generate(model, params, rows, key, decoding)
 
 
+class Counted:
+    """A model that counts its forward passes as they run."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def forward(self, params, tokens, **arguments):
+        jax.debug.callback(self.count)
+        return self.model.forward(params, tokens, **arguments)
+
+    def count(self):
+        self.calls += 1
+
+
+def test_decoding_stops_at_the_most_new_tokens(student):
+    """Of each row's response, and the loop ends there too."""
+    model, params = student
+    rows = tiny.prompts()
+    counted = Counted(model)
+    state = start(model, params, rows)
+    calls = {}
+    for horizon in (3, 5):
+        counted.calls = 0
+        ended = decode(
+            counted,
+            model.decode_params(params, jnp.float32),
+            state,
+            keys=row_keys(jax.random.key(7), rows.example, STUDENT_STREAM, 0),
+            decoding=Decoding(14, ENDLESS, max_new_tokens=horizon),
+        )
+        jax.effects_barrier()
+        calls[horizon] = counted.calls
+        np.testing.assert_array_equal(ended.rows.lengths, rows.prompt_lengths + horizon)
+    assert calls == {3: 3, 5: 5}
+
+
 def test_a_full_row_is_unchanged(student):
     model, params = student
     rows = tiny.prompts((6, 3), width=6)

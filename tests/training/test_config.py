@@ -48,6 +48,8 @@ def test_the_defaults_are_valid():
         dict(rollout__policy="on", rollout__probability=0.0),
         dict(rollout__policy="replay", rollout__initial_ratio=1.0),
         dict(rollout__rounds=0, rollout__temperature=0.0),
+        dict(rollout__max_new_tokens=64),
+        dict(rollout__max_new_tokens=((0.0, 64), (0.3, 256), (0.9, 128))),
         dict(objective__sft=0.0),
         dict(objective__token=0.0),
         dict(objective__divergence="dac_kl_fixed", objective__lower=0.0),
@@ -58,6 +60,18 @@ def test_the_defaults_are_valid():
         dict(data__buckets=(64, 128)),
         dict(teacher_cache="cache", objective__span=0.0),
         SAMPLED | dict(objective__baseline=0.0),
+        dict(
+            rollout__policy="replay",
+            rollout__initial_ratio=0.5,
+            objective__divergence="skewed_forward_kl",
+            objective__sample_divergence="skewed_reverse_kl",
+            objective__alpha=0.2,
+        ),
+        SAMPLED
+        | dict(
+            objective__divergence="forward_kl",
+            objective__sample_divergence="sampled_reverse_kl",
+        ),
         dict(objective__token_weights="discrepancy", objective__weight_gain=2.0),
         dict(
             teacher_cache="cache",
@@ -105,6 +119,12 @@ def test_what_works_is_let_through(changes):
         (dict(rollout__probability=-0.1), "rollout.probability must be in"),
         (dict(rollout__probability=float("nan")), "rollout.probability must be in"),
         (dict(rollout__initial_ratio=2.0), r"rollout.initial_ratio must be in .*2.0"),
+        (dict(rollout__max_new_tokens=0), "max_new_tokens=0; expected a number above"),
+        (dict(rollout__max_new_tokens=()), r"max_new_tokens=\(\); expected"),
+        (dict(rollout__max_new_tokens=((0.1, 8),)), "shares rise from 0 to below 1"),
+        (dict(rollout__max_new_tokens=((0.0, 8), (0.0, 9))), "shares rise from 0"),
+        (dict(rollout__max_new_tokens=((0.0, 8), (1.0, 9))), "to below 1"),
+        (dict(rollout__max_new_tokens=((0.0, 8), (0.5, 0))), "a number above 0"),
         (dict(rollout__rounds=-1), "rollout needs rounds >= 0.*rounds=-1"),
         (dict(rollout__temperature=-1.0), "temperature >= 0.*temperature=-1.0"),
         (dict(rollout__top_p=0.0), "0 < top_p <= 1.*top_p=0.0"),
@@ -250,6 +270,23 @@ def test_what_works_is_let_through(changes):
             "token_weights='acceptance' needs the teacher's whole distribution",
         ),
         (SAMPLED | dict(rollout__policy="off"), "rollout.policy='off', .* set it to"),
+        (
+            dict(objective__sample_divergence="reverse_kl"),
+            "sample_divergence='reverse_kl' is read only .* rollout.policy is off",
+        ),
+        (
+            SAMPLED | dict(objective__sample_divergence="reverse_kl"),
+            "'sampled_reverse_kl' scores only rows that the student wrote",
+        ),
+        (
+            dict(
+                rollout__policy="on",
+                objective__divergence="forward_kl",
+                objective__sample_divergence="reverse_kl",
+                objective__alpha=0.2,
+            ),
+            "alpha=0.2 is not read by .*'forward_kl' or 'reverse_kl'",
+        ),
         (SAMPLED | dict(rollout__rounds=1), "rollout.rounds=1, .* set it to 0"),
         (SAMPLED | dict(rollout__top_p=0.9), "rollout.top_p=0.9, .* set it to 1.0"),
         (
@@ -285,6 +322,7 @@ def test_what_cannot_work_is_named(changes, message):
         "log_every",
         "keep_checkpoints",
         "rollout.capacity",
+        "rollout.samples",
         "objective.num_candidates",
         "objective.width",
         "objective.temperature",

@@ -39,9 +39,13 @@ class Batches:
         self.position = state["position"]
 
 
-def rollout(params, teacher_params, micro_batches, key):
+horizons = []
+
+
+def rollout(params, teacher_params, micro_batches, key, horizon):
     """Writes a number that params, teacher and the key decide behind each prompt."""
     del teacher_params
+    horizons.append(horizon)
     return tuple(
         zip(*(write(params, rows, key) for rows in micro_batches), strict=True)
     )
@@ -62,7 +66,8 @@ def write(params, rows, key):
         span_ids=jnp.full_like(rows.span_ids, NO_SPAN),
         ground_truth=jnp.zeros_like(rows.ground_truth),
     )
-    heard = jnp.broadcast_to(rows.example[:, None, None], (size, WIDTH, 3))
+    width = rows.tokens.shape[1]
+    heard = jnp.broadcast_to(rows.example[:, None, None], (size, width, 3))
     return written, info, heard
 
 
@@ -83,13 +88,14 @@ def lookup(rows):
 
 def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **settings):
     keep = settings.pop("keep_ground_truth", True)
+    data_width = settings.pop("data_width", widths[0])
     mesh = mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     return RowSource(
-        Batches(widths[0]),
+        Batches(data_width),
         RolloutConfig(policy, **settings),
         None if policy == "off" else rollout,
         add_spans,
-        layout=BatchLayout(mesh, BATCH, parts, widths),
+        layout=BatchLayout(mesh, BATCH, parts, widths, prompt_limit=2),
         steps=STEPS,
         keep_ground_truth=keep,
         lookup=lookup,
@@ -231,6 +237,39 @@ def test_only_a_step_that_generates_needs_the_whole_width():
                 )
             np.testing.assert_array_equal(own.example, whole.example)
     assert sources == set(widths)
+
+
+SCHEDULE = ((0.0, 2), (0.1, 4), (0.5, 100))
+
+
+@pytest.mark.parametrize(
+    ("keep", "data_width", "expected"), [(False, 8, (6, 6, 10)), (True, 8, (8, 8, 10))]
+)
+def test_a_horizon_follows_training_and_needs_only_its_own_width(
+    keep, data_width, expected
+):
+    """Prompts have at most 2 tokens; the data's own rows are 8 wide."""
+    source = make(
+        keep_ground_truth=keep,
+        widths=(6, 8, WIDTH),
+        data_width=data_width,
+        max_new_tokens=SCHEDULE,
+    )
+    horizons.clear()
+    for number, width in zip((1, 2, 10), expected, strict=True):
+        rows = step(source, number)
+        assert rows.horizon == horizons[-1]
+        assert {part.tokens.shape[1] for part in rows.micro_batches} == {width}
+    assert horizons == [2, 4, 100]
+
+
+def test_narrow_samples_fit_the_replay_buffer():
+    settings = dict(initial_ratio=1.0, capacity=8, max_new_tokens=3)
+    source = make("replay", widths=(6, WIDTH), **settings)
+    assert step(source, 0).micro_batches[0].tokens.shape[1] == 6
+    rows = step(source, STEPS - 1)
+    assert rows.source == "replay" and rows.horizon is None
+    assert source.replay_rows["tokens"].shape == (8, WIDTH)
 
 
 def test_what_is_drawn_depends_on_the_step_s_key_alone():

@@ -1,8 +1,10 @@
-"""A run on the student's samples, with a divergence that reads the sampled tokens."""
+"""Runs on the student's samples: divergences that read them, horizons, many samples."""
 
+import dataclasses
 import io
 import json
 import math
+import shutil
 
 import pytest
 import tiny
@@ -20,12 +22,16 @@ pytestmark = [
 ]
 
 
-def test_a_run_on_samples_learns_on_a_mesh_of_three_axes(tmp_path):
-    project = tiny.project(tmp_path)
-    settings = TrainConfig(
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny.project(tmp_path_factory.mktemp("project"))
+
+
+def config(project, name, objective, **changes):
+    settings = dict(
         student=str(project / "student"),
         teacher=str(project / "teacher"),
-        output=str(project / "run"),
+        output=str(project / name),
         steps=3,
         batch_size=8,
         data=DataConfig(
@@ -35,21 +41,32 @@ def test_a_run_on_samples_learns_on_a_mesh_of_three_axes(tmp_path):
             max_length=56,
             cache_dir=str(project / "cache"),
         ),
-        objective=Objective(
-            sft=0.0,
-            span=0.0,
-            divergence="sampled_reverse_kl",
-            token_weights="discrepancy",
-        ),
+        objective=objective,
         rollout=RolloutConfig("on", rounds=0),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         mesh=MeshConfig(2, 2, 2),
         log_every=1,
         tensorboard=False,
     )
+    return TrainConfig(**settings | changes)
+
+
+def run(settings):
+    """Run, and return the metrics of the steps."""
     train(settings, console=Console(file=io.StringIO()))
-    lines = (project / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if "train/loss" in line]
+    path = f"{settings.output}/metrics.jsonl"
+    with open(path, encoding="utf-8") as lines:
+        return [line for line in map(json.loads, lines) if "train/loss" in line]
+
+
+def test_a_run_on_samples_learns_on_a_mesh_of_three_axes(project):
+    objective = Objective(
+        sft=0.0,
+        span=0.0,
+        divergence="sampled_reverse_kl",
+        token_weights="discrepancy",
+    )
+    steps = run(config(project, "weighted", objective))
     assert len(steps) == 3
     for line in steps:
         assert math.isfinite(line["train/loss"]) and line["train/gradient_norm"] > 0
@@ -57,3 +74,34 @@ def test_a_run_on_samples_learns_on_a_mesh_of_three_axes(tmp_path):
         # The first tokens of a row count up to half more.
         divergence = line["train/sampled_reverse_kl"]
         assert line["train/loss"] != pytest.approx(divergence, rel=1e-3)
+
+
+def test_horizons_and_many_samples_resume_bit_for_bit(project):
+    settings = config(
+        project,
+        "straight",
+        Objective(sft=0.0, span=0.0, divergence="reverse_kl"),
+        steps=6,
+        micro_batches=2,
+        rollout=RolloutConfig(
+            "replay",
+            initial_ratio=0.9,
+            capacity=16,
+            samples=2,
+            max_new_tokens=((0.0, 4), (0.5, 8)),
+        ),
+        save_every=3,
+    )
+    straight = run(settings)
+    generated = [line for line in straight if "rollout/max_new_tokens" in line]
+    assert {line["rollout/max_new_tokens"] for line in generated} <= {4, 8}
+    resumed = dataclasses.replace(
+        settings, output=str(project / "resumed"), resume=True
+    )
+    shutil.copytree(settings.output, resumed.output)
+    shutil.rmtree(f"{resumed.output}/checkpoints/6")
+    again = run(resumed)
+    assert len(again) == 6 and {line["rollout/student_share"] for line in again} >= {1}
+    for one, other in zip(straight, again, strict=True):
+        del one["train/tokens_per_second"], other["train/tokens_per_second"]
+        assert one == other
