@@ -31,7 +31,7 @@ def command_of(name, project, folder):
     command += ["--data.cache_dir", str(project / "cache")]
     for split in ("train", "valid"):
         file = project / f"{split}.jsonl"
-        if name == "seqkd":
+        if name in ("seqkd", "distillm2"):
             file = rewritten(file, folder, as_generated)
         if name == "opd" and split == "train":
             file = rewritten(file, folder, as_prompt)
