@@ -1,7 +1,7 @@
 """Names that an objective chooses by, and the settings that each of them reads."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 Divergence = Literal[
@@ -79,19 +79,28 @@ def fields_of(settings: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def check_divergence_settings(
-    name: str, settings: Mapping[str, Setting], *, temperature: float
+    names: Sequence[str], settings: Mapping[str, Setting], *, temperature: float
 ) -> None:
-    """Refuse settings that the divergence does not read, or that it cannot work with.
+    """Refuse settings that no divergence reads, or that one cannot work with.
 
     Args:
-      name: the divergence.
+      names: the divergences of an objective.
       settings: values of all fields in DIVERGENCE_SETTINGS; None where not set.
       temperature: the objective's temperature.
 
     Raises:
       ValueError: names the setting, its value and the values that are allowed.
     """
-    _check_read("divergence", name, settings, DIVERGENCE_SETTINGS)
+    _check_read("divergence", names, settings, DIVERGENCE_SETTINGS)
+    for name in names:
+        read = {field: settings[field] for field in DIVERGENCE_SETTINGS.get(name, ())}
+        _check_divergence(name, read, temperature)
+
+
+def _check_divergence(
+    name: str, settings: Mapping[str, Setting], temperature: float
+) -> None:
+    """Refuse values of the settings that one divergence reads."""
     for field, value in settings.items():
         if name == "alpha_beta_divergence" and value == 0:
             raise ValueError(f"objective.{field}=0.0; expected another number than 0")
@@ -123,7 +132,7 @@ def check_token_weight_settings(name: str, settings: Mapping[str, Setting]) -> N
     Raises:
       ValueError: names the setting, its value and the values that are allowed.
     """
-    _check_read("token_weights", name, settings, TOKEN_WEIGHT_SETTINGS)
+    _check_read("token_weights", (name,), settings, TOKEN_WEIGHT_SETTINGS)
     for field, value in settings.items():
         _check_range(field, value)
 
@@ -155,15 +164,17 @@ def check_cached_teacher(
 
 def _check_read(
     option: str,
-    chosen: str,
+    chosen: Sequence[str],
     settings: Mapping[str, Setting],
     table: Mapping[str, tuple[str, ...]],
 ) -> None:
+    read = {field for name in chosen for field in table.get(name, ())}
+    names = " or ".join(map(repr, chosen))
     for field, value in settings.items():
-        if value is not None and field not in table.get(chosen, ()):
+        if value is not None and field not in read:
             raise ValueError(
                 f"objective.{field}={value} is not read by "
-                f"objective.{option}={chosen!r}; leave it out, or choose one of "
+                f"objective.{option}={names}; leave it out, or choose one of "
                 f"{[name for name, own in table.items() if field in own]}"
             )
 

@@ -5,7 +5,8 @@
   L_sft    cross-entropy on the labels, ground-truth rows only (our choice: on the
            student's own samples it would teach the student's errors)
   L_token  DAC-KL at every scored position, or another divergence in its place, each
-           times the position's token weight (1 unless chosen)
+           times the position's token weight (1 unless chosen); rows that the student
+           wrote may have a divergence of their own
   L_span   span correlation at every scored pair of adjacent tokens in one phrase
 
 Each part is a mean over its own count, taken once over the whole step: all hosts,
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from mgsr_jax import losses, settings
 from mgsr_jax.divergences import (
     DIVERGENCE_SETTINGS,
+    DIVERGENCES,
     FROM_SAMPLES,
     TOKEN_WEIGHT_SETTINGS,
     Divergence,
@@ -50,6 +52,9 @@ class Objective:
       divergence: "dac_kl" (limits from the clip network), "dac_kl_fixed" (the limits
         `lower` and `upper`), or a divergence of whole distributions, by its function's
         name in mgsr_jax.losses.
+      sample_divergence: divergence of the rows that the student wrote, given likewise;
+        a step that generates then also trains on the data's rows of its prompts. none:
+        `divergence`.
       num_candidates: DAC-KL chooses among this many most probable teacher classes.
       width: softness of DAC-KL's mask, in quantile levels.
       normalization: "teacher" renormalises the clipped teacher; "none" does not.
@@ -85,6 +90,7 @@ class Objective:
     token: float = 1.0
     span: float = 1.0
     divergence: Divergence = "dac_kl"
+    sample_divergence: Divergence | None = None
     num_candidates: int = 512
     width: float = 0.01
     normalization: Literal["teacher", "none"] = "teacher"
@@ -127,8 +133,19 @@ class Objective:
                 "objective needs 0 <= lower < upper <= 1, got "
                 f"lower={self.lower}, upper={self.upper}"
             )
+        if self.sample_divergence not in (None, *DIVERGENCES):
+            raise ValueError(
+                f"objective.sample_divergence={self.sample_divergence!r}; expected one "
+                f"of {DIVERGENCES}"
+            )
+        if len(self.divergences) > 1 and self.divergence in FROM_SAMPLES:
+            raise ValueError(
+                f"objective.divergence={self.divergence!r} scores only rows that the "
+                "student wrote; set objective.sample_divergence to it, and "
+                "objective.divergence to one for the data's rows"
+            )
         check_divergence_settings(
-            self.divergence,
+            self.divergences,
             {name: getattr(self, name) for name in fields_of(DIVERGENCE_SETTINGS)},
             temperature=self.temperature,
         )
@@ -136,6 +153,18 @@ class Objective:
             self.token_weights,
             {name: getattr(self, name) for name in fields_of(TOKEN_WEIGHT_SETTINGS)},
         )
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """That of all rows; or that of the data's rows, then that of the student's."""
+        if self.sample_divergence in (None, self.divergence):
+            return (self.divergence,)
+        return (self.divergence, self.sample_divergence)
+
+    @property
+    def needs_data(self) -> bool:
+        """True where a step that generates also trains on its prompts' data rows."""
+        return self.sft != 0 or (self.token != 0 and len(self.divergences) > 1)
 
     @property
     def needs_teacher(self) -> bool:
@@ -150,7 +179,7 @@ class Objective:
     @property
     def needs_clip_network(self) -> bool:
         """True where DAC-KL's limits are learned."""
-        return self.token != 0 and self.divergence == "dac_kl"
+        return self.token != 0 and "dac_kl" in self.divergences
 
 
 class Weights(NamedTuple):

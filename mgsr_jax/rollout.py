@@ -141,7 +141,7 @@ class RolloutConfig:
             if getattr(self, name) != value:
                 raise ValueError(
                     f"rollout.{name}={getattr(self, name)!r}, but "
-                    "objective.divergence=sampled_reverse_kl needs tokens that the "
+                    "the divergence sampled_reverse_kl needs tokens that the "
                     f"student sampled, at the objective's temperature; set it to "
                     f"{value!r}, or use reverse_kl"
                 )

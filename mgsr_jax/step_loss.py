@@ -17,18 +17,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from mgsr_jax import losses, sharding
+from mgsr_jax.loss_targets import Targets, make_targets
 from mgsr_jax.losses import Projection, Sum, TopKTeacher, default_chunk_size
 from mgsr_jax.objective import Objective, Weights
 from mgsr_jax.rows import Rows, next_token_view
-from mgsr_jax.typing import Leaf, Model, Params, RowKeys
-from mgsr_jax.weighted_sum import (
-    Targets,
+from mgsr_jax.token_loss import (
     check_teacher,
     label_discrepancy,
-    make_targets,
-    weighted_sum,
     with_discrepancy_weights,
 )
+from mgsr_jax.typing import Leaf, Model, Params, RowKeys
+from mgsr_jax.weighted_sum import weighted_sum
 
 LOGIT_PARTS = 8
 """Parts of a chunk whose losses are computed one after the other.

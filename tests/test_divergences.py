@@ -33,15 +33,15 @@ def test_every_divergence_of_the_library_can_be_chosen():
 def test_a_divergence_accepts_only_the_settings_that_it_reads(name):
     needed = {"mix": 0.5} if name == "taid" else {}
     unset = dict.fromkeys(fields_of(DIVERGENCE_SETTINGS)) | needed
-    check_divergence_settings(name, unset, temperature=1.0)
+    check_divergence_settings([name], unset, temperature=1.0)
     for field in unset:
         value = {"support": "union", "top_k": 3}.get(field, 0.3)
         given = unset | {field: value}
         if field in DIVERGENCE_SETTINGS.get(name, ()):
-            check_divergence_settings(name, given, temperature=1.0)
+            check_divergence_settings([name], given, temperature=1.0)
             continue
         with pytest.raises(ValueError, match=f"objective.{field}={value} is not read"):
-            check_divergence_settings(name, given, temperature=1.0)
+            check_divergence_settings([name], given, temperature=1.0)
 
 
 @pytest.mark.parametrize("name", get_args(TokenWeights))

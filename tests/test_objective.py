@@ -175,6 +175,56 @@ def test_the_sampled_divergence_reads_the_labels_of_sampled_rows_only():
     assert moved == set(at)
 
 
+def paired_by_hand(alpha):
+    """DistiLLM-2: KL(p || a p + (1-a) q) on the data's rows, its mirror on samples."""
+    p, q = (np.exp(log_softmax(table["logits"])) for table in (TEACHER, STUDENT))
+    forward = np.sum(p * np.log(p / (alpha * p + (1 - alpha) * q)), -1)
+    reverse = np.sum(q * np.log(q / ((1 - alpha) * p + alpha * q)), -1)
+    return forward, reverse
+
+
+PAIRED = Objective(
+    sft=0.0,
+    span=0.0,
+    divergence="skewed_forward_kl",
+    sample_divergence="skewed_reverse_kl",
+    alpha=0.2,
+)
+
+
+def test_the_student_s_rows_may_have_another_divergence():
+    forward, reverse = paired_by_hand(0.2)
+    data = [forward[b, t] for b, t in scored() if b not in SAMPLED]
+    samples = [reverse[b, t] for b, t in scored() if b in SAMPLED]
+    loss, metrics = evaluate(PAIRED)
+    np.testing.assert_allclose(loss, np.mean(data + samples), rtol=2e-6)
+    for name, values in (
+        ("skewed_forward_kl", data),
+        ("skewed_reverse_kl", samples),
+    ):
+        assert metrics[name].count == len(values)
+        np.testing.assert_allclose(metrics[name].total, np.sum(values), rtol=2e-6)
+
+
+def test_the_gradient_of_a_paired_divergence_is_each_row_s_own():
+    grads = differentiate(PAIRED)[2]["student"]["logits"]
+    for changes, rows in (
+        ({"sample_divergence": None}, set(range(len(grads))) - set(SAMPLED)),
+        ({"divergence": "skewed_reverse_kl", "sample_divergence": None}, SAMPLED),
+    ):
+        same = dataclasses.replace(PAIRED, **changes)
+        want = differentiate(same)[2]["student"]["logits"]
+        for b in rows:
+            np.testing.assert_allclose(grads[b], want[b], rtol=1e-6, atol=1e-9)
+
+
+def test_one_divergence_may_be_named_twice():
+    twice = dataclasses.replace(PAIRED, sample_divergence="skewed_forward_kl")
+    once = dataclasses.replace(PAIRED, sample_divergence=None)
+    assert twice.divergences == once.divergences
+    assert evaluate(twice)[0] == evaluate(once)[0]
+
+
 def entropies(table):
     log_probs = log_softmax(table["logits"])
     return -np.sum(np.exp(log_probs) * log_probs, -1)

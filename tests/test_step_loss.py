@@ -33,6 +33,7 @@ from tables import (
 from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
+from mgsr_jax.loss_targets import make_targets
 from mgsr_jax.objective import Objective, position_weights
 from mgsr_jax.rows import (
     NO_SPAN,
@@ -43,7 +44,7 @@ from mgsr_jax.rows import (
 )
 from mgsr_jax.step_loss import StepLoss, micro_batch_loss
 from mgsr_jax.train_step import init_state, make_train_step
-from mgsr_jax.weighted_sum import make_targets, weighted_sum
+from mgsr_jax.weighted_sum import weighted_sum
 
 
 def top_k(k):
@@ -76,6 +77,27 @@ def test_a_cached_teacher_of_all_classes_equals_the_teacher(divergence):
     np.testing.assert_allclose(loss, want, rtol=2e-6)
     assert metrics.keys() == want_metrics.keys()
     assert_close(grads["student"], want_grads["student"], rtol=3e-6)
+
+
+@pytest.mark.slow
+def test_a_cached_teacher_scores_only_the_data_s_rows_of_a_pair():
+    rows = jax.tree.map(lambda x: x, ROWS)
+    paired = Objective(
+        span=0.0, divergence="forward_kl", sample_divergence="reverse_kl"
+    )
+    step = make_train_step(Table(), Table("teacher"), optax.sgd(1.0), paired)
+    data, samples = (
+        dataclasses.replace(rows, ground_truth=jnp.full(len(LENGTHS), truth))
+        for truth in (True, False)
+    )
+    outputs = losses.top_k_teacher(TEACHER["logits"], TEACHER["logits"].shape[-1])
+    found = []
+    for of_data in (None, outputs):
+        state = init_state(jax.tree.map(jnp.array, PARAMS), optax.sgd(1.0), seed=0)
+        new, metrics = step(state, TEACHER, (data, samples), (of_data, None))
+        found.append((jax.device_get(new.params), jax.device_get(metrics)))
+    assert_close(found[0], found[1], rtol=3e-6)
+    assert found[0][1]["reverse_kl"].count == found[0][1]["forward_kl"].count == 26
 
 
 def test_losses_that_need_more_than_a_cached_teacher_are_errors():
@@ -130,6 +152,10 @@ def test_chunks_do_not_change_the_loss(chunk_size):
         {"divergence": "reverse_kl_top_k", "top_k": 3, "support": "union"},
         {"divergence": "sampled_reverse_kl"},
         {"divergence": "reverse_kl", "token_weights": "acceptance"},
+        {
+            "divergence": "skewed_forward_kl",
+            "sample_divergence": "skewed_reverse_kl",
+        },
     ],
     ids=lambda settings: settings["divergence"],
 )

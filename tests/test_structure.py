@@ -24,6 +24,8 @@ checkpoint.*
 decoding.*
 scrg
 objective
+loss_targets
+token_loss
 weighted_sum
 step_loss
 train_step

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, ScalarLike, Shaped
 
 from mgsr_jax import losses
+from mgsr_jax.loss_targets import Targets, VocabArguments
 from mgsr_jax.losses import Sum, TopKTeacher, masked_sum
 from mgsr_jax.objective import Objective, Weights
+from mgsr_jax.token_loss import label_discrepancy, with_discrepancy_weights
 from mgsr_jax.typing import Leaf, Params
-from mgsr_jax.weighted_sum import (
-    Targets,
-    VocabArguments,
-    label_discrepancy,
-    weighted_sum,
-    with_discrepancy_weights,
-)
+from mgsr_jax.weighted_sum import weighted_sum
 
 DEFAULTS = Objective(span=0.0)
 """Cross-entropy and DAC-KL: the parts that need no span ids."""
@@ -113,7 +109,8 @@ def mgsr_loss(
 
     Raises:
       ValueError: `objective.span` is not 0 and there are no span ids, or the teacher is
-        a `TopKTeacher`; an unknown name in `scale`; errors of the losses.
+        a `TopKTeacher`; `objective.sample_divergence` is set; an unknown name in
+        `scale`; errors of the losses.
 
     >>> import jax
     >>> clip_params = losses.init_clip_network(jax.random.key(0), num_candidates=4)
@@ -151,6 +148,12 @@ def _check(
             f"objective.span={objective.span} and a TopKTeacher; expected dense "
             "logits, since spans compare whole distributions: run the teacher, or set "
             "span to 0"
+        )
+    if objective.sample_divergence is not None:
+        raise ValueError(
+            f"objective.sample_divergence={objective.sample_divergence!r}, but every "
+            "label of a batch counts as ground truth here; set objective.divergence "
+            "for the batch, and sample_divergence to None"
         )
     used = [part for part in PARTS if getattr(objective, part)]
     if unknown := sorted(set(scale or {}) - set(used)):

@@ -50,10 +50,10 @@ from mgsr_jax.integrations._tunix_batch import (
     count_accumulated,
     model_inputs,
 )
+from mgsr_jax.loss_targets import VocabArguments
 from mgsr_jax.losses import Sum
 from mgsr_jax.objective import Objective
 from mgsr_jax.typing import PRNGKey
-from mgsr_jax.weighted_sum import VocabArguments
 
 __all__ = [
     "MgsrDistillationTrainer",

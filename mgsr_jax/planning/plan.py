@@ -241,7 +241,7 @@ def _largest_steps(
     config: TrainConfig, data: StepInputs, samples: StepInputs
 ) -> dict[str, StepInputs]:
     """Inputs of the largest steps of a run whose student generates, by name."""
-    if config.objective.sft:
+    if config.objective.needs_data:
         return {"train step": (data[0] + samples[0], data[1] + samples[1])}
     steps = {"train step": samples}
     if not config.rollout.always_generates:

@@ -147,7 +147,13 @@ class TrainConfig:
         _check_attention(self)
         if self.teacher_cache is not None:
             _check_teacher_cache(self)
-        if self.objective.divergence in FROM_SAMPLES:
+        if self.objective.sample_divergence and self.rollout.policy == "off":
+            raise ValueError(
+                f"objective.sample_divergence={self.objective.sample_divergence!r} is "
+                "read only on rows that the student wrote, and rollout.policy is off; "
+                "set rollout.policy, or leave sample_divergence out"
+            )
+        if set(FROM_SAMPLES) & set(self.objective.divergences):
             self.rollout.check_samples(temperature=self.objective.temperature)
 
     @property

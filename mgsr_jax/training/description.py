@@ -1,6 +1,7 @@
 """What a run does, in the lines that it prints before its first step."""
 
 import dataclasses
+import itertools
 
 from mgsr_jax.divergences import DIVERGENCE_SETTINGS, TOKEN_WEIGHT_SETTINGS
 from mgsr_jax.objective import Objective
@@ -42,15 +43,19 @@ def _losses(objective: Objective) -> str:
     >>> _losses(Objective(span=0.0, divergence="jensen_shannon", beta=0.5))
     '1 x cross-entropy (sft) + 1 x jensen_shannon (token; beta=0.5)'
     """
-    token = f"{objective.divergence} ({'; '.join(['token', *_token(objective)])})"
+    divergences = " on the data, ".join(objective.divergences)
+    if len(objective.divergences) > 1:
+        divergences += " on samples"
+    token = f"{divergences} ({'; '.join(['token', *_token(objective)])})"
     names = {"sft": "cross-entropy (sft)", "token": token, "span": "span correlation"}
     weights = {part: getattr(objective, part) for part in names}
     return " + ".join(f"{w:g} x {names[part]}" for part, w in weights.items() if w)
 
 
 def _token(objective: Objective) -> list[str]:
-    """The settings of the divergence and of token weights that are given."""
-    fields = list(DIVERGENCE_SETTINGS.get(objective.divergence, ()))
+    """The settings of the divergences and of token weights that are given."""
+    read = (DIVERGENCE_SETTINGS.get(name, ()) for name in objective.divergences)
+    fields = list(itertools.chain(*read))
     if objective.temperature != 1:
         fields.append("temperature")
     if objective.token_weights != "uniform":
@@ -76,6 +81,10 @@ def _rollouts(rollout: RolloutConfig) -> str:
     elif rollout.always_generates:
         when = "every step generates"
     parts = [when, f"temperature {rollout.temperature:g}"]
+    if rollout.samples > 1:
+        parts.append(f"samples of a prompt: {rollout.samples}")
+    if rollout.max_new_tokens is not None:
+        parts.append(f"max_new_tokens {rollout.max_new_tokens}")
     if rollout.top_k:
         parts.append(f"top_k {rollout.top_k}")
     if rollout.top_p < 1:

@@ -18,12 +18,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgsr_jax import losses, sharding
+from mgsr_jax.loss_targets import VocabArguments
 from mgsr_jax.losses import masked_sum
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.train_step import Metrics
 from mgsr_jax.training.metrics import Means
 from mgsr_jax.typing import STUDENT, Leaf, Model, Params
-from mgsr_jax.weighted_sum import VocabArguments
 
 Comparison = Callable[[Params, Params | None, Rows], Metrics]
 """(all parameters, the teacher's or None, rows) -> sums over the scored positions."""

@@ -128,9 +128,9 @@ def _check_prompts_only(config: TrainConfig, path: str, form: Form) -> None:
     if not rollout.always_generates or sft:
         raise ValueError(
             f"{has}, so every response must be the student's own: set rollout.policy "
-            f'to "on", rollout.probability to 1 and objective.sft to 0 (got '
-            f"{rollout.policy!r}, {rollout.probability}, {sft}); if a column has "
-            "responses, name it: data.columns: {completion: COLUMN}"
+            'to "on", rollout.probability to 1 and objective.sft to 0, as the recipe '
+            f"opd does (got {rollout.policy!r}, {rollout.probability}, {sft}); if a "
+            "column has responses, name it: data.columns: {completion: COLUMN}"
         )
 
 

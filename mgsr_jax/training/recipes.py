@@ -20,7 +20,7 @@ from mgsr_jax.rollout import RolloutConfig
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 METHOD = {
-    "objective": ("sft", "token", "span", "divergence"),
+    "objective": ("sft", "token", "span", "divergence", "sample_divergence"),
     "rollout": ("policy",),
 }
 """Settings that choose a method, by section; the others only adjust one."""

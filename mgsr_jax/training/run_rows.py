@@ -33,7 +33,7 @@ def make_row_source(inputs: RunInputs, rollout: Rollout | None) -> RowSource:
         add_spans,
         layout=_layout(inputs),
         steps=inputs.steps,
-        keep_ground_truth=config.objective.sft > 0,
+        keep_ground_truth=config.objective.needs_data,
         lookup=inputs.teacher_cache.lookup if inputs.teacher_cache else None,
     )
 

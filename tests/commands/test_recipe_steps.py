@@ -45,6 +45,8 @@ class Method(NamedTuple):
     equation: object = None  # of (log p, log q) at a position
     samples: float | str = 0.0
     rounds: int = 0
+    sample_name: str = ""  # token loss of the student's rows, if it has its own
+    sample_equation: object = None
 
 
 def forward_kl(p, q):
@@ -64,11 +66,16 @@ def skewed_forward_kl(p, q):
     return forward_kl(p, np.log(0.1 * np.exp(p) + 0.9 * np.exp(q)))
 
 
+def skewed_reverse_kl(p, q):
+    return forward_kl(q, np.log(0.9 * np.exp(p) + 0.1 * np.exp(q)))
+
+
 def alpha_beta(p, q):
     own = (0.2 * np.exp(0.9 * p) + 0.7 * np.exp(0.9 * q)) / 0.9
     return -np.sum(np.exp(0.2 * p + 0.7 * q) - own) / 0.14
 
 
+OF_THE_TEACHER = ("seqkd", "distillm2")
 ONLY_TOKEN = (0.0, 1.0, 0.0)
 METHODS = {
     "sft": Method((1.0, 0.0, 0.0)),
@@ -80,6 +87,14 @@ METHODS = {
     "minillm": Method((1.0, 1.0, 0.0), "reverse_kl", reverse_kl, 1.0),
     "opd": Method(ONLY_TOKEN, "reverse_kl", reverse_kl, 1.0),
     "distillm": Method(ONLY_TOKEN, "skewed_forward_kl", skewed_forward_kl, "replay"),
+    "distillm2": Method(
+        ONLY_TOKEN,
+        "skewed_forward_kl",
+        skewed_forward_kl,
+        1.0,
+        sample_name="skewed_reverse_kl",
+        sample_equation=skewed_reverse_kl,
+    ),
     "mgsr": Method((1.0, 1.0, 1.0), "dac_kl", None, 0.5, 1),
     "mgsr_no_scrg": Method((1.0, 1.0, 1.0), "dac_kl", None, 0.5),
     "mgsr_no_dac_kl": Method((1.0, 1.0, 1.0), "forward_kl", forward_kl, 0.5, 1),
@@ -177,9 +192,9 @@ def prepare_run(project, tmp_path, monkeypatch, two_devices):
 
 
 def data_of(name, project, folder, split="train"):
-    """Training data; for seqkd that of `mgsr generate`, with the teacher's text."""
+    """A file of data; for two recipes that of `mgsr generate`, the teacher's text."""
     file = project / f"{split}.jsonl"
-    if name != "seqkd":
+    if name not in OF_THE_TEACHER:
         return file
     written = folder / f"{split}.jsonl"
     with pytest.MonkeyPatch.context() as patch:
@@ -272,7 +287,7 @@ def assert_rows(run, method, rows, rollout_key, records):
 
 def expected_metrics(run, method, micro_batches):
     """The loss of a step and its parts, in float64, position by position."""
-    sums = {"sft": [], method.name: [], "span": []}
+    parts, by_name = {"sft": [], "token": [], "span": []}, {}
     for rows in jax.device_get(micro_batches):
         logits = [run.logits("student", rows.tokens)]
         if run.teacher_params is not None:
@@ -283,24 +298,32 @@ def expected_metrics(run, method, micro_batches):
             student, *teacher = (x[b, at] for x in logits)
             q = student - np.logaddexp.reduce(student, axis=-1, keepdims=True)
             if rows.ground_truth[b]:
-                sums["sft"] += list(-q[np.arange(len(at)), labels])
+                parts["sft"] += list(-q[np.arange(len(at)), labels])
             if not teacher:
                 continue
             (teacher,) = teacher
             p = teacher - np.logaddexp.reduce(teacher, axis=-1, keepdims=True)
-            if method.name == "dac_kl":
+            name, equation = method.name, method.equation
+            if method.sample_name and not rows.ground_truth[b]:
+                name, equation = method.sample_name, method.sample_equation
+            if name == "dac_kl":
                 clip = run.params[CLIP_NETWORK]
-                sums["dac_kl"] += list(reference.dac_kl(clip, student, teacher)[0])
+                values = list(reference.dac_kl(clip, student, teacher)[0])
             else:
-                sums[method.name] += list(map(method.equation, p, q))
+                values = list(map(equation, p, q))
+            parts["token"] += values
+            by_name.setdefault(name, []).extend(values)
             ids = rows.span_ids[b, at + 1]
             values = reference.span_correlation(student, teacher, ids)
             pairs = [i for i in range(len(ids) - 1) if ids[i] == ids[i + 1] != -1]
-            sums["span"] += list(values[pairs])
-    parts = zip(("sft", method.name, "span"), method.weights, strict=True)
-    weights = {name: weight for name, weight in parts if weight}
-    means = {name: np.mean(sums[name]) if sums[name] else 0.0 for name in weights}
-    return means | {"loss": sum(weights[name] * means[name] for name in weights)}
+            parts["span"] += list(values[pairs])
+    means = {part: np.mean(values) for part, values in parts.items() if values}
+    weights = dict(zip(parts, method.weights, strict=True))
+    loss = sum(weights[part] * means.get(part, 0.0) for part in parts)
+    reported = {
+        part: means[part] for part in means if weights[part] and part != "token"
+    }
+    return reported | {k: np.mean(v) for k, v in by_name.items()} | {"loss": loss}
 
 
 def expected_source(method, run, step, generated):
@@ -326,7 +349,7 @@ def test_rows_and_loss_of_a_recipe_equal_an_independent_version(
     method = METHODS[name]
     run = prepare_run(name, *OPTIONS.get(name, []))
     records = tiny.records(48, 0)
-    if name == "seqkd":
+    if name in OF_THE_TEACHER:
         lines = (tmp_path / "train.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
     seen, generated = {}, set()

@@ -198,6 +198,14 @@ def test_what_is_in_effect_is_described(parse):
         "token_weights=acceptance) + 1 x span correlation"
     )
     assert lines[2] == "rollouts: none, every step trains on the data"
+    pair = parse("--recipe", "distillm2", "--rollout.samples", "4", *TEACHER)
+    assert describe_run(pair, steps=1)[:3] == [
+        "recipe: distillm2, except rollout.samples=4",
+        "losses: 1 x skewed_forward_kl on the data, skewed_reverse_kl on samples "
+        "(token; alpha=0.1)",
+        "rollouts: every step generates; temperature 1; samples of a prompt: 4; rounds "
+        "of SCRG: 0",
+    ]
     replay = parse("--recipe", "distillm", "--rollout.top_k", "5", *TEACHER)
     assert describe_run(replay, steps=1)[2] == (
         "rollouts: adaptive, from ratio 0, with a replay buffer of 1000 rows; "

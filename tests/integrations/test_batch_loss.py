@@ -18,9 +18,10 @@ from mgsr_jax.integrations import (
     mgsr_loss,
     next_token_labels,
 )
+from mgsr_jax.loss_targets import make_targets
 from mgsr_jax.losses import init_clip_network, top_k_teacher
 from mgsr_jax.objective import position_weights
-from mgsr_jax.weighted_sum import make_targets, weighted_sum
+from mgsr_jax.weighted_sum import weighted_sum
 
 B, S, V, K = 3, 7, 9, 4
 VOCAB_SIZE = 8
@@ -230,6 +231,12 @@ def test_evaluation_computes_the_cross_entropy():
 def test_impossible_combinations_are_errors(teacher, labels, scale, error):
     with pytest.raises(ValueError, match=error):
         mgsr_loss(CLIP, STUDENT, teacher, labels, OBJECTIVE, scale=scale)
+
+
+def test_a_divergence_of_samples_is_an_error():
+    paired = Objective(span=0.0, sample_divergence="reverse_kl")
+    with pytest.raises(ValueError, match="counts as ground truth here"):
+        mgsr_loss(CLIP, STUDENT, TEACHER, LABELS, paired)
 
 
 def test_the_loss_of_a_batch_equals_the_trainers_objective():

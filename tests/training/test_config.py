@@ -60,6 +60,18 @@ def test_the_defaults_are_valid():
         dict(data__buckets=(64, 128)),
         dict(teacher_cache="cache", objective__span=0.0),
         SAMPLED | dict(objective__baseline=0.0),
+        dict(
+            rollout__policy="replay",
+            rollout__initial_ratio=0.5,
+            objective__divergence="skewed_forward_kl",
+            objective__sample_divergence="skewed_reverse_kl",
+            objective__alpha=0.2,
+        ),
+        SAMPLED
+        | dict(
+            objective__divergence="forward_kl",
+            objective__sample_divergence="sampled_reverse_kl",
+        ),
         dict(objective__token_weights="discrepancy", objective__weight_gain=2.0),
         dict(
             teacher_cache="cache",
@@ -258,6 +270,23 @@ def test_what_works_is_let_through(changes):
             "token_weights='acceptance' needs the teacher's whole distribution",
         ),
         (SAMPLED | dict(rollout__policy="off"), "rollout.policy='off', .* set it to"),
+        (
+            dict(objective__sample_divergence="reverse_kl"),
+            "sample_divergence='reverse_kl' is read only .* rollout.policy is off",
+        ),
+        (
+            SAMPLED | dict(objective__sample_divergence="reverse_kl"),
+            "'sampled_reverse_kl' scores only rows that the student wrote",
+        ),
+        (
+            dict(
+                rollout__policy="on",
+                objective__divergence="forward_kl",
+                objective__sample_divergence="reverse_kl",
+                objective__alpha=0.2,
+            ),
+            "alpha=0.2 is not read by .*'forward_kl' or 'reverse_kl'",
+        ),
         (SAMPLED | dict(rollout__rounds=1), "rollout.rounds=1, .* set it to 0"),
         (SAMPLED | dict(rollout__top_p=0.9), "rollout.top_p=0.9, .* set it to 1.0"),
         (
