@@ -277,7 +277,11 @@ def test_what_works_is_let_through(changes):
             "rollout.rounds=1, but SCRG's teacher reads the student's",
         ),
         (
-            dict(data__teacher_prompt="{prompt}!", teacher_cache="cache"),
+            dict(
+                data__teacher_prompt="{prompt}!",
+                teacher_cache="cache",
+                objective__span=0.0,
+            ),
             "teacher_prompt is set, but teacher_cache holds",
         ),
         (
