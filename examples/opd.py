@@ -66,8 +66,8 @@ class Scale:
     problems: int = 1500
     test_problems: int = 256
     teacher_steps: int = 300
-    warm_steps: int = 200
-    steps: int = 200
+    warm_steps: int = 250
+    steps: int = 250
     batch_size: int = 32
 
 
@@ -196,7 +196,7 @@ class Workspace:
         config = dataclasses.replace(
             config,
             steps=self.scale.warm_steps,
-            optimizer=small_runs.optimizer(6e-3, 3e-3),
+            optimizer=small_runs.optimizer(6e-3, 1e-4),
         )
         return train(config, console=self.console).output
 
