@@ -40,7 +40,6 @@ from mgsr_jax.evaluation.scores import EvaluationResult
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.training.trainer import train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Scale:
     problems: int = 1500
     test_problems: int = 256
     teacher_steps: int = 300
-    warm_steps: int = 200
-    steps: int = 200
+    warm_steps: int = 250
+    steps: int = 250
     batch_size: int = 32
 
 
@@ -185,7 +184,7 @@ class Workspace:
         config = dataclasses.replace(
             config, steps=self.scale.teacher_steps, batch_size=64
         )
-        return train(config, console=self.console).student
+        return small_runs.train_to_the_end(config, self.console).student
 
     def train_start(self, folder: Path, seed: int) -> Path:
         """The run folder of a student's SFT before the comparison."""
@@ -196,9 +195,9 @@ class Workspace:
         config = dataclasses.replace(
             config,
             steps=self.scale.warm_steps,
-            optimizer=small_runs.optimizer(6e-3, 3e-3),
+            optimizer=small_runs.optimizer(6e-3, 1e-4),
         )
-        return train(config, console=self.console).output
+        return small_runs.train_to_the_end(config, self.console).output
 
     def train_method(
         self, name: str, method: Method, start: Path, teacher: Path, seed: int
@@ -214,8 +213,8 @@ class Workspace:
             seed=seed + 1000,
             teacher=teacher,
         )
-        run = train(config, console=self.console).output
-        return run, time.monotonic() - began
+        folder = small_runs.train_to_the_end(config, self.console).output
+        return folder, time.monotonic() - began
 
     def new_model(self, folder: Path, width: int, *, seed: int) -> Path:
         """Write a random model."""

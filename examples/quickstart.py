@@ -31,6 +31,7 @@ from small_runs import (
     run_name,
     show_table,
     table_rows,
+    train_to_the_end,
     write_model,
 )
 
@@ -46,7 +47,6 @@ from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.training.trainer import train
 from mgsr_jax.typing import Model, Params
 
 TEACHER_WIDTH, STUDENT_WIDTH, LAYERS = 128, 64, 4
@@ -172,7 +172,7 @@ class Workspace:
             steps=TEACHER_STEPS,
             batch_size=64,
         )
-        return train(config, console=self.console).student
+        return train_to_the_end(config, self.console).student
 
     def train_students(
         self, teacher: Path, methods: dict[str, Method], seed: int
@@ -193,7 +193,7 @@ class Workspace:
         config = dataclasses.replace(
             config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
         )
-        start = train(config, console=self.console)
+        start = train_to_the_end(config, self.console)
         runs["start"] = start.output
         for name, method in methods.items():
             self.console.rule(f"seed {seed}: {name}")
@@ -202,7 +202,7 @@ class Workspace:
             config = self.config(
                 start.student, teacher, output, method, seed=seed + 1000
             )
-            runs[name] = train(config, console=self.console).output
+            runs[name] = train_to_the_end(config, self.console).output
         return runs
 
     def config(

@@ -17,7 +17,9 @@ from mgsr_jax import models
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.models import LanguageModel
+from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.trainer import TrainResult, train
 from mgsr_jax.typing import Params
 
 Columns = Mapping[str, tuple[str, str]]
@@ -80,6 +82,14 @@ def optimizer(learning_rate: float, final_learning_rate: float) -> OptimizerConf
         warmup_steps=20,
         beta2=0.98,
     )
+
+
+def train_to_the_end(config: TrainConfig, console: Console) -> TrainResult:
+    """Train; end the example if a signal such as Ctrl-C stopped the training."""
+    result = train(config, console=console)
+    if not result.finished:
+        raise SystemExit(f"stopped in {result.output}; start the example again")
+    return result
 
 
 def recipe_digest(*files: str, settings: str = "") -> str:
