@@ -47,10 +47,12 @@ class EvaluateConfig:
     Attributes:
       model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
         org/name@revision).
-      data: JSONL file with instruction, input and output (a string or a list of
-        references), or a list of files in brackets. A record with "minillm": false is
-        not scored.
-      split: split of a hub data set.
+      data: data with responses, given as in data.train; several after one another or
+        in brackets are scored one by one. A response may be a list of references. A
+        record with "minillm": false is not scored.
+      split: split of a folder or hub data set.
+      columns: the data's names of columns that it names differently, such as {prompt:
+        query, completion: text}.
       metrics: one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
         stemming), exact_match (equal after SQuAD's normalisation), math (final answer
         equal as a number or as LaTeX; needs the extra math). The best reference counts.
@@ -94,6 +96,7 @@ class EvaluateConfig:
     model: str
     data: str | list[str]
     split: str = "test"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: MetricName | list[MetricName] = "rouge_l"
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     samples: int = 1
@@ -265,7 +268,11 @@ def _load_prompts(
     from mgsr_jax.data.prompts import load_prompts
 
     prompts, report = load_prompts(
-        path, loaded.tokenizer, config.encoding, split=config.split
+        path,
+        loaded.tokenizer,
+        config.encoding,
+        split=config.split,
+        columns=config.columns,
     )
     if is_lead():
         unscored = sum(not prompt.scored for prompt in prompts)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mgsr_jax.data.conversations import Message
-from mgsr_jax.data.source_settings import is_data_file
+from mgsr_jax.data.source_settings import Columns, is_data_file
 
 if TYPE_CHECKING:
     from mgsr_jax.data.encoding import Encoder
@@ -28,9 +28,19 @@ class Request:
 
 
 def read_requests(
-    prompt: str | list[str] | None, file: str | None, context: str
+    prompt: str | list[str] | None,
+    file: str | None,
+    context: str,
+    *,
+    columns: Columns | None = None,
 ) -> list[Request]:
     """The prompts of the command line, of a file, or of standard input.
+
+    Args:
+      prompt: one or several prompts.
+      file: a data file, or a text file with a prompt a line; "-" is standard input.
+      context: further context of each prompt that has none.
+      columns: a data file's names of columns; see `forms.recognise`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -50,7 +60,7 @@ def read_requests(
             )
         requests = list(_lines("standard input", sys.stdin, context))
     elif is_data_file(file):
-        requests = list(_records(file, context))
+        requests = list(_records(file, context, columns))
     else:
         with open(file, encoding="utf-8") as lines:
             requests = list(_lines(file, lines, context))
@@ -85,8 +95,8 @@ def _lines(source: str, lines: Iterable[str], context: str) -> Iterator[Request]
             yield _request(text, context, f"{source}:{number}")
 
 
-def _records(file: str, context: str) -> Iterator[Request]:
+def _records(file: str, context: str, columns: Columns | None) -> Iterator[Request]:
     from mgsr_jax.data.records import read_prompts
 
-    for example in read_prompts(file):
+    for example in read_prompts(file, columns=columns):
         yield Request(example.messages, example.input or context, example.source)
