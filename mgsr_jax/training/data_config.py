@@ -22,9 +22,9 @@ class DataConfig:
     """Training data and how it becomes token rows.
 
     Attributes:
-      train: a data file (.jsonl, .json or .parquet; the first two also with .gz, .xz or
-        .zst), a pattern such as parts/*.jsonl, a folder of data files or of datasets'
-        save_to_disk, or a hub data set (org/name, org/name:config,
+      train: data to train on: a file (.jsonl, .json or .parquet; the first two also
+        with .gz, .xz or .zst), a pattern such as parts/*.jsonl, a folder of data files
+        or of datasets' save_to_disk, or a hub data set (org/name, org/name:config,
         org/name:config@revision). Several in brackets are concatenated. Where each is
         given as {path: ..., weight: ...}, examples are drawn in proportion to the
         weights, until every source has been used up once.
