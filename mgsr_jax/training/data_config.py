@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from glob import glob
 from typing import Any, Literal
 
 from mgsr_jax import settings
@@ -117,6 +118,14 @@ class DataConfig:
         sources = [*self.train_sources, *self.valid_sources]
         for columns in [self.columns, *(source.columns for source in sources)]:
             check_columns(columns or {})
+        for path in (source.path for source in sources):
+            if path[:1] in ("[", "{") and not (os.path.exists(path) or glob(path)):
+                raise ValueError(
+                    f"data has the source {path!r}, which begins like a list or a "
+                    "record and is none; expected [{path: FILE, weight: NUMBER, split: "
+                    "NAME, columns: {OURS: THEIRS}}, ...], of which only path is "
+                    "required"
+                )
         weights = [source.weight for source in self.train_sources]
         given = [weight for weight in weights if weight is not None]
         if given and (len(given) < len(weights) or not min(given) > 0):
