@@ -25,6 +25,7 @@ from mgsr_jax.checkpoint._layout import (
     tensor_names,
 )
 from mgsr_jax.checkpoint.folder import PathLike, check_folder
+from mgsr_jax.checkpoint.response_format import ResponseFormat
 from mgsr_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from mgsr_jax.checkpoint.tokenizer import copy_tokenizer
 from mgsr_jax.models import KeyRow, LanguageModel
@@ -41,6 +42,7 @@ def save_pretrained(
     params: Params,
     *,
     tokenizer_from: PathLike | None = None,
+    response_format: ResponseFormat | None = None,
     dtype: DTypeLike = jnp.float32,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
@@ -56,6 +58,8 @@ def save_pretrained(
       params: parameters as `load_params` or `model.init` return them, sharded or not.
       tokenizer_from: folder whose tokenizer files and generation_config.json are
         copied; None: no tokenizer.
+      response_format: end ids and chat template of the training, where the folder of
+        the tokenizer has others.
       dtype: dtype of the written weights.
       overwrite: replace what an earlier call wrote at `path`; nothing else is replaced.
       max_shard_bytes: larger weights are split into several files with an index.
@@ -82,6 +86,8 @@ def save_pretrained(
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), folder)
         _write_configs(folder, model, np.dtype(dtype).name, tokenizer_from)
+        if response_format is not None:
+            response_format.write(folder, model.config.eos_token_id)
         _write_weights(folder, tensors, sizes, max_shard_bytes)
         if target.exists():
             target.rename(Path(t) / "replaced")

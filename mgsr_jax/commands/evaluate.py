@@ -47,12 +47,11 @@ class EvaluateConfig:
     Attributes:
       model: folder of a Hugging Face checkpoint, or its hub name (org/name, or
         org/name@revision).
-      data: data with responses, given as in data.train; several after one another or
-        in brackets are scored one by one. A response may be a list of references. A
-        record with "minillm": false is not scored.
-      split: split of a folder or hub data set.
-      columns: the data's names of columns that it names differently, such as {prompt:
-        query, completion: text}.
+      data: data with references, in any form and place of data.train of mgsr train, or
+        several in brackets. A record with "minillm": false is not scored.
+      split: split of a folder or a hub data set.
+      columns: the data's names of columns that it names differently, such as
+        {question: problem, answer: solution}.
       metrics: one or several metrics, 0 to 100 each: rouge_l (ROUGE-L F1 with
         stemming), exact_match (equal after SQuAD's normalisation), math (final answer
         equal as a number or as LaTeX; needs the extra math). The best reference counts.

@@ -87,13 +87,12 @@ def export_student(
       ValueError: `adapter` is set but the run has none; the checkpoint does not fit the
         model.
     """
-    import jax.numpy as jnp
-
     from mgsr_jax import models
     from mgsr_jax.checkpoint import hf, hub
     from mgsr_jax.checkpoint.peft import save_adapter
+    from mgsr_jax.checkpoint.response_format import load_format
     from mgsr_jax.models import lora
-    from mgsr_jax.training.run_folder import read_run_config
+    from mgsr_jax.training.run_folder import RESPONSE_FORMAT_FILE, read_run_config
 
     config = read_run_config(run)
     source = hub.local_folder(config["student"])
@@ -110,9 +109,12 @@ def export_student(
         return
     if settings.rank:
         # The frozen weights had this precision while the adapters were trained.
-        base = hf.load_params(source, model, dtype=jnp.dtype(config["dtype"]))
+        base = hf.load_params(source, model, dtype=config["dtype"])
         params = lora.merged(base | params, settings)
-    hf.save_pretrained(output, model, params, tokenizer_from=source, dtype=dtype)
+    ends = load_format(Path(run) / RESPONSE_FORMAT_FILE)
+    hf.save_pretrained(
+        output, model, params, tokenizer_from=source, response_format=ends, dtype=dtype
+    )
 
 
 def _restore(

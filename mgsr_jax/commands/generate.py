@@ -45,7 +45,8 @@ class GenerateConfig:
       file: file of prompts: a data file in any form of data.train (.jsonl, .json or
         .parquet), whose responses are not read. In any other file, and on standard
         input (-), a line is a prompt. Without prompt and file, standard input is read.
-      columns: names of columns of the file, such as {prompt: query}.
+      columns: the data's names of columns that it names differently, such as
+        {prompt: query}.
       input: context that is added to each instruction (the field `input` of Alpaca).
       template: "chat" for the tokenizer's chat template, the path of a template file
         (.jinja), "alpaca", "none" for the plain text, or "auto": chat where the
@@ -103,9 +104,7 @@ def generate(config: GenerateConfig) -> int:
         max_length=config.max_length,
         batch_size=config.batch_size,
     )
-    requests = read_requests(
-        config.prompt, config.file, config.input, columns=config.columns
-    )
+    requests = read_requests(config.prompt, config.file, config.input, config.columns)
     start(config.distributed)
     loaded = load(config.model, _encoding(config), mesh=make_mesh(config.mesh))
     prompts = on_all_processes(

@@ -31,16 +31,9 @@ def read_requests(
     prompt: str | list[str] | None,
     file: str | None,
     context: str,
-    *,
     columns: Columns | None = None,
 ) -> list[Request]:
     """The prompts of the command line, of a file, or of standard input.
-
-    Args:
-      prompt: one or several prompts.
-      file: a data file, or a text file with a prompt a line; "-" is standard input.
-      context: further context of each prompt that has none.
-      columns: a data file's names of columns; see `forms.recognise`.
 
     Raises:
       FileNotFoundError: there is no such file.

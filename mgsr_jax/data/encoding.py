@@ -236,6 +236,12 @@ class Encoder:
             return turns._replace(response=turns.response + end)
         return turns
 
+    @property
+    def template_file_text(self) -> str | None:
+        """Text of the template file; None if the template is not from a file."""
+        is_own = self.encoding.template == "chat"
+        return None if is_own else self.encoding.template_text
+
     @functools.cached_property
     def notes(self) -> tuple[str, ...]:
         """Lines for the log: which template is used, and what is unusual about it."""

@@ -17,6 +17,7 @@ from mgsr_jax import __version__, models, sharding
 from mgsr_jax.checkpoint import hf, hub
 from mgsr_jax.checkpoint.chat_template import same_template
 from mgsr_jax.checkpoint.folder import weights_digest
+from mgsr_jax.checkpoint.response_format import ResponseFormat
 from mgsr_jax.checkpoint.tokenizer import eos_ids
 from mgsr_jax.data import dataset
 from mgsr_jax.data.encoding import Encoder
@@ -47,7 +48,7 @@ class RunInputs:
       teacher: the teacher as pure functions, or None.
       tokenizer: the tokenizer of both models.
       vocab_size: number of tokens; embeddings may have more rows.
-      eos_ids: tokens that end a response.
+      response_format: tokens that end a response, and the run's own template file.
       mesh: device mesh.
       train: tokenised training data.
       train_fingerprint: digest of the training rows, in their order.
@@ -64,7 +65,7 @@ class RunInputs:
     teacher: LanguageModel | None
     tokenizer: Tokenizer
     vocab_size: int
-    eos_ids: tuple[int, ...]
+    response_format: ResponseFormat
     mesh: Mesh
     train: datasets.Dataset
     train_fingerprint: str
@@ -74,6 +75,11 @@ class RunInputs:
     steps: int
     teacher_cache: TeacherCache | None = None
     student_digest: str | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        return self.response_format.eos_ids
 
 
 def prepare(config: TrainConfig, *, console: Console) -> RunInputs:
@@ -114,7 +120,9 @@ def read_inputs(config: TrainConfig, *, console: Console) -> RunInputs:
         teacher=teacher,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        eos_ids=eos_ids(tokenizer, student, encoder.chat),
+        response_format=ResponseFormat(
+            eos_ids(tokenizer, student, encoder.chat), encoder.template_file_text
+        ),
         mesh=mesh,
         train=data.train,
         train_fingerprint=dataset.fingerprint(data.train),

@@ -15,6 +15,7 @@ from mgsr_jax.training.data_config import DataConfig
 
 CONFIG_FILE = "config.yaml"
 REJECTED_FILE = "rejected.txt"
+RESPONSE_FORMAT_FILE = "response_format.json"
 CHECKPOINTS = "checkpoints"
 STUDENT_FOLDER = "student"
 

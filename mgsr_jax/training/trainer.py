@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from mgsr_jax.checkpoint import hf
+from mgsr_jax.checkpoint.response_format import save_format
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.divergences import DIVERGENCES
 from mgsr_jax.models import lora
@@ -32,6 +33,7 @@ from mgsr_jax.training.programs import make_programs
 from mgsr_jax.training.progress import StepProgress, limit_warning
 from mgsr_jax.training.run_folder import (
     CHECKPOINTS,
+    RESPONSE_FORMAT_FILE,
     STUDENT_FOLDER,
     write_rejected,
     write_run_config,
@@ -289,6 +291,7 @@ class _Run:
             self.inputs.student,
             lora.merged(self.state.all_params[STUDENT], self.config.lora),
             tokenizer_from=self.config.student,
+            response_format=self.inputs.response_format,
             overwrite=True,
         )
         self.console.print(f"student: {target}")
@@ -297,6 +300,7 @@ class _Run:
         if not is_lead():
             return
         write_run_config(self.output, dataclasses.asdict(self.config))
+        save_format(self.output / RESPONSE_FORMAT_FILE, self.inputs.response_format)
         if self.inputs.rejected:
             path = write_rejected(self.output, self.inputs.rejected)
             self.console.print(f"records that are not used unchanged: {path}")

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 from rich.console import Console
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
@@ -152,6 +153,25 @@ def train_command(talkers, recipe):
 def losses(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.exhaustive
+def test_an_exported_student_has_the_template_and_the_end_of_turn(
+    talkers, train_command, tmp_path
+):
+    own = tmp_path / "own.jinja"
+    own.write_text(TEMPLATE + "{# my own #}")
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    command = [*train_command, "--data.template", str(own), "--steps", "1"]
+    assert main([*command, "--output", str(run)]) == DONE
+    own.unlink()
+    assert main(["export", "--run", str(run), "--output", str(exported)]) == DONE
+    for folder in (run / "student", exported):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == TEMPLATE + "{# my own #}"
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+        end = tokenizer.convert_tokens_to_ids("<|endturn|>")
+        assert set(generation.eos_token_id) == {tokenizer.eos_token_id, end}
 
 
 @pytest.mark.exhaustive
