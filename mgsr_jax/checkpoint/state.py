@@ -161,7 +161,9 @@ def restore(
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"checkpoint {step} in {manager.directory} does not fit this run or is "
-            f"damaged: {reason}"
+            f"damaged: {reason}; resume with the version of mgsr_jax that wrote it, "
+            f"remove the folder {step} to resume from an earlier checkpoint, or start "
+            "a new run"
         ) from error
     return items["state"], items["host"], items["replay"]
 

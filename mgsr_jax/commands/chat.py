@@ -104,7 +104,7 @@ class _Chat:
         self.config, self.loaded, self.responses = config, loaded, 0
         self.eos_ids = loaded.eos_ids()
         unstack = functools.partial(loaded.model.decode_params, dtype=config.dtype)
-        self.params = jax.jit(unstack, donate_argnums=0)(loaded.params(config.dtype))
+        self.params = jax.jit(unstack)(loaded.params(config.dtype))
 
     def respond(self, messages: list["Message"]) -> str:
         """Print the response to a conversation while it is drawn, and return it.

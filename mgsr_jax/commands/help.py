@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from mgsr_jax.commands.evaluate import EvaluateConfig
+from mgsr_jax.commands.generate import GenerateConfig
 from mgsr_jax.commands.settings_reference import (
     Setting,
     config_class,
@@ -50,6 +51,21 @@ COMMON: dict[type, tuple[str, ...]] = {
         "mesh.data",
         "output",
         "against",
+    ),
+    GenerateConfig: (
+        "model",
+        "prompt",
+        "file",
+        "columns",
+        "template",
+        "system",
+        "max_length",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "batch_size",
+        "mesh.data",
     ),
 }
 """Settings that most people give, of records with many settings."""
@@ -124,7 +140,7 @@ def _sections(settings: Iterable[Setting]) -> list[str]:
 def _shortened(setting: Setting) -> str:
     """The words that are allowed, or how the explanation begins, and the default."""
     first = re.split(r"[,;:.] | \(", setting.text)[0].rstrip(".")
-    if ", " in setting.allowed:
+    if ", " in setting.allowed and "record of" not in setting.allowed:
         first = setting.allowed
     default = f" [{setting.default}]"
     if setting.default in ("none", "false"):

@@ -34,7 +34,7 @@ from mgsr_jax.commands.plan import plan
 from mgsr_jax.commands.recipes import recipes
 from mgsr_jax.commands.report import report
 from mgsr_jax.commands.settings_reference import config_class, settings_of
-from mgsr_jax.commands.suggestions import with_suggestion
+from mgsr_jax.commands.suggestions import in_words, with_suggestion
 from mgsr_jax.commands.train import train
 from mgsr_jax.train_step import Diverged
 from mgsr_jax.training.recipes import default_recipe, recipe_file
@@ -64,7 +64,7 @@ _LISTS = ("--data", "--metrics", "--evaluate.metrics")
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    arguments = _with_lists(arguments)
+    arguments = _with_flags(_with_lists(arguments))
     try:
         if (page := _short_help(arguments)) is not None:
             print(page)
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         message = " ".join(str(error).split())
         if isinstance(error, argparse.ArgumentError):
             message = with_suggestion(message, _names(arguments))
+            message = in_words(message, _allowed(arguments))
         print(f"mgsr: error: {message}", file=sys.stderr)
         return DIVERGED if isinstance(error, Diverged) else MISTAKE
 
@@ -143,6 +144,17 @@ def _with_lists(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """Write `--resume` as `--resume true`."""
+    values = _allowed(arguments)
+    flags = {f"--{name}" for name in values if values[name] == "true or false"}
+    result: list[str] = []
+    for word, next_word in itertools.pairwise([*arguments, "--"]):
+        is_alone = word in flags and next_word.startswith("-")
+        result += [word, "true"] if is_alone else [word]
+    return result
+
+
 def _short_help(arguments: list[str]) -> str | None:
     """The page for `COMMAND --help [TOPIC]`; None where the parser prints the help."""
     if not arguments or arguments[0] not in COMMANDS:
@@ -162,6 +174,13 @@ def _names(arguments: list[str]) -> list[str]:
     command = COMMANDS[arguments[0]]
     recipe = ["recipe"] if reads_recipes(command) else []
     return ["config", *recipe, *(setting.name for setting in settings_of(command))]
+
+
+def _allowed(arguments: Sequence[str]) -> dict[str, str]:
+    """What the settings of the command that was given allow, in words."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return {}
+    return {s.name: s.allowed for s in settings_of(COMMANDS[arguments[0]])}
 
 
 def _run(name: str, settings: jsonargparse.Namespace) -> int:

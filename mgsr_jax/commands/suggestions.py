@@ -1,18 +1,24 @@
-"""What a word with a typo may mean, at the end of an error's line."""
+"""The parser's errors in words, and what a word with a typo may mean."""
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # What the parser calls an unknown option, key or command.
 _UNKNOWN = re.compile(
-    r"(?:unrecognized arguments: (?P<dashes>--)|does not accept option '|"
-    r"invalid choice: ')(?P<word>[\w.-]+)"
+    r"(?:(?:unrecognized arguments|ambiguous option): (?P<dashes>--)|"
+    r"does not accept option '|invalid choice: ')(?P<word>[\w.-]+)"
 )
 # What it calls a word that a setting does not allow.
 _NOT_ALLOWED = re.compile(
     r"Literal\[(?P<allowed>[^]]+)\].* value: (?P<word>[\w.-]+)", re.DOTALL
 )
+_MISSING = re.compile(r"the following arguments are required: (?P<names>.+)")
+_WRONG_VALUE = re.compile(
+    r'Parser key "(?P<name>[\w.]+)": .*(?:Got|Given) value: (?P<value>.+?)'
+    r"(?: Given value type: .*)?(?P<hint>; did you mean [^;]*\?)?"
+)
+_WRONG_KEY = re.compile(r"Option '(?P<key>[^']+)' is not accepted")
 
 
 def with_suggestion(message: str, names: Iterable[str]) -> str:
@@ -42,3 +48,26 @@ def with_suggestion(message: str, names: Iterable[str]) -> str:
     if not close:
         return message
     return f"{message}; did you mean {dashes}{candidates[close[0]]}?"
+
+
+def in_words(message: str, allowed: Mapping[str, str]) -> str:
+    """The message of the parser's error, without names of Python's types.
+
+    Args:
+      message: one line.
+      allowed: the command's settings: name -> what is allowed, in words.
+
+    >>> in_words('Parser key "steps": Expected an int. Got value: many',
+    ...          {"steps": "whole number"})
+    'steps: got many, expected whole number'
+    """
+    if found := _MISSING.fullmatch(message):
+        names = (name.partition(".")[2] for name in found["names"].split(", "))
+        return f"settings that are missing: {', '.join(names)}"
+    found = _WRONG_VALUE.fullmatch(message)
+    if found is None or found["name"] not in allowed:
+        return message
+    name, hint = found["name"], found["hint"] or ""
+    key = _WRONG_KEY.search(message)
+    unknown = f" ({key['key']!r} is unknown)" if key else ""
+    return f"{name}: got {found['value']}{unknown}, expected {allowed[name]}{hint}"

@@ -89,7 +89,7 @@ def recognise(source: OpenSource, columns: Columns | None = None) -> Form:
         required = any(ours in form for form in _FORMS)
         if required and theirs not in seen:
             raise ValueError(
-                f"data.columns names {theirs!r} for {ours}, but data {source.name!r} "
+                f"columns names {theirs!r} for {ours}, but data {source.name!r} "
                 f"has the columns {list(seen)}; correct the name"
             )
     name, prompt, response = _fitting_form(source.name, seen, names)
@@ -150,7 +150,7 @@ def _fitting_form(
         f"data {source!r} has the columns {list(seen)}; expected messages, "
         "conversations, instruction and output, prompt and completion, question and "
         "answer, or for prompts only one of prompt, question, instruction; name others "
-        "with data.columns: {prompt: COLUMN, completion: COLUMN}"
+        "with the setting columns: {prompt: COLUMN, completion: COLUMN}"
     )
 
 

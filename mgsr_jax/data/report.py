@@ -120,6 +120,8 @@ def check_report(
             f"{first}"
         )
     if report.kept == 0:
+        fix = "raise max_length or max_prompt_length, " if report.too_long else ""
         raise ValueError(
-            f"data {str(path)!r} has no usable record among {total}; first: {first}"
+            f"data {str(path)!r} has no usable record among {total}; {fix}first: "
+            f"{first}"
         )

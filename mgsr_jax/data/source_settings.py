@@ -86,6 +86,6 @@ def check_columns(columns: Columns) -> None:
     for name in columns:
         if name not in COLUMNS:
             raise ValueError(
-                f"data.columns has the name {name!r}; expected {', '.join(COLUMNS)}, "
+                f"columns has the name {name!r}; expected {', '.join(COLUMNS)}, "
                 "each followed by the data's own name"
             )

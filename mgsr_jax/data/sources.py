@@ -84,6 +84,8 @@ def open_source(path: str | Path, split: str = "train") -> OpenSource:
         return OpenSource(name, _matching(name))
     if file.exists() or is_data_file(file.name):
         return OpenSource(name, [_checked(file)])
+    if file.suffix and file.parent.is_dir() and not re.search("[:@]", name):
+        _checked(file)  # raises: the name of a file, such as some.csv
     if (hub := _HUB_NAME.fullmatch(name)) is None:
         raise FileNotFoundError(
             f"data {name!r} is missing; expected a file, a pattern of files, a folder, "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from glob import glob
 from typing import Any, Literal
 
 from mgsr_jax import settings
@@ -22,9 +23,9 @@ class DataConfig:
     """Training data and how it becomes token rows.
 
     Attributes:
-      train: a data file (.jsonl, .json or .parquet; the first two also with .gz, .xz or
-        .zst), a pattern such as parts/*.jsonl, a folder of data files or of datasets'
-        save_to_disk, or a hub data set (org/name, org/name:config,
+      train: data to train on: a file (.jsonl, .json or .parquet; the first two also
+        with .gz, .xz or .zst), a pattern such as parts/*.jsonl, a folder of data files
+        or of datasets' save_to_disk, or a hub data set (org/name, org/name:config,
         org/name:config@revision). Several in brackets are concatenated. Where each is
         given as {path: ..., weight: ...}, examples are drawn in proportion to the
         weights, until every source has been used up once.
@@ -125,6 +126,14 @@ class DataConfig:
         sources = [*self.train_sources, *self.valid_sources]
         for columns in [self.columns, *(source.columns for source in sources)]:
             check_columns(columns or {})
+        for path in (source.path for source in sources):
+            if path[:1] in ("[", "{") and not (os.path.exists(path) or glob(path)):
+                raise ValueError(
+                    f"data has the source {path!r}, which begins like a list or a "
+                    "record and is none; expected [{path: FILE, weight: NUMBER, split: "
+                    "NAME, columns: {OURS: THEIRS}}, ...], of which only path is "
+                    "required"
+                )
         weights = [source.weight for source in self.train_sources]
         given = [weight for weight in weights if weight is not None]
         if given and (len(given) < len(weights) or not min(given) > 0):

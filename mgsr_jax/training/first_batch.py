@@ -149,22 +149,29 @@ def compare_first_batch(
     return means.take()
 
 
-def describe(values: Mapping[str, float], vocab_size: int) -> list[str]:
+def describe(
+    values: Mapping[str, float], vocab_size: int, *, sampled: bool = False
+) -> list[str]:
     """What a run prints about its first batch: one line, then warnings.
 
     The teacher should read the references better than the student does, and the student
     should be closer to it than a uniform distribution: KL(teacher || uniform) is
-    log V - H(teacher).
+    log V - H(teacher). The student's own responses are more probable to the student.
 
     Args:
       values: from `compare_first_batch`.
       vocab_size: number of tokens, V.
+      sampled: whether the responses are the student's own, not references.
 
     >>> describe({"student_loss": 3.0, "student_entropy": 2.5}, 50)
     ['first batch, nats per token: student loss 3.0000, entropy 2.5000']
     """
     if not values:
-        return ["first batch: it has no references to read teacher and student on"]
+        return [
+            "first batch: it has no references; teacher and student are compared on "
+            "the first responses that the student writes"
+        ]
+    title = f"first {'responses of the student' if sampled else 'batch'}"
     parts = [
         f"{name} loss {values[f'{name}_loss']:.4f}, "
         f"entropy {values[f'{name}_entropy']:.4f}"
@@ -172,11 +179,11 @@ def describe(values: Mapping[str, float], vocab_size: int) -> list[str]:
         if f"{name}_loss" in values
     ]
     if "kl" not in values:
-        return [f"first batch, nats per token: {parts[0]}"]
+        return [f"{title}, nats per token: {parts[0]}"]
     kl, uniform = values["kl"], math.log(vocab_size) - values["teacher_entropy"]
     parts = [f"KL(teacher || student) {kl:.4f}", *parts]
-    lines = [f"first batch, nats per token: {'; '.join(parts)}"]
-    if values["teacher_loss"] > values["student_loss"]:
+    lines = [f"{title}, nats per token: {'; '.join(parts)}"]
+    if not sampled and values["teacher_loss"] > values["student_loss"]:
         lines.append(
             "warning: the teacher reads the references of the first batch worse than "
             "the student does. Check data.template, the teacher's checkpoint and the "

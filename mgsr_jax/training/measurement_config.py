@@ -3,6 +3,7 @@
 import dataclasses
 
 from mgsr_jax import settings
+from mgsr_jax.data.source_settings import check_columns
 from mgsr_jax.evaluation.text_metrics import MetricName
 
 
@@ -13,6 +14,7 @@ class PeriodicEvaluation:
     Attributes:
       data: evaluation set, given as in `mgsr evaluate`; default: data.valid.
       split: split of a folder or a hub data set.
+      columns: names of columns of `data`, as in data.columns.
       metrics: scores of a response, as in `mgsr evaluate`.
       limit: number of prompts; the first of the set are taken.
       max_length: longest prompt and response in tokens; default: data.max_length.
@@ -22,6 +24,7 @@ class PeriodicEvaluation:
 
     data: str | None = None
     split: str = "test"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: tuple[MetricName, ...] = ("rouge_l",)
     limit: int = 64
     max_length: int | None = None
@@ -35,6 +38,7 @@ class PeriodicEvaluation:
         """
         names = ("limit", "max_length", "batch_size")
         settings.check_positive(self, *names, section="evaluate.")
+        check_columns(self.columns)
 
 
 def check_best_metric(

@@ -1,11 +1,12 @@
 """Measurements of a run: on its first batch, in validations and evaluations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
 from mgsr_jax.data.prompts import Prompt
+from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Diverged
 from mgsr_jax.training.first_batch import compare_first_batch, describe
 from mgsr_jax.training.inputs import RunInputs
@@ -40,13 +41,20 @@ class Measurements:
         self._programs, self._prompts, self._console = programs, prompts, console
 
     def first_batch(
-        self, params: Params, teacher_params: Params | None
+        self,
+        params: Params,
+        teacher_params: Params | None,
+        samples: Iterable[Rows] | None = None,
     ) -> dict[str, float]:
-        """How teacher and student read the first batch's references, by metric name."""
+        """How teacher and student read the first batch's references, by metric name.
+
+        Where the data holds prompts only there is nothing to read, until step 1 has
+        generated `samples`.
+        """
         inputs, comparison = self._inputs, self._programs.comparison
-        batches = first_micro_batches(inputs)
+        batches = first_micro_batches(inputs) if samples is None else samples
         values = compare_first_batch(comparison, params, teacher_params, batches)
-        for line in describe(values, inputs.vocab_size):
+        for line in describe(values, inputs.vocab_size, sampled=samples is not None):
             style = "yellow" if line.startswith("warning") else None
             self._console.print(line, style=style, soft_wrap=True)
         return {f"start/{name}": value for name, value in values.items()}

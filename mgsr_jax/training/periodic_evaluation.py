@@ -41,30 +41,36 @@ def load_evaluation(inputs: RunInputs, *, console: Console) -> list[Prompt]:
         )
     sharding.host_rows(inputs.mesh, protocol.batch_size)  # raises if it does not divide
     prompts: list[Prompt] = []
+    left_out = 0
     for source in sources:
-        columns = config.data.columns if source.columns is None else source.columns
-        prompts += load_prompts(
+        found, report = load_prompts(
             source.path,
             inputs.tokenizer,
             _encoding(config),
             split=source.split or config.evaluate.split,
-            columns=columns,
-        )[0]
+            columns=config.data.columns_of(source),
+        )
+        prompts += found
+        left_out += report.too_long + report.empty + report.malformed
     prompts = [dataclasses.replace(p, example=i) for i, p in enumerate(prompts)]
     scored = prompts_to_score(prompts, protocol, config.evaluate.metrics)
     console.print(
         f"{', '.join(source.path for source in sources)}: "
         f"{len(scored[: config.evaluate.limit])} of {len(prompts)} prompts are "
-        f"answered every {config.evaluate_every} steps",
+        f"answered every {config.evaluate_every} steps; {left_out} records are left "
+        f"out as too long (more than {protocol.max_prompt_length} tokens of prompt), "
+        "empty or malformed",
         markup=False,
+        soft_wrap=True,
     )
     return scored[: config.evaluate.limit]
 
 
 def _sources(config: TrainConfig) -> list[DataSource]:
     """The evaluation set, or else the validation data; each with its split."""
-    if config.evaluate.data is not None:
-        return [DataSource(config.evaluate.data, split=config.evaluate.split)]
+    own = config.evaluate
+    if own.data is not None:
+        return [DataSource(own.data, split=own.split, columns=own.columns)]
     return [
         dataclasses.replace(source, split=source.split or config.data.valid_split)
         for source in config.data.valid_sources

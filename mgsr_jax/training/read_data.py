@@ -203,8 +203,10 @@ def _print_example(
     """Print the first example as the models read it."""
     first = table[0]
     for part in ("prompt", "response"):
-        text = _shortened(str(tokenizer.decode(first[part])))
-        console.print(f"  first {part}: {text!r}", markup=False, soft_wrap=True)
+        text = repr(_shortened(str(tokenizer.decode(first[part]))))
+        if not first[part]:
+            text = "none; the student writes it"
+        console.print(f"  first {part}: {text}", markup=False, soft_wrap=True)
 
 
 def _shortened(text: str) -> str:

@@ -1,5 +1,6 @@
 """Files of a run folder: the settings that a run was started with, and their check."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 import yaml
 
 from mgsr_jax.checkpoint.hub import portable_name
+from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.data_config import DataConfig
 
 CONFIG_FILE = "config.yaml"
 REJECTED_FILE = "rejected.txt"
@@ -77,17 +80,39 @@ def check_output(output: Path, settings: Mapping[str, Any], *, resume: bool) -> 
             f"output folder {output} is not empty; give another one, or continue the "
             "run in it with resume: true"
         )
-    old = read_run_config(output)
-    new = json.loads(json.dumps(_portable(settings)))
-    changed = [
-        name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]
-    ]
+    changed = _changes(read_run_config(output), _portable(settings))
     if changed:
-        was = {name: old.get(name) for name in changed}
         raise ValueError(
-            f"resume: {', '.join(changed)} changed since {output} was started "
-            f"(was {was}); a resumed run must have the same settings"
+            f"resume: settings changed since {output} was started: "
+            f"{'; '.join(changed)}; a resumed run must have the same settings"
         )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for each setting of a run that differs and must not.
+
+    A setting that the run was started without, by an earlier version, had its default.
+    """
+    defaults = TrainConfig(student="", output="", data=DataConfig(train=""))
+    known = _flat(dataclasses.asdict(defaults))
+    before, now = known | _flat(old), _flat(new)
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**now, **before}
+        if name.partition(".")[0] not in _MAY_CHANGE
+        and before.get(name) != now.get(name)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Settings by their whole names, such as "rollout.policy", as YAML has them."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= _flat(value, f"{section}{name}.")
+        else:
+            values[f"{section}{name}"] = json.loads(json.dumps(value))
+    return values
 
 
 def write_run_config(output: Path, settings: Mapping[str, Any]) -> None:

@@ -113,6 +113,7 @@ class _Run:
         self.means = Means()
         self.validation: dict[str, float] = {}
         self.pending: tuple[int, Metrics] | None = None
+        self.compares_samples = False
 
     def run(self) -> TrainResult:
         """Load, train and export. Nothing is written before the weights are loaded."""
@@ -176,7 +177,9 @@ class _Run:
         steps, config = self.inputs.steps, self.config
         if start == 0:
             models = self.state.all_params, self.teacher_params
-            self._log(0, self.measurements.first_batch(*models))
+            compared = self.measurements.first_batch(*models)
+            self._log(0, compared)
+            self.compares_samples = not compared
         timer = time.monotonic()
         if start == 0:
             self._measure(0)
@@ -212,6 +215,11 @@ class _Run:
             self.state.all_params[STUDENT],
             self.teacher_params,
         )
+        if self.compares_samples:  # of step 1, before its update
+            models = self.state.all_params, self.teacher_params
+            samples = rows.micro_batches
+            self._log(0, self.measurements.first_batch(*models, samples))
+            self.compares_samples = False
         self.state, metrics = self.programs.train_step(
             self.state, self.teacher_params, rows.micro_batches, rows.teacher_outputs
         )

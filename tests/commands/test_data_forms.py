@@ -71,8 +71,12 @@ def test_prompts_only_are_trained_on_with_rollouts(project, tmp_path, recipe, ca
     assert main([*command, "--output", str(tmp_path / "run")]) == DONE
     log = capsys.readouterr().err
     assert "question.jsonl: prompts only (question): 8 examples" in log
+    assert "first response: none; the student writes it" in log
+    assert "first responses of the student, nats per token: KL(teacher" in log
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 2
+    first, *_, last = map(json.loads, lines)
+    assert first["step"] == 0 and first["start/kl"] > 0
+    assert last["step"] == 2
 
 
 @pytest.mark.exhaustive

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
-from mgsr_jax.commands.parser import COMMANDS, _with_lists, main
+from mgsr_jax.commands.parser import COMMANDS, _with_flags, _with_lists, main
 
 
 def fails(capsys, *arguments):
@@ -59,6 +59,35 @@ def test_words_of_an_option_become_a_list(words, expected):
     assert [word.replace(", ", ",") for word in joined] == expected.split()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train --resume --steps 3", "train --resume true --steps 3"),
+        ("train --resume false", "train --resume false"),
+        ("export --run x --best", "export --run x --best true"),
+        ("export --best -h", "export --best true -h"),
+        ("", ""),
+    ],
+)
+def test_a_switch_without_a_value_is_on(words, expected):
+    assert _with_flags(words.split()) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --steps 3", "settings that are missing: student, output, data.train"),
+        ("generate --model x --top_k 1.5", "top_k: got 1.5, expected whole number"),
+        ("train --data.train_on lst", "expected last, all; did you mean last?"),
+        ("evaluate --metrics maths --model x --data y", "did you mean math?"),
+        ("evaluate --metric math", "did you mean --metrics?"),
+    ],
+)
+def test_a_wrong_value_is_explained_without_names_of_python(words, message, capsys):
+    line = fails(capsys, *words.split())
+    assert message in line and "class" not in line and "Literal" not in line
+
+
 def test_an_output_that_exists_is_left_unchanged(project, recipe, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     line = fails(capsys, "train", "--config", recipe, "--output", str(tmp_path))
@@ -67,6 +96,13 @@ def test_an_output_that_exists_is_left_unchanged(project, recipe, capsys, tmp_pa
     evaluate += [str(project / "valid.jsonl"), "--output", str(tmp_path)]
     assert "exists" in fails(capsys, *evaluate)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_unknown_key_of_a_source_is_named(capsys, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("data: {train: [{path: x, wieght: 2}]}\n")
+    line = fails(capsys, "train", "--config", str(wrong), "--output", "x")
+    assert "data.train: got [{" in line and "('wieght' is unknown), expected" in line
 
 
 def test_an_unknown_key_in_a_file_is_named(capsys, tmp_path):

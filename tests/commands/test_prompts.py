@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from mgsr_jax.checkpoint.hf import load_tokenizer
-from mgsr_jax.commands.prompts import Request, encode_request
+from mgsr_jax.commands.prompts import Request, encode_request, read_requests
 from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding
 
@@ -69,3 +69,12 @@ def test_a_prompt_that_the_template_refuses_is_named(surrounded):
         encode_request(encoder, Request(system, source="p.jsonl:3"))
     with pytest.raises(ValueError, match="prompt is empty; give at least one token"):
         encode_request(encoder, Request([Message("user", "")]))
+
+
+def test_a_file_may_name_its_columns_differently(tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"query": "the dog", "id": 3}\n')
+    (request,) = read_requests(None, str(file), "", columns={"prompt": "query"})
+    assert [message.content for message in request.messages] == ["the dog"]
+    with pytest.raises(ValueError, match="with the setting columns: {prompt: COLUMN"):
+        read_requests(None, str(file), "")

@@ -144,6 +144,7 @@ def test_an_unavailable_hub_data_set_is_named_in_one_line(monkeypatch, error):
     [
         ("no.jsonl", FileNotFoundError, "no.jsonl' is missing; check the path"),
         ("no.jsonl.zst", FileNotFoundError, "no.jsonl.zst' is missing"),
+        ("no.csv", FileNotFoundError, "no.csv' is missing; check the path"),
         ("no-*.jsonl", FileNotFoundError, "no-.*' matches no file"),
         ("empty", FileNotFoundError, "empty' is a folder without data fi"),
         ("nowhere", FileNotFoundError, "nowhere' is missing; expected a file, a patt"),

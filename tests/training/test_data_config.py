@@ -61,6 +61,8 @@ def test_sources_are_given_in_a_file_or_on_the_command_line(tmp_path, value, sou
         (DataConfig("a.jsonl", valid=[B]), "data.valid has weights"),
         (DataConfig("a.jsonl", columns={"promt": "x"}), "has the name 'promt'; expect"),
         (DataConfig([DataSource("b", columns={"x": "y"})]), "has the name 'x'"),
+        (DataConfig("[{path: a, wieght: 1}]"), "begins like a list or a record and is"),
+        (DataConfig("a.jsonl", valid="{path: b"), "'{path: b', which begins like"),
     ],
 )
 def test_what_cannot_work_is_named(config, message):

@@ -118,6 +118,12 @@ def test_a_batch_without_references_says_so():
     assert "it has no references" in line
 
 
+def test_samples_are_compared_without_a_word_about_references():
+    """A sample is more probable to the student that drew it than to its teacher."""
+    (line,) = describe(VALUES | {"teacher_loss": 3.1}, 1000, sampled=True)
+    assert line.startswith("first responses of the student, nats per token: KL")
+
+
 def test_a_good_pair_has_one_line():
     (line,) = describe(VALUES, 1000)
     for part in ("KL(teacher || student) 1.0000", "teacher loss 2.0000", "2.5000"):

@@ -354,7 +354,7 @@ def test_mistakes_are_named_and_write_nothing(project, straight, tmp_path):
         run(wrong)
     assert not (tmp_path / "wrong").exists()
     other = changed(settings, lora={"rank": 3})
-    with pytest.raises(ValueError, match="lora changed"):
+    with pytest.raises(ValueError, match="lora.rank was 2, is 3"):
         run(dataclasses.replace(other, resume=True))
     plain = sft(project, "plain", steps=1)
     run(plain)

@@ -24,6 +24,7 @@ from mgsr_jax.objective import Objective
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.periodic_evaluation import _sources
 from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import train
 
@@ -205,7 +206,7 @@ def test_a_resumed_run_has_the_same_best_checkpoint(project, best):
         result, _ = run(halves)
     assert not result.finished
     other = dataclasses.replace(halves, best_metric="valid/sft", resume=True)
-    with pytest.raises(ValueError, match="best_metric changed"):
+    with pytest.raises(ValueError, match="best_metric was .*, is 'valid/sft'"):
         run(other)
     result, printed = run(dataclasses.replace(halves, resume=True))
     assert "resumed from step 3" in printed and "first batch" not in printed
@@ -220,10 +221,25 @@ def test_a_metric_that_is_not_measured_is_named(project):
         run(config)
 
 
+def test_an_evaluation_set_has_names_of_columns_of_its_own(project):
+    config = settings(project, "columns")
+    data = dataclasses.replace(config.data, columns={"instruction": "task"})
+    own = PeriodicEvaluation(data="own.jsonl", columns={"prompt": "query"})
+    for evaluation, columns in (
+        (own, {"prompt": "query"}),
+        (PeriodicEvaluation(data="own.jsonl"), {}),
+        (PeriodicEvaluation(), {"instruction": "task"}),
+    ):
+        changed = dataclasses.replace(config, data=data, evaluate=evaluation)
+        (source,) = _sources(changed)
+        assert data.columns_of(source) == columns
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data": None}, "there is no evaluation set"),
+        ({"evaluate": PeriodicEvaluation(columns={"promt": "x"})}, "name 'promt'"),
         ({"evaluate": PeriodicEvaluation(max_length=400)}, "student's 128 positions"),
         ({"evaluate": PeriodicEvaluation(batch_size=3)}, "batch of 3 rows"),
         ({"evaluate": PeriodicEvaluation(data="nowhere.jsonl")}, "nowhere.jsonl"),
