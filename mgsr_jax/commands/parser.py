@@ -64,7 +64,7 @@ _LISTS = ("--data", "--metrics", "--evaluate.metrics")
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    arguments = _with_lists(arguments)
+    arguments = _files_first(_with_lists(arguments))
     try:
         if (page := _short_help(arguments)) is not None:
             print(page)
@@ -141,6 +141,18 @@ def _with_lists(arguments: Sequence[str]) -> list[str]:
         is_list = option and option[0] in _LISTS and words and words[0][:1] != "["
         result += [*option, *([json.dumps(words)] if is_list else words)]
     return result
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """Put files before options, which override them; jsonargparse goes by the order."""
+    name, files, options = list(arguments[:1]), [], []
+    words = iter(arguments[1:])
+    for word in words:
+        if word == "--config":
+            files += [word, *itertools.islice(words, 1)]
+        else:
+            (files if word.startswith("--config=") else options).append(word)
+    return name + files + options
 
 
 def _short_help(arguments: list[str]) -> str | None:
