@@ -36,8 +36,9 @@ Logits of a chunk are formed at once, since that reads the whole head. Their los
 many times the memory of the logits.
 """
 
-TeacherOutputs = TopKTeacher | Float[Array, "B S D"]
-"""Teacher outputs in place of running it: K classes per label, or hidden states."""
+TeacherOutputs = TopKTeacher | Float[Array, "B S D"] | Rows
+"""In place of running the teacher on a micro-batch: K classes per label, or hidden
+states; or the rows that it reads instead, with other prompts and the same responses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def micro_batch_loss(
       rows: the micro-batch.
       weights: of its positions, from `position_weights` of the whole step.
       spec: models and settings.
-      teacher_outputs: used in place of running the teacher.
+      teacher_outputs: used in place of running the teacher on `rows`.
       dropout_keys: one per row, for a student whose forward pass takes them.
 
     Raises:
@@ -265,5 +266,22 @@ def _teacher_chunk(
         )
     if outputs is None:
         outputs, _ = spec.teacher.forward(teacher_params, view.inputs)
+    if isinstance(outputs, Rows):
+        read = next_token_view(outputs).inputs
+        hidden, _ = spec.teacher.forward(teacher_params, read)
+        outputs = _at_responses(hidden, outputs, rows)
     hidden = outputs[:, : view.inputs.shape[1]]
     return lax.stop_gradient((hidden, spec.teacher.head_params(teacher_params)))
+
+
+def _at_responses(
+    hidden: Float[Array, "B U D"], teacher_rows: Rows, rows: Rows
+) -> Float[Array, "B T D"]:
+    """Hidden states on `teacher_rows`, moved to the index of their label in `rows`.
+
+    Only those of responses are defined: their labels are in both rows.
+    """
+    shift = teacher_rows.prompt_lengths - rows.prompt_lengths
+    index = jnp.arange(rows.tokens.shape[1] - 1)[None] + shift[:, None]
+    index = jnp.clip(index, 0, hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, index[..., None], axis=1)

@@ -265,8 +265,10 @@ def make_validation_step(
     vocab_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     chunk_size: int | None = None,
-) -> Callable[[Params, Params | None, Rows], Metrics]:
-    """A jitted `metrics(params, teacher_params, rows)`: every part, without gradients.
+) -> Callable[..., Metrics]:
+    """A jitted `metrics(params, teacher_params, rows, teacher_outputs=None)`.
+
+    It has every part of the loss, without gradients.
 
     The cross-entropy is always reported, whatever its weight in training, and so is the
     teacher's as "teacher_sft": a teacher that is worse than its student on the data's
@@ -287,8 +289,16 @@ def make_validation_step(
         score_teacher=True,
     )
 
-    def metrics(params: Params, teacher_params: Params | None, rows: Rows) -> Metrics:
+    def metrics(
+        params: Params,
+        teacher_params: Params | None,
+        rows: Rows,
+        teacher_outputs: TeacherOutputs | None = None,
+    ) -> Metrics:
         weights = position_weights(rows, objective)
-        return micro_batch_loss(params, teacher_params, rows, weights, spec=spec)[1]
+        arguments = params, teacher_params, rows, weights
+        return micro_batch_loss(*arguments, spec=spec, teacher_outputs=teacher_outputs)[
+            1
+        ]
 
     return jax.jit(metrics)

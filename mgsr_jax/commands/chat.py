@@ -83,7 +83,7 @@ def chat(config: ChatConfig) -> int:
 
 
 def _encoding(config: ChatConfig) -> "Encoding":
-    from mgsr_jax.data.encoding import TEMPLATES, Encoding
+    from mgsr_jax.data.encoding_settings import TEMPLATES, Encoding
 
     if config.template in TEMPLATES and config.template != "chat":
         raise ValueError(

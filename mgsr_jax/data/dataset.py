@@ -40,9 +40,14 @@ from mgsr_jax.typing import Tokenizer
 
 EARLIER = "earlier_span_ids"
 """Column that only data with train_on="all" has; see `rows.from_lists`."""
+TEACHER_PROMPT = "teacher_prompt"
+"""Column that only data with a prompt of the teacher's own has."""
 _TOKENS = ("prompt", "response", "span_ids")
 _COLUMNS = datasets.Features(
-    {name: datasets.List(datasets.Value("int32")) for name in (*_TOKENS, EARLIER)}
+    {
+        name: datasets.List(datasets.Value("int32"))
+        for name in (*_TOKENS, EARLIER, TEACHER_PROMPT)
+    }
     | {name: datasets.Value("string") for name in ("problem", "message")}
     | {"kept": datasets.Value("bool")}
     | {name: datasets.Value("int32") for name in ("prompt_length", "length")}
@@ -51,6 +56,7 @@ _KEYED_MODULES = (
     "conversations",
     "dataset",
     "encoding",
+    "encoding_settings",
     "files",
     "forms",
     "plain_text",
@@ -78,6 +84,7 @@ class _Row(TypedDict):
     response: list[int]
     span_ids: list[int]
     earlier_span_ids: list[int]
+    teacher_prompt: list[int]
     problem: str
     message: str
     kept: bool
@@ -101,7 +108,8 @@ def load(
 
     The columns are `prompt`, `response` (ends with the token that ends a response
     unless it was cut; empty for prompts only) and `span_ids` (one id a token of the
-    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`). The
+    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`),
+    and with a prompt of the teacher's own also `teacher_prompt`. The
     cache key covers everything that they depend on: the content of the files, the names
     of columns, the tokenizer, the encoding, the chunker, and this code.
 
@@ -140,6 +148,8 @@ def load(
     report = _report(form, len(kept), table)
     check_report(path, report, len(table), max_bad_fraction)
     names = [*_TOKENS, *([EARLIER] if encoding.train_on == "all" else [])]
+    if encoding.teacher_prompt is not None:
+        names.append(TEACHER_PROMPT)
     return table.select(kept).select_columns(names), report
 
 
@@ -241,11 +251,12 @@ def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
     if isinstance(turns, Rejected):
         return _row(_NOTHING, turns.problem, turns.message, kept=False)
     assert isinstance(example, Example)
-    encoding, (prompt, response, _) = encoder.encoding, turns
+    encoding, prompt, response = encoder.encoding, turns.prompt, turns.response
     lengths = len(prompt), len(prompt) + len(response)
     limits = (
         ("prompt", lengths[0], encoding.prompt_limit),
         ("prompt and response", lengths[1], encoding.max_length),
+        ("teacher_prompt", len(turns.teacher_prompt), encoding.teacher_limit),
     )
     too_long = [
         f"{length} tokens of {name}, at most {limit}"
@@ -280,6 +291,7 @@ def _row(
         response=turns.response,
         span_ids=[spans.NO_SPAN] * len(turns.response),
         earlier_span_ids=earlier,
+        teacher_prompt=list(turns.teacher_prompt),
         problem=problem,
         message=message,
         kept=kept,

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mgsr_jax.checkpoint.chat_template import (
     OWN_TEMPLATE,
@@ -13,97 +13,20 @@ from mgsr_jax.checkpoint.chat_template import (
     own_template,
 )
 from mgsr_jax.data.conversations import Message
+from mgsr_jax.data.encoding_settings import ALPACA, TEMPLATES, Encoding
 from mgsr_jax.data.plain_text import (
     alpaca_prompt,
     bare_prompt,
     encode_plain_prompt,
     encode_response,
     encode_text_behind,
+    filled,
 )
 from mgsr_jax.data.templates import Turns, chat_prompt, chat_turns
 from mgsr_jax.typing import Tokenizer
 
 if TYPE_CHECKING:  # the package datasets, which records need, is slow to import
     from mgsr_jax.data.records import Example, Rejected
-
-TEMPLATES = ("auto", "alpaca", "chat", "none")
-TEMPLATE_SUFFIX = ".jinja"
-TOO_LONG = ("drop", "truncate")
-TRAIN_ON = ("last", "all")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """Settings that turn a record into tokens.
-
-    Attributes:
-      template: "alpaca" (as MiniLLM and DistiLLM), "chat" for the tokenizer's own chat
-        template, the path of a template file (.jinja), "none" for the texts as they
-        are, or "auto": "chat" where the tokenizer has a template, otherwise "alpaca".
-      add_special_tokens: put the tokenizer's bos, if it has one, before the prompt. A
-        chat template writes its own.
-      max_prompt_length: largest number of tokens of a prompt; None: half of
-        `max_length`.
-      max_length: largest number of tokens of prompt and response together, including
-        end-of-sequence.
-      too_long: "drop" leaves the record out; "truncate" keeps the prompt's end and the
-        response's beginning. A response that is cut has no end-of-sequence.
-      template_args: further variables of a chat template.
-      system: a system message for conversations that begin without one.
-      train_on: "last" response of a conversation, or "all" of them.
-      template_text: text of the chat template; `resolved` sets it.
-
-    Raises:
-      ValueError: a value is unknown, or two settings contradict each other.
-    """
-
-    template: str = "alpaca"
-    add_special_tokens: bool = True
-    max_prompt_length: int | None = None
-    max_length: int = 512
-    too_long: str = "drop"
-    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    system: str = ""
-    train_on: str = "last"
-    template_text: str | None = None
-
-    def __post_init__(self) -> None:
-        is_file = self.template.endswith(TEMPLATE_SUFFIX)
-        if self.template not in TEMPLATES and not is_file:
-            raise ValueError(
-                f"template is {self.template!r}; expected one of {TEMPLATES}, or the "
-                f"path of a template file that ends in {TEMPLATE_SUFFIX}"
-            )
-        for name, choices in (("too_long", TOO_LONG), ("train_on", TRAIN_ON)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} is {value!r}; expected one of {choices}")
-        if not 0 < self.prompt_limit < self.max_length:
-            raise ValueError(
-                f"max_prompt_length is {self.prompt_limit}; expected 1 to "
-                f"{self.max_length - 1}, less than max_length={self.max_length}"
-            )
-        if (self.template == "chat" or is_file) and self.too_long == "truncate":
-            raise ValueError(
-                "too_long='truncate' would cut the beginning of a chat template; use "
-                "too_long='drop' with a chat template"
-            )
-        for name in ("template_args", "system"):
-            if getattr(self, name) and self.template in ("alpaca", "none"):
-                raise ValueError(
-                    f"{name} is set, but template {self.template!r} has no place for "
-                    "it; set template to chat or to a template file"
-                )
-
-    @property
-    def prompt_limit(self) -> int:
-        """Largest number of tokens of a prompt."""
-        if self.max_prompt_length is None:
-            return self.max_length // 2
-        return self.max_prompt_length
-
-
-ALPACA = Encoding()
-"""The lengths of MiniLLM and DistiLLM: 256 tokens of prompt, 512 in total."""
 
 
 def resolved(encoding: Encoding, tokenizer: Tokenizer) -> Encoding:
@@ -189,10 +112,20 @@ class Encoder:
         messages, input = example.messages, example.input
         try:
             if example.references:
-                return self.turns(messages, input, example.references[0])
-            return Turns(self.prompt(messages, input), [])
+                turns = self.turns(messages, input, example.references[0])
+            else:
+                turns = Turns(self.prompt(messages, input), [])
+            return turns._replace(teacher_prompt=self._teacher_prompt(example))
         except RenderingError as error:
             return Rejected("malformed", f"{example.source}: {error}")
+
+    def _teacher_prompt(self, example: "Example") -> list[int]:
+        if (template := self.encoding.teacher_prompt) is None:
+            return []
+        *before, last = example.messages
+        reference = "".join(example.references[:1])
+        text = filled(template, bare_prompt(last.content, example.input), reference)
+        return self.prompt([*before, last._replace(content=text)])
 
     def turns(self, messages: Sequence[Message], input: str, response: str) -> Turns:
         """Tokens of a conversation up to a response, and of the response with its end.

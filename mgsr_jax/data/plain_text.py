@@ -1,5 +1,7 @@
 """Prompts and responses without a chat template: Alpaca's, and bare texts."""
 
+import re
+
 from mgsr_jax.data.templates import following_ids, token_ids
 from mgsr_jax.typing import Tokenizer
 
@@ -25,6 +27,16 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 def bare_prompt(text: str, input: str = "") -> str:
     """A text, and its further context behind an empty line."""
     return "\n\n".join(part for part in (text, input) if part)
+
+
+def filled(template: str, prompt: str, reference: str) -> str:
+    r"""A text with {prompt} and {reference} replaced; other braces stay as they are.
+
+    >>> filled(r"{prompt} (\boxed{{reference}})", "1 + 1?", "2")
+    '1 + 1? (\\boxed{2})'
+    """
+    values = {"{prompt}": prompt, "{reference}": reference}
+    return re.sub(r"{prompt}|{reference}", lambda found: values[found[0]], template)
 
 
 def encode_plain_prompt(

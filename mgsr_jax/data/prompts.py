@@ -70,7 +70,7 @@ def load_prompts(
             messages.append(turns.message)
             continue
         assert isinstance(example, Example)
-        tokens, response, _ = turns
+        tokens, response = turns.prompt, turns.response
         lengths.append(len(tokens))
         too_long = len(tokens) > limit
         problems.append("too_long" if too_long else "")

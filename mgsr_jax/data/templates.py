@@ -7,6 +7,7 @@ stays text where it looks like a control token.
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mgsr_jax.checkpoint.chat_template import (
@@ -26,11 +27,13 @@ class Turns(NamedTuple):
       prompt: all before the response.
       response: the response, with the token that ends it. Empty if there is none.
       earlier: (start, end) in `prompt` of each earlier response that is trained too.
+      teacher_prompt: what the teacher reads in place of `prompt`; empty: the same.
     """
 
     prompt: list[int]
     response: list[int]
     earlier: tuple[tuple[int, int], ...] = ()
+    teacher_prompt: Sequence[int] = ()
 
 
 def chat_prompt(template: ChatTemplate, conversation: Conversation) -> list[int]:

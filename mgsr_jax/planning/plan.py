@@ -39,7 +39,7 @@ _STEPS = 1000  # the learning rate's schedule does not change a program
 
 TeacherOutput = TopKTeacher | jax.ShapeDtypeStruct
 
-StepInputs = tuple[tuple[Rows, ...], tuple[TeacherOutput | None, ...]]
+StepInputs = tuple[tuple[Rows, ...], tuple[TeacherOutput | Rows | None, ...]]
 """Micro-batches, and the teacher's outputs on each that exist before the step."""
 
 
@@ -216,6 +216,9 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
     options = run.machine.compiler_options
     rows = (shapes.row_shapes(run.config, run.mesh),) * run.config.micro_batches
     cached = shapes.cached_shapes(run.config, run.mesh, vocab_size=run.vocab_size)
+    encoding = run.config.data.encoding
+    if encoding.teacher_prompt is not None:
+        cached = shapes.row_shapes(run.config, run.mesh, encoding.teacher_width)
     outputs = (cached,) * run.config.micro_batches
     steps = {"train step": (rows, outputs)}
     if run.programs.rollout is not None:
@@ -230,6 +233,8 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
             resident=device_bytes(run.state.opt_state),
         )
         yield program
+        if encoding.teacher_prompt is not None:
+            sample_outputs = (cached,) * len(samples)
         steps = _largest_steps(run.config, (rows, outputs), (samples, sample_outputs))
     for name, (rows, outputs) in steps.items():
         arguments = (run.state, run.teacher_params, rows, outputs)

@@ -66,10 +66,10 @@ def teacher_shapes(config: TrainConfig, teacher: LanguageModel, mesh: Mesh) -> P
     return jax.tree_util.tree_map_with_path(quantize, halves)
 
 
-def row_shapes(config: TrainConfig, mesh: Mesh) -> Rows:
-    """A micro-batch of the data."""
+def row_shapes(config: TrainConfig, mesh: Mesh, width: int | None = None) -> Rows:
+    """A micro-batch of the data; by default as wide as the data's longest rows."""
     per_row = functools.partial(_per_row, config, mesh)
-    width = config.data.max_length
+    width = width or config.data.max_length
     return Rows(
         tokens=per_row(jnp.int32, width),
         prompt_lengths=per_row(jnp.int32),

@@ -147,6 +147,8 @@ class TrainConfig:
         _check_attention(self)
         if self.teacher_cache is not None:
             _check_teacher_cache(self)
+        if self.data.teacher_prompt is not None:
+            _check_teacher_prompt(self)
         if self.objective.sample_divergence and self.rollout.policy == "off":
             raise ValueError(
                 f"objective.sample_divergence={self.objective.sample_divergence!r} is "
@@ -237,6 +239,25 @@ def _check_attention(config: TrainConfig) -> None:
             f"attention='cudnn' computes in bfloat16, got dtype={config.dtype}, "
             f"teacher_dtype={config.teacher_dtype}; set both to bfloat16 (the second "
             "may be int8), or attention to xla"
+        )
+
+
+def _check_teacher_prompt(config: TrainConfig) -> None:
+    if config.teacher is None:
+        raise ValueError(
+            f"data.teacher_prompt={config.data.teacher_prompt!r}, but no teacher is "
+            "set; set teacher, or leave teacher_prompt out"
+        )
+    if config.teacher_cache is not None:
+        raise ValueError(
+            "data.teacher_prompt is set, but teacher_cache holds the teacher's output "
+            "on the student's prompts; leave one of them out"
+        )
+    rollout = config.rollout
+    if rollout.policy != "off" and rollout.rounds:
+        raise ValueError(
+            f"rollout.rounds={rollout.rounds}, but SCRG's teacher reads the student's "
+            "rows, not those of data.teacher_prompt; set rollout.rounds to 0"
         )
 
 

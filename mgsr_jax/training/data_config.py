@@ -55,6 +55,12 @@ class DataConfig:
       chunker: "textblob", "spacy" (needs the extra and a model), or your own as
         "module:function", from a text to the (start, end) of its phrases.
       spacy_model: name of spaCy's model.
+      teacher_prompt: what the teacher reads in place of the last turn of the student's
+        prompt: a text with {prompt} and, for the first response of the data,
+        {reference}. The responses that both read are the same. For self-distillation
+        (OPSD), where the teacher is the student's own start. none: the same prompt.
+      max_teacher_prompt_length: longest such prompt in tokens; none: `max_length`.
+        Examples with a longer one are dropped.
       cache_dir: folder for tokenised data; default: the datasets library's cache, which
         is never cleared automatically.
     """
@@ -76,6 +82,8 @@ class DataConfig:
     max_bad_fraction: float = 0.05
     chunker: str = "textblob"
     spacy_model: str = "en_core_web_sm"
+    teacher_prompt: str | None = None
+    max_teacher_prompt_length: int | None = None
     cache_dir: str | None = None
 
     def check(self) -> None:
@@ -161,6 +169,8 @@ class DataConfig:
             max_prompt_length=self.max_prompt_length,
             max_length=self.max_length,
             too_long=self.too_long,
+            teacher_prompt=self.teacher_prompt,
+            max_teacher_prompt_length=self.max_teacher_prompt_length,
         )
 
 

@@ -247,12 +247,14 @@ def check_sizes(
       ValueError: rows are too long or do not divide over the mesh, or the devices do
         not have the kernel of `attention`.
     """
-    width = config.data.max_length
+    encoding = config.data.encoding
+    widths = {"student": encoding.max_length, "teacher": encoding.teacher_width}
     for role, model in _roles(student, teacher):
-        if model.config.max_length < width:
+        if model.config.max_length < widths[role]:
             raise ValueError(
-                f"data.max_length={width} is beyond the {role}'s "
-                f"{model.config.max_length} positions; lower it"
+                f"data.max_length={encoding.max_length} makes rows of {widths[role]} "
+                f"tokens, which is beyond the {role}'s {model.config.max_length} "
+                "positions; lower it"
             )
     if config.micro_batch_size % (parts := sharding.row_parts(mesh)):
         raise ValueError(

@@ -80,8 +80,9 @@ class Measurements:
     ) -> dict[str, float]:
         """Means over the validation data."""
         means = Means()
-        for rows in validation_batches(self._inputs):
-            means.add(self._programs.validation_step(params, teacher_params, rows))
+        models = params, teacher_params
+        for batch in validation_batches(self._inputs):
+            means.add(self._programs.validation_step(*models, *batch))
         values = means.take()
         loss = values["loss"] = values["sft"]
         if not math.isfinite(loss):

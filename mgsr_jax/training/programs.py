@@ -18,7 +18,6 @@ from mgsr_jax.losses import default_chunk_size, init_clip_network
 from mgsr_jax.models import LanguageModel, lora
 from mgsr_jax.models.lora import LORA
 from mgsr_jax.rollout import Rollout, make_rollout
-from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import (
     Metrics,
     TrainState,
@@ -49,7 +48,7 @@ class Programs:
     optimizer: optax.GradientTransformation
     init_trained: Callable[[], Params]
     train_step: TrainStep
-    validation_step: Callable[[Params, Params | None, Rows], Metrics]
+    validation_step: Callable[..., Metrics]
     comparison: Comparison
     rollout: Rollout | None
 
@@ -95,9 +94,9 @@ def make_programs(
         student, teacher, optimizer, config.objective, dropout=dropout, **shared
     )
     validation_step = make_validation_step(student, teacher, validated, **shared)
-    comparison = make_comparison(
-        student, teacher if teacher_validates else None, **shared
-    )
+    # A teacher with prompts of its own is not compared on the student's.
+    compares = teacher_validates and config.data.teacher_prompt is None
+    comparison = make_comparison(student, teacher if compares else None, **shared)
     rollout = _rollout(config, student, teacher, eos_ids, vocab_size)
     init = functools.partial(init_trained, config, student, steps)
     return Programs(optimizer, init, train_step, validation_step, comparison, rollout)

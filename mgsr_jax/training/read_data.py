@@ -124,6 +124,11 @@ def _check_prompts_only(config: TrainConfig, path: str, form: Form) -> None:
             f"{has}, and teacher_cache holds the teacher's output on responses of the "
             "data; leave teacher_cache out"
         )
+    if "{reference}" in (config.data.teacher_prompt or ""):
+        raise ValueError(
+            f"{has}, and data.teacher_prompt reads a {{reference}}; name its column: "
+            "data.columns: {completion: COLUMN}, or leave {reference} out"
+        )
     rollout, sft = config.rollout, config.objective.sft
     if not rollout.always_generates or sft:
         raise ValueError(

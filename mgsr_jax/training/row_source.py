@@ -28,9 +28,10 @@ from mgsr_jax.typing import Params, PRNGKey, Tokenizer
 
 Lookup = Callable[[Rows], TopKTeacher]
 
-TeacherOutput = TopKTeacher | TeacherHidden | None
+TeacherOutput = TopKTeacher | TeacherHidden | Rows | None
 """Stored teacher output for a micro-batch: its most probable classes, or its hidden
-states; None where the step has to run the teacher."""
+states. None where the step has to run the teacher on the rows, and other rows where it
+has to run it on these."""
 
 
 @runtime_checkable
@@ -144,6 +145,8 @@ class RowSource:
       steps: steps of the whole run.
       keep_ground_truth: whether a generated step also has its prompts' data rows.
       lookup: `TeacherCache.lookup`, for the data's own rows; None runs the teacher.
+      teacher_rows: `TeacherPrompts.rows`, for all rows; None: the teacher reads the
+        student's. A rollout must then have no rounds, whose teacher reads these.
 
     Raises:
       ValueError: a policy that generates, without a rollout.
@@ -160,6 +163,7 @@ class RowSource:
         steps: int,
         keep_ground_truth: bool,
         lookup: Lookup | None = None,
+        teacher_rows: Callable[[Rows], Rows] | None = None,
     ):
         if rollout is None and config.policy != "off":
             raise ValueError(
@@ -169,7 +173,8 @@ class RowSource:
         self._batches, self._config, self._rollout = batches, config, rollout
         self._add_spans, self._layout, self._steps = add_spans, layout, steps
         self._host_share = layout.host_share
-        self._keep_ground_truth, self._lookup = keep_ground_truth, lookup
+        self._keep_ground_truth = keep_ground_truth
+        self._lookup, self._teacher_rows = lookup, teacher_rows
         replays = config.policy == "replay"
         self._buffer = ReplayBuffer.empty(
             config.capacity if replays else 1, layout.widths[-1]
@@ -204,8 +209,11 @@ class RowSource:
         kept, outputs = (), ()
         if self._keep_ground_truth:
             kept, outputs = ground_truth, self._look_up(host)
+        finished = [self._finish(rows) for rows in samples]
+        if self._teacher_rows is not None:
+            teacher_hidden = self._look_up([fetch_rows(rows) for rows in finished])
         return StepRows(
-            micro_batches=kept + tuple(self._finish(rows) for rows in samples),
+            micro_batches=(*kept, *finished),
             source=source,
             teacher_outputs=outputs + teacher_hidden,
             corrections=corrections,
@@ -248,7 +256,11 @@ class RowSource:
         rows = self._buffer.sample(key, self._layout.batch_size)
         rows = with_width(rows, narrowest(self._layout.widths, rows.lengths))
         own = jax.tree.map(lambda leaf: leaf[self._host_share], rows)
-        return StepRows(self._put(self._layout.split(own)), "replay", self._no_outputs)
+        host = self._layout.split(own)
+        outputs = self._no_outputs
+        if self._teacher_rows is not None:
+            outputs = self._look_up(host)
+        return StepRows(self._put(host), "replay", outputs)
 
     def _to_generate(self, rows: Rows, horizon: int | None) -> Rows:
         """Host rows, as wide as responses of `horizon` tokens to their prompts need.
@@ -265,11 +277,12 @@ class RowSource:
         return tuple(put_batch(self._layout.mesh, part) for part in parts)
 
     def _look_up(self, parts: list[Rows]) -> tuple[TeacherOutput, ...]:
-        """The teacher cache's output for data rows; None without a cache."""
-        if self._lookup is None:
+        """The teacher cache's output for data rows, or the teacher's own rows."""
+        look_up = self._teacher_rows or self._lookup
+        if look_up is None:
             return self._no_outputs
         mesh = self._layout.mesh
-        return tuple(put_batch(mesh, self._lookup(part)) for part in parts)
+        return tuple(put_batch(mesh, look_up(part)) for part in parts)
 
     @property
     def _no_outputs(self) -> tuple[None, ...]:

@@ -205,3 +205,14 @@ def test_a_program_that_is_too_large_is_the_failure(config, monkeypatch):
     monkeypatch.setattr("mgsr_jax.planning.plan.compile_program", compile_program)
     plan = plan_run(config, FOUR)
     assert plan.failure == "Used 20.1G of 15.75G hbm" and not plan.fits
+
+
+@pytest.mark.slow
+def test_samples_and_a_teacher_s_own_rows_are_planned(config):
+    """Two samples a prompt, 8 tokens wide, need 16 / 12 of one of 12 tokens."""
+    rollout = RolloutConfig("on", rounds=0, samples=2, max_new_tokens=4)
+    data = dataclasses.replace(config.data, max_length=8, teacher_prompt="{prompt}!")
+    plan = planned(dataclasses.replace(config, rollout=rollout, data=data))
+    assert [program.name for program in plan.programs] == ["rollout", "train step"]
+    cache, other = (p.parts["cache of the student"] for p in (plan, planned(config)))
+    assert cache / (2 * 8) == other / 12

@@ -67,6 +67,8 @@ def test_the_defaults_are_valid():
             objective__sample_divergence="skewed_reverse_kl",
             objective__alpha=0.2,
         ),
+        dict(data__teacher_prompt="{prompt} {reference}"),
+        SAMPLED | dict(data__teacher_prompt="{prompt} {reference}"),
         SAMPLED
         | dict(
             objective__divergence="forward_kl",
@@ -270,6 +272,28 @@ def test_what_works_is_let_through(changes):
             "token_weights='acceptance' needs the teacher's whole distribution",
         ),
         (SAMPLED | dict(rollout__policy="off"), "rollout.policy='off', .* set it to"),
+        (
+            dict(data__teacher_prompt="{prompt}!", rollout__policy="on"),
+            "rollout.rounds=1, but SCRG's teacher reads the student's",
+        ),
+        (
+            dict(
+                data__teacher_prompt="{prompt}!",
+                teacher_cache="cache",
+                objective__span=0.0,
+            ),
+            "teacher_prompt is set, but teacher_cache holds",
+        ),
+        (
+            dict(
+                data__teacher_prompt="{prompt}!",
+                teacher=None,
+                objective__token=0.0,
+                objective__span=0.0,
+            ),
+            "teacher_prompt='{prompt}!', but no teacher is set",
+        ),
+        (dict(data__teacher_prompt="{reference}"), "expected a text with {prompt}"),
         (
             dict(objective__sample_divergence="reverse_kl"),
             "sample_divergence='reverse_kl' is read only .* rollout.policy is off",

@@ -88,6 +88,7 @@ def lookup(rows):
 
 def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **settings):
     keep = settings.pop("keep_ground_truth", True)
+    teacher_rows = settings.pop("teacher_rows", None)
     data_width = settings.pop("data_width", widths[0])
     mesh = mesh or sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     return RowSource(
@@ -99,6 +100,7 @@ def make(policy="on", *, parts=2, mesh=None, lookup=None, widths=(WIDTH,), **set
         steps=STEPS,
         keep_ground_truth=keep,
         lookup=lookup,
+        teacher_rows=teacher_rows,
     )
 
 
@@ -270,6 +272,29 @@ def test_narrow_samples_fit_the_replay_buffer():
     rows = step(source, STEPS - 1)
     assert rows.source == "replay" and rows.horizon is None
     assert source.replay_rows["tokens"].shape == (8, WIDTH)
+
+
+def with_hint(rows):
+    """The same rows with one more token of prompt."""
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(rows))
+    tokens = np.pad(rows.tokens, ((0, 0), (1, 0)))
+    return dataclasses.replace(rows, tokens=tokens)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_teacher_with_prompts_of_its_own_has_rows_for_every_micro_batch(keep):
+    settings = dict(initial_ratio=0.7, capacity=8, keep_ground_truth=keep)
+    source = make("replay", teacher_rows=with_hint, **settings)
+    sources = set()
+    for number in range(STEPS):
+        rows = step(source, number)
+        sources.add(rows.source)
+        assert len(rows.teacher_outputs) == len(rows.micro_batches)
+        for part, read in zip(rows.micro_batches, rows.teacher_outputs, strict=True):
+            assert read.tokens.sharding.spec == sharding.BATCH
+            np.testing.assert_array_equal(read.tokens[:, 1:], part.tokens)
+            np.testing.assert_array_equal(read.lengths, part.lengths)
+    assert sources == {"data", "generate", "replay"}
 
 
 def test_what_is_drawn_depends_on_the_step_s_key_alone():

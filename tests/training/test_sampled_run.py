@@ -76,6 +76,32 @@ def test_a_run_on_samples_learns_on_a_mesh_of_three_axes(project):
         assert line["train/loss"] != pytest.approx(divergence, rel=1e-3)
 
 
+@pytest.mark.parametrize("policy", ["off", "on"])
+def test_a_student_learns_from_itself_with_the_reference_in_the_prompt(project, policy):
+    """OPSD: without the hint teacher and student would be equal at the first step."""
+    settings = config(
+        project,
+        f"hinted {policy}",
+        Objective(sft=0.0, span=0.0, divergence="reverse_kl"),
+        teacher=str(project / "student"),
+        rollout=RolloutConfig(policy, rounds=0),
+    )
+    data = dataclasses.replace(
+        settings.data,
+        teacher_prompt="{prompt} An answer: {reference} Yours:",
+        max_teacher_prompt_length=72,
+    )
+    steps = run(dataclasses.replace(settings, data=data, validate_every=3))
+    assert len(steps) == 3 and steps[0]["train/reverse_kl"] > 1e-3
+    with open(f"{project}/hinted {policy}/metrics.jsonl", encoding="utf-8") as lines:
+        valid = [
+            line["valid/reverse_kl"]
+            for line in map(json.loads, lines)
+            if "valid/reverse_kl" in line
+        ]
+    assert valid[0] > 1e-3
+
+
 def test_horizons_and_many_samples_resume_bit_for_bit(project):
     settings = config(
         project,
