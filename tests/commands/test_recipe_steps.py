@@ -379,7 +379,7 @@ def test_rows_and_loss_of_a_recipe_equal_an_independent_version(
     if name in OF_THE_TEACHER:
         lines = (tmp_path / "train.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-    seen, generated = {}, set()
+    seen, first, generated = {}, {}, set()
     with jax.set_mesh(run.inputs.mesh):
         for step in range(STEPS):
             rows = run.rows(step)
@@ -387,8 +387,9 @@ def test_rows_and_loss_of_a_recipe_equal_an_independent_version(
             if rows.source == "generate":
                 generated |= contents(rows)
             if rows.source not in seen:
-                assert_rows(run, method, rows, run.keys(step)[1], records)
-                seen[rows.source] = rows
+                seen[rows.source], first[rows.source] = rows, step
+    for source, rows in seen.items():
+        assert_rows(run, method, rows, run.keys(first[source])[1], records)
     assert "replay" not in seen or contents(seen["replay"]) <= generated
     for rows in seen.values():
         want = expected_metrics(run, method, rows.micro_batches, records)
