@@ -64,7 +64,7 @@ _LISTS = ("--data", "--metrics", "--evaluate.metrics")
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    arguments = _with_flags(_with_lists(arguments))
+    arguments = _files_first(_with_flags(_with_lists(arguments)))
     try:
         if (page := _short_help(arguments)) is not None:
             print(page)
@@ -153,6 +153,18 @@ def _with_flags(arguments: Sequence[str]) -> list[str]:
         is_alone = word in flags and next_word.startswith("-")
         result += [word, "true"] if is_alone else [word]
     return result
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """Put files before options, which override them; jsonargparse goes by the order."""
+    name, files, options = list(arguments[:1]), [], []
+    words = iter(arguments[1:])
+    for word in words:
+        if word == "--config":
+            files += [word, *itertools.islice(words, 1)]
+        else:
+            (files if word.startswith("--config=") else options).append(word)
+    return name + files + options
 
 
 def _short_help(arguments: list[str]) -> str | None:

@@ -42,6 +42,8 @@ def command_of(name, project, folder):
         command += ["--objective.num_candidates", "16"]
     if name == "distillm":  # its ratio starts at 0, so that it would not generate
         command += ["--rollout.initial_ratio", "0.7", "--validate_every", "1"]
+    if name == "opsd":  # words that the tokenizer has not seen are many tokens
+        command += ["--data.teacher_prompt", "{prompt} {reference}"]
     return command
 
 

@@ -17,7 +17,14 @@ from rich.console import Console
 
 from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.data.encoding import alpaca_prompt
-from mgsr_jax.decoding.sampling import STUDENT_STREAM, TEACHER_STREAM, row_keys, sample
+from mgsr_jax.decoding.sampling import (
+    ANCESTRAL,
+    STUDENT_STREAM,
+    TEACHER_STREAM,
+    Sampling,
+    row_keys,
+    sample,
+)
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.initial_state import load_state, load_teacher
 from mgsr_jax.training.inputs import prepare
@@ -47,6 +54,7 @@ class Method(NamedTuple):
     rounds: int = 0
     sample_name: str = ""  # token loss of the student's rows, if it has its own
     sample_equation: object = None
+    sampling: Sampling = ANCESTRAL
 
 
 def forward_kl(p, q):
@@ -87,6 +95,13 @@ METHODS = {
     "minillm": Method((1.0, 1.0, 0.0), "reverse_kl", reverse_kl, 1.0),
     "opd": Method(ONLY_TOKEN, "reverse_kl", reverse_kl, 1.0),
     "distillm": Method(ONLY_TOKEN, "skewed_forward_kl", skewed_forward_kl, "replay"),
+    "opsd": Method(
+        ONLY_TOKEN,
+        "jensen_shannon",
+        jensen_shannon,
+        1.0,
+        sampling=Sampling(1.1, 20, 0.95),
+    ),
     "distillm2": Method(
         ONLY_TOKEN,
         "skewed_forward_kl",
@@ -216,17 +231,18 @@ def data_row(tokenizer, record):
     return prompt, [*response, EOS]
 
 
-def sampled(run, prompt, width, key, example, rounds):
+def sampled(run, method, prompt, key, example):
     """A response as tokens: no cache, one row, one token after the other.
 
     Returns also the position that SCRG corrects; None without a correction.
     """
+    width = WIDTH
 
     def draw(role, tokens, position, stream, round_):
         logits = jnp.asarray(padded_logits(role, tokens)[position - 1], jnp.float32)
         keys = row_keys(key, jnp.asarray([example]), stream, round_)
         keys = jax.vmap(lambda k: jax.random.fold_in(k, position))(keys)
-        return int(sample(logits[None], keys)[0])
+        return int(sample(logits[None], keys, method.sampling)[0])
 
     def padded_logits(role, tokens):
         row = np.zeros((1, width), np.int32)
@@ -244,7 +260,7 @@ def sampled(run, prompt, width, key, example, rounds):
         return tokens
 
     tokens = extend(prompt, 0)
-    if not rounds:
+    if not method.rounds:
         return tokens, None
     row = np.zeros((1, width), np.int32)
     row[0, : len(tokens)] = tokens
@@ -274,9 +290,7 @@ def assert_rows(run, method, rows, rollout_key, records):
             if batch.ground_truth[b]:
                 assert row == prompt + response
             elif rows.source == "generate" and checked < 3:  # the loop is slow
-                want, worst = sampled(
-                    run, prompt, WIDTH, rollout_key, example, method.rounds
-                )
+                want, worst = sampled(run, method, prompt, rollout_key, example)
                 assert row == want
                 checked += 1
                 if method.rounds:
@@ -285,7 +299,15 @@ def assert_rows(run, method, rows, rollout_key, records):
     assert checked or rows.source != "generate"
 
 
-def expected_metrics(run, method, micro_batches):
+def behind_own_prompt(run, record, response):
+    """float64 logits of the teacher at a response, behind the prompt of OPSD."""
+    text = OWN_PROMPT.format(prompt=record["instruction"], reference=record["output"])
+    prompt = run.inputs.tokenizer(alpaca_prompt(text)).input_ids
+    row = np.array([[*prompt, *response]])
+    return run.logits("teacher", row)[0, len(prompt) - 1 : -1]
+
+
+def expected_metrics(run, method, micro_batches, records):
     """The loss of a step and its parts, in float64, position by position."""
     parts, by_name = {"sft": [], "token": [], "span": []}, {}
     for rows in jax.device_get(micro_batches):
@@ -302,6 +324,8 @@ def expected_metrics(run, method, micro_batches):
             if not teacher:
                 continue
             (teacher,) = teacher
+            if method is METHODS["opsd"]:
+                teacher = behind_own_prompt(run, records[rows.example[b]], labels)
             p = teacher - np.logaddexp.reduce(teacher, axis=-1, keepdims=True)
             name, equation = method.name, method.equation
             if method.sample_name and not rows.ground_truth[b]:
@@ -336,7 +360,10 @@ def expected_source(method, run, step, generated):
     return "generate" if r < method.samples else "data"
 
 
+OWN_PROMPT = "{prompt} {reference}"
 OPTIONS = {
+    # Short, because words that the tokenizer has not seen are many tokens.
+    "opsd": ["--data.teacher_prompt", OWN_PROMPT],
     # Its ratio starts at 0, and only validations raise it.
     "distillm": ["--rollout.initial_ratio", "0.8", "--rollout.capacity", "8"],
 }
@@ -352,7 +379,7 @@ def test_rows_and_loss_of_a_recipe_equal_an_independent_version(
     if name in OF_THE_TEACHER:
         lines = (tmp_path / "train.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-    seen, generated = {}, set()
+    seen, first, generated = {}, {}, set()
     with jax.set_mesh(run.inputs.mesh):
         for step in range(STEPS):
             rows = run.rows(step)
@@ -360,11 +387,12 @@ def test_rows_and_loss_of_a_recipe_equal_an_independent_version(
             if rows.source == "generate":
                 generated |= contents(rows)
             if rows.source not in seen:
-                assert_rows(run, method, rows, run.keys(step)[1], records)
-                seen[rows.source] = rows
+                seen[rows.source], first[rows.source] = rows, step
+    for source, rows in seen.items():
+        assert_rows(run, method, rows, run.keys(first[source])[1], records)
     assert "replay" not in seen or contents(seen["replay"]) <= generated
     for rows in seen.values():
-        want = expected_metrics(run, method, rows.micro_batches)
+        want = expected_metrics(run, method, rows.micro_batches, records)
         state = jax.tree.map(jnp.copy, run.state)  # a step donates it
         with jax.set_mesh(run.inputs.mesh):
             _, metrics = run.programs.train_step(

@@ -57,6 +57,13 @@ def test_files_are_read_in_order_and_merged_key_by_key(parse, tmp_path):
     assert (config.batch_size, config.seed) == (4, 3)
 
 
+def test_an_option_overrides_a_file_that_follows_it(parse, tmp_path):
+    file = write(tmp_path / "own.yaml", seed=3, batch_size=4)
+    assert parse("--seed", "5", f"--config={file}").seed == 5
+    config = parse("--seed", "5", "--config", file, "--steps", "2")
+    assert (config.seed, config.batch_size, config.steps) == (5, 4, 2)
+
+
 def test_files_and_options_override_a_recipe_wherever_it_stands(parse, tmp_path):
     file = write(tmp_path / "own.yaml", rollout={"temperature": 0.5})
     options = ["--objective.beta", "0.25", "--config", file, "--recipe", "gkd"]
