@@ -375,8 +375,7 @@ def show_solutions(console: Console, results: Mapping[str, EvaluationResult]) ->
 def evidence_page(table: str, seeds: Sequence[int], scale: Scale) -> str:
     """Content of opd_evidence.md: the table and how it was made."""
     limits = ", ".join(
-        f"{tokens} tokens from {start:.0%} of the training"
-        for start, tokens in SHORT_FIRST
+        f"at {tokens} tokens from {start:.0%} on" for start, tokens in SHORT_FIRST
     )
     return f"""# Evidence for on-policy distillation
 
@@ -385,7 +384,7 @@ the seeds {list(seeds)} has its own student, which {scale.warm_steps} SFT steps 
 {scale.batch_size} problems train first ("start"). From there every method trains on the
 same {scale.problems:,} problems, until about as many tokens are scored as in
 {scale.steps} steps on whole solutions. OPD reads only the prompts. "OPD, short" cuts
-the student's solutions: {limits}.
+the student's solutions ({limits}).
 Mean ± standard deviation over the seeds.
 
 {table}"""
