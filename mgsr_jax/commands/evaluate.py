@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from mgsr_jax.evaluation.responses import EvaluationConfig
     from mgsr_jax.evaluation.scores import EvaluationResult
 
+_NAMED = 10  # records that are left out and whose reason is printed
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -280,8 +282,10 @@ def _load_prompts(
             f"{report.too_long} too long, {report.empty} empty, {report.malformed} "
             "malformed"
         )
-        for message in report.messages:
+        for message in report.messages[:_NAMED]:
             print(f"  {message}")
+        if (more := len(report.messages) + report.unlisted - _NAMED) > 0:
+            print(f"  and {more} more")
     return prompts[: config.limit]
 
 

@@ -58,7 +58,8 @@ def read_requests(
         with open(file, encoding="utf-8") as lines:
             requests = list(_lines(file, lines, context))
     if not requests:
-        raise ValueError(f"{file or 'prompt'} holds no prompt; give at least one")
+        source = "the list" if prompt is not None else file or "standard input"
+        raise ValueError(f"{source} holds no prompt; give at least one")
     return requests
 
 

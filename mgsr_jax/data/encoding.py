@@ -42,9 +42,9 @@ def resolved(encoding: Encoding, tokenizer: Tokenizer) -> Encoding:
         text = own_template(tokenizer)
         if template == "chat" and text is None:
             raise ValueError(
-                "template='chat', but the tokenizer has no chat template; use "
-                "'alpaca', 'none', the path of a template file, or a tokenizer whose "
-                "tokenizer_config.json has one"
+                "template='chat', but the tokenizer has no chat template; use the path "
+                "of a template file, a tokenizer whose tokenizer_config.json has one, "
+                "or (mgsr chat does not take them) 'alpaca' or 'none'"
             )
         template = "alpaca" if text is None else "chat"
     elif template not in TEMPLATES:

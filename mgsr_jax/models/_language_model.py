@@ -273,7 +273,7 @@ class LanguageModel:
         if length > self.config.max_length:
             raise ValueError(
                 f"a row has {length} positions, the model's limit is "
-                f"{self.config.max_length}; use shorter rows"
+                f"{self.config.max_length}; use shorter rows (max_length)"
             )
 
 

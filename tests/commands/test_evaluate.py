@@ -199,3 +199,17 @@ def test_a_teacher_with_another_tokenizer_is_refused(project, capsys, tmp_path):
     more = ["--exposure_bias", "true", "--teacher", str(teacher)]
     assert main(command(project, *more)) == MISTAKE
     assert "have different tokenizers" in capsys.readouterr().err
+
+
+def test_of_many_prompts_that_are_left_out_the_first_are_named(project, tmp_path):
+    file = tmp_path / "long.jsonl"
+    long = {"instruction": "the dog " * 60, "output": "x"}
+    short = {"instruction": "the dog", "output": "x"}
+    file.write_text("\n".join(map(json.dumps, [long] * 13 + [short])))
+    student = load(str(project / "student"))
+    config = EvaluateConfig(model=student.folder, data="", max_length=120)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert len(_load_prompts(config, student, str(file))) == 1
+    first, *named, last = printed.getvalue().splitlines()
+    assert "13 too long" in first and len(named) == 10
+    assert "long.jsonl:10: " in named[-1] and last == "  and 3 more"

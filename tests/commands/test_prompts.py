@@ -1,5 +1,6 @@
 """How prompts of `generate` become tokens."""
 
+import io
 import json
 
 import pytest
@@ -78,3 +79,14 @@ def test_a_file_may_name_its_columns_differently(tmp_path):
     assert [message.content for message in request.messages] == ["the dog"]
     with pytest.raises(ValueError, match="with the setting columns: {prompt: COLUMN"):
         read_requests(None, str(file), "")
+
+
+def test_an_empty_input_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    with pytest.raises(ValueError, match="^standard input holds no prompt; give"):
+        read_requests(None, None, "")
+    (tmp_path / "some.txt").touch()
+    with pytest.raises(ValueError, match="some.txt holds no prompt"):
+        read_requests(None, str(tmp_path / "some.txt"), "")
+    with pytest.raises(ValueError, match="^the list holds no prompt"):
+        read_requests([], None, "")

@@ -71,7 +71,7 @@ def test_chat_template_runs_in_a_sandbox():
 
 
 def test_chat_without_a_template_raises():
-    with pytest.raises(ValueError, match="has no chat template; use 'alpaca'"):
+    with pytest.raises(ValueError, match="has no chat template; use the path"):
         encode_prompt(TOKENIZER, "Say hi.", template="chat")
 
 
