@@ -90,7 +90,7 @@ class Method:
         Args:
           lengths: tokens of the data's solutions; the student's are about as long.
         """
-        horizon = getattr(self.rollout, "max_new_tokens", None)
+        horizon = self.rollout.max_new_tokens
         if horizon is None or isinstance(horizon, int):
             return float(np.minimum(lengths, horizon or np.inf).mean())
         ends = [start for start, _ in horizon[1:]] + [1.0]
@@ -115,13 +115,12 @@ METHODS = {
         dataclasses.replace(ON_POLICY, probability=0.5),
     ),
     "OPD": Method(REVERSE_KL, ON_POLICY, "prompts"),
-}
-if hasattr(RolloutConfig, "max_new_tokens"):
-    METHODS["OPD, short"] = Method(
+    "OPD, short": Method(
         REVERSE_KL,
         dataclasses.replace(ON_POLICY, max_new_tokens=SHORT_FIRST),
         "prompts",
-    )
+    ),
+}
 
 
 COLUMNS: small_runs.Columns = {

@@ -402,7 +402,6 @@ load("arithmetic_judge")
 opd = load("opd")
 
 
-@pytest.mark.skipif("OPD, short" not in opd.METHODS, reason="there are no horizons")
 def test_methods_score_the_same_number_of_tokens():
     """With the data's lengths: limits 6, then 12, then 26 on three lengths."""
     lengths = [13, 19, 25]
