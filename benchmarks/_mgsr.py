@@ -100,7 +100,7 @@ class Training:
                 add_spans,
                 layout=layout,
                 steps=STEPS,
-                keep_ground_truth=objective.sft > 0,
+                keep_ground_truth=objective.needs_data,
             )
             for name, config in rollouts.items()
         }

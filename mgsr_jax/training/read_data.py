@@ -130,12 +130,13 @@ def _check_prompts_only(config: TrainConfig, path: str, form: Form) -> None:
             "data.columns: {completion: COLUMN}, or leave {reference} out"
         )
     rollout, sft = config.rollout, config.objective.sft
-    if not rollout.always_generates or sft:
+    if not rollout.always_generates or config.objective.needs_data:
         raise ValueError(
             f"{has}, so every response must be the student's own: set rollout.policy "
             'to "on", rollout.probability to 1 and objective.sft to 0, as the recipe '
-            f"opd does (got {rollout.policy!r}, {rollout.probability}, {sft}); if a "
-            "column has responses, name it: data.columns: {completion: COLUMN}"
+            f"opd does (got {rollout.policy!r}, {rollout.probability}, {sft}), and "
+            "leave objective.sample_divergence out; if a column has responses, name "
+            "it: data.columns: {completion: COLUMN}"
         )
 
 
