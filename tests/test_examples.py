@@ -238,6 +238,7 @@ def softmax(logits):
     return powers / powers.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_total_variation_equals_numpy():
     (student, student_params), (teacher, teacher_params) = (
         tiny.llama(seed, width=64) for seed in (0, 1)

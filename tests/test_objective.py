@@ -206,6 +206,7 @@ def test_the_student_s_rows_may_have_another_divergence():
         np.testing.assert_allclose(metrics[name].total, np.sum(values), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_paired_divergence_is_each_row_s_own():
     grads = differentiate(PAIRED)[2]["student"]["logits"]
     for changes, rows in (
@@ -289,6 +290,7 @@ def test_an_unknown_divergence_is_an_error():
         evaluate(objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["sft", "token", "span"])
 def test_a_part_of_weight_zero_is_not_computed(part):
     whole, parts = evaluate()[0], {}

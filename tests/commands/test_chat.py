@@ -46,6 +46,7 @@ def talk(monkeypatch, model, text, *arguments):
     return main(command)
 
 
+@pytest.mark.slow
 def test_a_conversation_has_a_history_until_it_is_reset(
     talker, monkeypatch, capsys, rendered
 ):

@@ -41,6 +41,7 @@ def test_a_response_does_not_depend_on_batch_or_mesh(generate):
     assert generate(*prompts, "--mesh.data", "1", "--mesh.tensor", "2") == lines
 
 
+@pytest.mark.slow
 def test_the_end_of_a_response_is_explained(project, generate, tmp_path):
     """A token that the model surely writes becomes a second end id."""
     import shutil

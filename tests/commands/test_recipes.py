@@ -134,7 +134,7 @@ def test_a_method_that_compares_needs_a_teacher(parse):
     [
         (["--recipe", "gdk"], "recipe='gdk'; expected one of abkd, .*did you mean gkd"),
         (["--recpie", "gkd"], "did you mean --recipe"),
-        (["--recipe", "gkd"], "arguments are required: train.student"),
+        (["--recipe", "gkd"], "settings that are missing: student, output, data.train"),
         (["--recipe"], "expected one argument"),
     ],
 )

@@ -12,6 +12,7 @@ from mgsr_jax.commands.train import train
 from mgsr_jax.training.config import DataConfig, TrainConfig
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_exported_and_reported(project, recipe, capsys):
     run = project / "run"
     command = ["train", "--config", recipe, "--output", str(run)]

@@ -47,6 +47,7 @@ def test_responses_equal_full_recompute(student, sampling):
     assert np.all(np.asarray(got.tokens)[beyond] == 0)
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_each_stop_id_and_keeps_it(student):
     model, params = student
     rows, key = tiny.prompts(), jax.random.key(7)
@@ -90,6 +91,7 @@ class Counted:
         self.calls += 1
 
 
+@pytest.mark.slow
 def test_decoding_stops_at_the_most_new_tokens(student):
     """Of each row's response, and the loop ends there too."""
     model, params = student

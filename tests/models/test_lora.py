@@ -150,6 +150,7 @@ def test_settings_are_checked():
         lora.init(jax.random.key(0), built("gpt2")[0], config)
 
 
+@pytest.mark.slow
 def test_adapters_without_settings_in_the_model_raise():
     model, params, adapters = built("llama")
     bare = dataclasses.replace(model, lora=LoraConfig())

@@ -81,6 +81,7 @@ def test_with_adapters_the_students_weights_are_frozen(on_data):
     assert adapted.parts["student, float32"] == full.parts["student, float32"]
 
 
+@pytest.mark.slow
 def test_a_run_without_rollouts_has_one_program(on_data):
     assert [program.name for program in planned(on_data).programs] == ["train step"]
 
@@ -114,6 +115,7 @@ def test_a_teacher_cache_is_among_the_arguments(with_cache):
     assert default - written == 8 * 11 * classes * (2 + 2) // 2
 
 
+@pytest.mark.slow
 def test_an_int8_teacher_is_smaller_than_a_bfloat16_one(on_data):
     full = planned(on_data).parts["teacher, float32"]
     plan = planned(dataclasses.replace(on_data, teacher_dtype="int8"))

@@ -131,7 +131,10 @@ def test_prompts_only_are_refused_where_responses_are_needed(
 def test_prompts_only_are_read_for_rollouts_but_not_validated_on(tmp_path, tokenizer):
     train = write(tmp_path, {"prompt": "the dog"}, {"prompt": "a cat"})
     found, log = read(tmp_path, tokenizer, train, **ON_POLICY)
-    assert (found.train["response"], log[-1]) == ([[], []], "  first response: ''")
+    assert (found.train["response"], log[-1]) == (
+        [[], []],
+        "  first response: none; the student writes it",
+    )
     with pytest.raises(ValueError, match="a validation loss needs responses; give oth"):
         valid = write(tmp_path, {"prompt": "the dog"}, name="valid.jsonl")
         read(tmp_path, tokenizer, train, valid=valid, **ON_POLICY)
