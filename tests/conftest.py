@@ -3,6 +3,7 @@
 import atexit
 import os
 import tempfile
+from collections.abc import Generator
 
 import jax
 import pytest
@@ -23,6 +24,19 @@ if "MGSR_TEST_SESSION" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", os.environ["MGSR_TEST_SESSION"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[
+    None, list[pytest.Collector], list[pytest.Collector]
+]:
+    """Collect test files only as test files.
+
+    pytest would look for doctests in them too, with import errors ignored. That leaves
+    a test file that cannot be imported as an empty module, and its tests never run.
+    """
+    collectors = yield
+    return [c for c in collectors if type(c).__name__ != "DoctestModule"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ import tiny
 from rich.console import Console
 
 from mgsr_jax.data import spans
-from mgsr_jax.data.encoding import alpaca_prompt
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.training.config import DataConfig, TrainConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -114,7 +114,7 @@ def tokenizer(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from mgsr_jax.data.encoding import alpaca_prompt
+    from mgsr_jax.data.plain_text import alpaca_prompt
 
     backend = Tokenizer(models.BPE(unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,7 +15,7 @@ from mgsr_jax.checkpoint.chat_template import (
 from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding_settings import ALPACA, TEMPLATES, Encoding
 from mgsr_jax.data.plain_text import (
-    alpaca_prompt,
+    alpaca_conversation,
     bare_prompt,
     encode_plain_prompt,
     encode_response,
@@ -97,10 +97,13 @@ class Encoder:
         if self.chat is not None:
             return chat_prompt(self.chat, self._conversation(messages, input))
         is_alpaca = self.encoding.template == "alpaca"
-        write = alpaca_prompt if is_alpaca else bare_prompt
+        if is_alpaca:
+            text = alpaca_conversation(self._with_system(messages), input)
+        else:
+            text = bare_prompt(self._instruction(messages), input)
         return encode_plain_prompt(
             self.tokenizer,
-            write(self._instruction(messages), input),
+            text,
             literal=is_alpaca,
             add_special_tokens=self.encoding.add_special_tokens,
         )
@@ -145,6 +148,7 @@ class Encoder:
             return self._chat_turns(self.chat, messages, input, response, end)
         prompt = self.prompt(messages, input)
         if self.encoding.template == "alpaca":
+            self._check_trains_last(messages)
             return Turns(prompt, encode_response(self.tokenizer, response) + end)
         text = bare_prompt(self._instruction(messages), input)
         tokens = encode_text_behind(self.tokenizer, text, response)
@@ -216,14 +220,25 @@ class Encoder:
     def _conversation(
         self, messages: Sequence[Message], input: str
     ) -> list[dict[str, str]]:
-        conversation = [message._asdict() for message in messages]
+        conversation = [m._asdict() for m in self._with_system(messages)]
         if input:
             last = conversation[-1]
             last["content"] = bare_prompt(last["content"], input)
-        if self.encoding.system and conversation[0]["role"] != "system":
-            system = {"role": "system", "content": self.encoding.system}
-            conversation.insert(0, system)
         return conversation
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, with the settings' system message if they have none."""
+        if not self.encoding.system or messages[0].role == "system":
+            return messages
+        return [Message("system", self.encoding.system), *messages]
+
+    def _check_trains_last(self, messages: Sequence[Message]) -> None:
+        earlier = any(message.role == "assistant" for message in messages)
+        if earlier and self.encoding.train_on == "all":
+            raise RenderingError(
+                "template 'alpaca' does not mark where an earlier response ends, so it "
+                "cannot be trained; set train_on to last, or template to chat"
+            )
 
 
 def encode_prompt(

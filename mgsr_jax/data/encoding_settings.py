@@ -71,8 +71,9 @@ class Encoding:
                 "too_long='truncate' would cut the beginning of a chat template; use "
                 "too_long='drop' with a chat template"
             )
-        for name in ("template_args", "system"):
-            if getattr(self, name) and self.template in ("alpaca", "none"):
+        without = {"template_args": ("alpaca", "none"), "system": ("none",)}
+        for name, templates in without.items():
+            if getattr(self, name) and self.template in templates:
                 raise ValueError(
                     f"{name} is set, but template {self.template!r} has no place for "
                     "it; set template to chat or to a template file"

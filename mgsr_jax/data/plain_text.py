@@ -1,7 +1,11 @@
 """Prompts and responses without a chat template: Alpaca's, and bare texts."""
 
+import itertools
 import re
+from collections.abc import Sequence
 
+from mgsr_jax.checkpoint.chat_template import RenderingError
+from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.templates import following_ids, token_ids
 from mgsr_jax.typing import Tokenizer
 
@@ -22,6 +26,42 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     context = ", paired with an input that provides further context"
     head = ALPACA_HEAD.format(context, instruction)
     return f"{head}### Input:\n{input}\n\n### Response:\n"
+
+
+def alpaca_conversation(messages: Sequence[Message], input: str = "") -> str:
+    r"""Alpaca's prompt of a conversation; of one turn it is `alpaca_prompt`.
+
+    Alpaca has no form for a system message or earlier turns. Our choice: the system
+    message takes the place of the first paragraph, and every turn is written as the
+    last one is, with its response and an empty line behind it.
+
+    >>> roles = ("user", "assistant", "user")
+    >>> turns = list(map(Message, roles, ("Add.", "2", "?")))
+    >>> alpaca_conversation(turns).partition("Add.")[2]
+    '\n\n### Response:\n2\n\n### Instruction:\n?\n\n### Response:\n'
+
+    Raises:
+      RenderingError: user and assistant do not take turns, or the last turn is not the
+        user's.
+    """
+    system = [message for message in messages[:1] if message.role == "system"]
+    turns = messages[len(system) :]
+    roles = [message.role for message in turns]
+    expected = itertools.cycle(("user", "assistant"))
+    if len(roles) % 2 == 0 or roles != list(itertools.islice(expected, len(roles))):
+        raise RenderingError(
+            "template 'alpaca' expects that user and assistant take turns and the user "
+            f"is last, got the roles {roles}; set template to chat or a template file"
+        )
+    start = "### Instruction:\n"
+    head, _, last = alpaca_prompt(turns[-1].content, input).partition(start)
+    if system:
+        head = f"{system[0].content}\n\n"
+    earlier = "".join(
+        f"{start}{user.content}\n\n### Response:\n{assistant.content}\n\n"
+        for user, assistant in zip(turns[:-1:2], turns[1::2], strict=True)
+    )
+    return f"{head}{earlier}{start}{last}"
 
 
 def bare_prompt(text: str, input: str = "") -> str:

@@ -100,13 +100,13 @@ def test_another_template_of_the_teacher_is_named(talkers, tmp_path):
     assert "another chat template" not in log
 
 
-def test_alpaca_has_no_place_for_a_conversation(talkers):
+def test_a_template_without_turns_has_no_place_for_a_conversation(talkers):
     with pytest.raises(
         ValueError,
-        match="8 of 8 records are malformed.*chat.jsonl:1: template 'alpaca' has a "
+        match="8 of 8 records are malformed.*chat.jsonl:1: template 'none' has a "
         "place for one turn of the user, got the roles .'system'.*set template to chat",
     ):
-        inputs(talkers, template="alpaca")
+        inputs(talkers, template="none")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from mgsr_jax.checkpoint import state
 from mgsr_jax.commands.exit_status import DONE
 from mgsr_jax.commands.parser import main
-from mgsr_jax.data.encoding import alpaca_prompt
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.training.recipes import load_recipe, recipe_names
 
 pytestmark = [

@@ -16,7 +16,7 @@ import tiny
 from rich.console import Console
 
 from mgsr_jax.commands.parser import COMMANDS, main
-from mgsr_jax.data.encoding import alpaca_prompt
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.decoding.sampling import (
     ANCESTRAL,
     STUDENT_STREAM,

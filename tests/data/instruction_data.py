@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from mgsr_jax.data.encoding import Encoding, alpaca_prompt, encode_prompt
+from mgsr_jax.data.encoding import Encoding, encode_prompt
+from mgsr_jax.data.plain_text import alpaca_prompt
 
 EOS, BOS = "<|end|>", "<|begin|>"
 

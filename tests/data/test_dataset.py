@@ -23,11 +23,11 @@ from mgsr_jax.data import dataset, spans
 from mgsr_jax.data.batches import train_batches
 from mgsr_jax.data.encoding import (
     Encoding,
-    alpaca_prompt,
     encode_prompt,
     encode_response,
 )
 from mgsr_jax.data.forms import Form
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.data.report import MAX_MESSAGES, data_report
 from mgsr_jax.rows import next_token_view
 

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mgsr_jax.data.encoding import (
     Encoding,
-    alpaca_prompt,
     encode_prompt,
     encode_response,
 )
+from mgsr_jax.data.plain_text import alpaca_prompt
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n"
@@ -105,7 +105,10 @@ def test_response_has_no_added_space_before_its_first_word():
         ({"max_prompt_length": 0}, "max_prompt_length is 0; expected 1 to 511"),
         ({"template": "chat", "too_long": "truncate"}, "beginning of a chat template"),
         ({"train_on": "first"}, "train_on is 'first'; expected one of"),
-        ({"system": "Be brief."}, "template 'alpaca' has no place for it"),
+        (
+            {"system": "Be brief.", "template": "none"},
+            "template 'none' has no place for it",
+        ),
         ({"max_length": 1}, "max_prompt_length is 0; expected"),
     ],
 )

@@ -11,7 +11,8 @@ from instruction_data import EOS, EOS_ID, LONG, TOKENIZER, write
 
 from mgsr_jax.data import dataset
 from mgsr_jax.data.batches import eval_batches
-from mgsr_jax.data.encoding import Encoding, alpaca_prompt
+from mgsr_jax.data.encoding import Encoding
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.data.teacher_prompts import TeacherPrompts
 from mgsr_jax.objective import Objective, position_weights
 from mgsr_jax.rows import from_lists

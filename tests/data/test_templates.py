@@ -25,6 +25,7 @@ from mgsr_jax.checkpoint.chat_template import RenderingError, same_template
 from mgsr_jax.data import dataset, spans
 from mgsr_jax.data.conversations import Message
 from mgsr_jax.data.encoding import Encoder, Encoding, encode_prompt, resolved
+from mgsr_jax.data.plain_text import alpaca_prompt
 from mgsr_jax.data.prompts import load_prompts
 from mgsr_jax.data.records import Example
 from mgsr_jax.data.templates import Turns
@@ -307,9 +308,8 @@ def test_auto_is_the_tokenizers_own_template_where_it_has_one():
         "template: alpaca (auto: the tokenizer has no chat template)",
     )
     assert resolved(own.encoding, own.tokenizer) == own.encoding
-    for settings in ({"system": "x"}, {"template_args": {"x": 1}}):
-        with pytest.raises(ValueError, match="template 'alpaca' has no place for it"):
-            Encoder(make_tokenizer(), Encoding(template="auto", **settings))
+    with pytest.raises(ValueError, match="template 'alpaca' has no place for it"):
+        Encoder(make_tokenizer(), Encoding(template="auto", template_args={"x": 1}))
     with pytest.raises(ValueError, match="too_long='drop' with a chat template"):
         Encoder(with_template(CHATML), Encoding(template="auto", too_long="truncate"))
 
@@ -326,12 +326,27 @@ def test_a_template_file_of_ones_own(tmp_path):
         Encoder(tokenizer, Encoding(template="nowhere.jinja"))
 
 
-def test_alpaca_has_no_place_for_a_system_message_or_earlier_turns(tmp_path):
+def test_alpaca_has_a_system_message_and_earlier_turns():
     ours = Encoder(make_tokenizer(), Encoding())
-    reason = "template 'alpaca' has a place for one turn.*set template to chat"
-    for conversation in (messages("a", "b", "c"), messages("a", system="b")):
-        with pytest.raises(RenderingError, match=reason):
-            ours.turns(conversation, "", "Hi")
+    turns = ours.turns(messages("a", "b", "c", system="Be brief."), "d", "Hi")
+    assert ours.tokenizer.decode(turns.prompt) == (
+        "Be brief.\n\n### Instruction:\na\n\n### Response:\nb\n\n"
+        "### Instruction:\nc\n\n### Input:\nd\n\n### Response:\n"
+    )
+    given = Encoder(make_tokenizer(), Encoding(system="Be brief."))
+    assert given.turns(messages("a", "b", "c"), "d", "Hi") == turns
+    alone = ours.turns(messages("c"), "d", "Hi").prompt
+    assert ours.tokenizer.decode(alone) == alpaca_prompt("c", "d")
+
+
+def test_alpaca_refuses_what_it_has_no_form_for():
+    ours = Encoder(make_tokenizer(), Encoding())
+    turns = [Message("user", "a"), Message("user", "b")]
+    with pytest.raises(RenderingError, match="take turns.*got the roles .'user', 'us"):
+        ours.prompt(turns)
+    trained = Encoder(make_tokenizer(), Encoding(train_on="all"))
+    with pytest.raises(RenderingError, match="set train_on to last"):
+        trained.turns(messages("a", "b", "c"), "", "Hi")
 
 
 def test_without_a_template_texts_are_as_they_are():

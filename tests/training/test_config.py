@@ -171,8 +171,8 @@ def test_what_works_is_let_through(changes):
         (dict(data__template="vicuna"), "template is 'vicuna'; expected .*'alpaca'"),
         (dict(data__train_on="both"), "data.train_on='both'; expected .*'all'"),
         (
-            dict(data__template="alpaca", data__system="Be brief."),
-            "system is set, but template 'alpaca' has no place for it; set template to",
+            dict(data__template="none", data__system="Be brief."),
+            "system is set, but template 'none' has no place for it; set template to",
         ),
         (
             dict(data__template="none", data__template_args={"enable_thinking": False}),
