@@ -46,7 +46,7 @@ def test_a_run_records_the_commit_and_keeps_to_it(cache, recipe, tmp_path, capsy
     assert main(["export", "--run", "run", "--output", "merged"]) == DONE
     capsys.readouterr()
     assert main([*command, "--resume", "true"]) == MISTAKE
-    assert f"student': 'org/student@{COMMITS[0]}'" in capsys.readouterr().err
+    assert f"student was 'org/student@{COMMITS[0]}'" in capsys.readouterr().err
 
 
 def test_generate_takes_a_hub_name(cache, capsys):

@@ -444,7 +444,7 @@ def test_nothing_is_overwritten(project, straight):
     with pytest.raises(FileExistsError, match="not empty.*resume: true"):
         run(settings)
     other = dataclasses.replace(settings, seed=5, resume=True)
-    with pytest.raises(ValueError, match="seed changed"):
+    with pytest.raises(ValueError, match="seed was"):
         run(other)
     (project / "foreign").mkdir()
     (project / "foreign" / "thesis.txt").write_text("mine")
