@@ -72,7 +72,7 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What trains a student after its SFT.
+    """Training of a student after its SFT.
 
     Attributes:
       objective: the losses and their weights.

@@ -58,7 +58,7 @@ EVALUATION_BATCH = 152  # two batches; divides over 2, 4 and 8 devices
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What trains a student after its warm-up.
+    """Training of a student after its warm-up.
 
     Attributes:
       objective: the losses and their weights.

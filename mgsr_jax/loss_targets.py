@@ -1,4 +1,4 @@
-"""What the losses of logits read in addition to logits: labels, masks and weights."""
+"""Labels, masks and weights that the losses read together with logits."""
 
 from typing import NamedTuple, TypedDict
 

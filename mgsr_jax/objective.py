@@ -156,7 +156,7 @@ class Objective:
 
     @property
     def divergences(self) -> tuple[str, ...]:
-        """That of all rows; or that of the data's rows, then that of the student's."""
+        """Divergence of all rows; or of the data's rows, then of the student's."""
         if self.sample_divergence in (None, self.divergence):
             return (self.divergence,)
         return (self.divergence, self.sample_divergence)
@@ -206,7 +206,7 @@ def position_weights(rows: Rows, objective: Objective) -> Weights:
 
 
 def scored_positions(rows: Rows, objective: Objective) -> Bool[Array, "*A B T"]:
-    """Where the divergence counts: in responses, or only in those of the student."""
+    """Positions where the divergence counts: all responses, or only the student's."""
     where = next_token_view(rows).where
     if objective.divergence in FROM_SAMPLES:
         where = where & ~rows.ground_truth[..., None]

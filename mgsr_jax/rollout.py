@@ -40,7 +40,7 @@ where the teacher ran."""
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where a step's rows come from.
+    """Settings of a rollout: when a step generates its rows, and how.
 
     Attributes:
       policy: "off", "on" or "replay"; quoted in YAML, where a bare on means true.

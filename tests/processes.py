@@ -15,7 +15,7 @@ def free_port():
 
 
 def environment(devices, **more):
-    """Nothing of this machine's launcher, `devices` CPU devices."""
+    """Environment with `devices` CPU devices and no variable of a launcher."""
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -69,7 +69,7 @@ def command_of_header(file, name):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_pair_can_be_trained(file, monkeypatch):
-    """With the command in its own header."""
+    """The command in the file's header is accepted."""
     arguments = command_of_header(file, "train")
     assert arguments is not None
     configs = []
@@ -87,7 +87,7 @@ def test_a_pair_can_be_trained(file, monkeypatch):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_pair_can_be_planned(file, monkeypatch):
-    """With the command in its own header, and models that fit each other."""
+    """The command in the file's header is accepted, and its models fit together."""
     arguments = command_of_header(file, "plan")
     if arguments is None:
         pytest.skip("this pair needs no plan: it fits one device")

@@ -404,7 +404,7 @@ opd = load("opd")
 
 
 def test_methods_score_the_same_number_of_tokens():
-    """With the data's lengths: limits 6, then 12, then 26 on three lengths."""
+    """Three solutions with limits of 6, then 12, then 26 tokens."""
     lengths = [13, 19, 25]
     whole = opd.METHODS["OPD"].tokens_per_response(lengths)
     assert whole == 19

@@ -159,6 +159,29 @@ def project(folder, *, teacher_seed: int = 1):
     return folder
 
 
+def train_config(project, name, **changes):
+    """Settings of a short run on the data of `project`, in the folder `name` there."""
+    from mgsr_jax.training.config import TrainConfig
+    from mgsr_jax.training.data_config import DataConfig
+    from mgsr_jax.training.optimizer import OptimizerConfig
+
+    settings = dict(
+        student=str(project / "student"),
+        output=str(project / name),
+        batch_size=8,
+        data=DataConfig(
+            train=str(project / "train.jsonl"),
+            valid=str(project / "valid.jsonl"),
+            max_prompt_length=40,
+            max_length=56,
+            cache_dir=str(project / "cache"),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        tensorboard=False,
+    )
+    return TrainConfig(**settings | changes)
+
+
 def log_probs(model, params, tokens) -> np.ndarray:
     """Log-probabilities of the next token at every position, in float64. [B, T, V]"""
 

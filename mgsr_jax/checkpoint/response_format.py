@@ -1,4 +1,4 @@
-"""How a student was trained to respond, for programs that load its exported folder."""
+"""End ids and chat template that an exported student was trained with."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ _GENERATION_FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class ResponseFormat:
-    """What a student's own folder does not say about its responses after training.
+    """End ids and chat template of a training, for an exported student's folder.
 
     Without it, other programs go on behind the end of a turn that the chat template
     writes, and render prompts by another template.
@@ -52,8 +52,18 @@ def save_format(file: Path, response_format: ResponseFormat) -> None:
 
 
 def load_format(file: Path) -> ResponseFormat | None:
-    """Read what `save_format` wrote; None if there is no file, as in older runs."""
+    """Read what `save_format` wrote; None if there is no file, as in older runs.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     if not file.is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return ResponseFormat(tuple(values["eos_ids"]), values["chat_template"])
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return ResponseFormat(tuple(values["eos_ids"]), values["chat_template"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); remove it: an export then has the end ids "
+            "and the template of the student's own folder"
+        ) from error

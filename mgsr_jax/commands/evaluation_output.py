@@ -1,4 +1,4 @@
-"""What `mgsr evaluate` prints and writes."""
+"""Tables and files of `mgsr evaluate`."""
 
 from collections.abc import Mapping
 from pathlib import Path

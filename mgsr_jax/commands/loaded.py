@@ -1,4 +1,4 @@
-"""What `generate` and `evaluate` share: a loaded checkpoint and checks of settings."""
+"""A loaded checkpoint, and checks of settings that several commands have."""
 
 import dataclasses
 import math

@@ -189,7 +189,7 @@ def _names(arguments: list[str]) -> list[str]:
 
 
 def _allowed(arguments: Sequence[str]) -> dict[str, str]:
-    """What the settings of the command that was given allow, in words."""
+    """Allowed values of the given command's settings, in words, by name."""
     if not arguments or arguments[0] not in COMMANDS:
         return {}
     return {s.name: s.allowed for s in settings_of(COMMANDS[arguments[0]])}

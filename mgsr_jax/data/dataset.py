@@ -267,7 +267,7 @@ def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
     message = f"{example.source}: {'; '.join(too_long)}" if too_long else ""
     if too_long and encoding.too_long == "drop":
         return _row(_NOTHING, problem, message, lengths, kept=False)
-    if too_long:  # only without a chat template, where no earlier response exists
+    if too_long:  # only without a chat template, which trains no earlier response
         prompt = cut_prompt(encoder.tokenizer, prompt, encoding.prompt_limit)
         turns = Turns(prompt, response[: encoding.max_length - len(prompt)])
     return _row(turns, problem, message, lengths, kept=True)

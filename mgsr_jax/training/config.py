@@ -112,7 +112,9 @@ class TrainConfig:
         _check_validation(self)
         check_best_metric(
             self.best_metric,
+            validated=_validated_losses(self),
             validate_every=self.validate_every,
+            evaluated=self.evaluate.metrics,
             evaluate_every=self.evaluate_every,
         )
 
@@ -168,6 +170,16 @@ class TrainConfig:
         """Whether any step runs the teacher itself, so that its weights are loaded."""
         cached = self.teacher_cache is not None and self.rollout.policy == "off"
         return self.teacher is not None and not cached
+
+
+def _validated_losses(config: TrainConfig) -> tuple[str, ...]:
+    """Names of the losses that a validation measures."""
+    objective, names = config.objective, ["loss", "sft"]
+    if config.runs_teacher:
+        of_data = objective.token and objective.divergence not in FROM_SAMPLES
+        names += [objective.divergence] if of_data else []
+        names += ["span"] if objective.span else []
+    return tuple(names)
 
 
 def _check_size_of_run(config: TrainConfig, *, required: bool) -> None:

@@ -184,7 +184,7 @@ class DataConfig:
 
 
 def _identity(source: DataSource, split: str) -> tuple[str, ...]:
-    """What a source holds: the path, and the split if it has several."""
+    """A source's path, and its split unless it is a file, which has none."""
     if is_files(source.path):
         return (os.path.normpath(source.path),)
     return (source.path, source.split or split)

@@ -1,4 +1,4 @@
-"""What a run does, in the lines that it prints before its first step."""
+"""Description of a run, printed before its first step."""
 
 import dataclasses
 import itertools

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -121,15 +120,10 @@ def _compare_chunk(
 def _of_model(
     name: str, logits: Float[Array, "N V"], chunk: _Chunk, spec: _Spec
 ) -> Metrics:
-    """Cross-entropy and entropy of one model.
-
-    H(p) = log V - KL(p || uniform), also where the vocabulary is split over devices.
-    """
+    """Cross-entropy and entropy of one model."""
     where, columns = chunk.where, spec.columns
     loss = losses.cross_entropy(logits, chunk.labels, where=where, **columns)
-    uniform = jnp.zeros_like(logits)
-    kl = losses.forward_kl(uniform, logits, where=where, **columns)
-    entropy = math.log(spec.vocab_size) - kl
+    entropy = losses.entropy(logits, where=where, **columns)
     return {
         f"{name}_loss": masked_sum(loss, where),
         f"{name}_entropy": masked_sum(entropy, where),
@@ -152,7 +146,7 @@ def compare_first_batch(
 def describe(
     values: Mapping[str, float], vocab_size: int, *, sampled: bool = False
 ) -> list[str]:
-    """What a run prints about its first batch: one line, then warnings.
+    """Lines about the first batch for the log: the values, then warnings.
 
     The teacher should read the references better than the student does, and the student
     should be closer to it than a uniform distribution: KL(teacher || uniform) is

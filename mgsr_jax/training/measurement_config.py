@@ -1,6 +1,7 @@
-"""Settings of what a run measures beside its loss, and by what it is judged."""
+"""Settings of evaluations during training, and of the best checkpoint."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from mgsr_jax import settings
 from mgsr_jax.data.source_settings import check_columns
@@ -41,10 +42,26 @@ class PeriodicEvaluation:
         check_columns(self.columns)
 
 
+SCORES = ("distinct_1", "distinct_2", "distinct_4", "length", "stopped", "loss")
+"""Scores of an evaluation in addition to its metrics."""
+
+
 def check_best_metric(
-    metric: str | None, *, validate_every: int, evaluate_every: int
+    metric: str | None,
+    *,
+    validated: Sequence[str],
+    validate_every: int,
+    evaluated: Sequence[MetricName],
+    evaluate_every: int,
 ) -> None:
     """Refuse a metric that is not measured while the run trains.
+
+    Args:
+      metric: the metric of the best checkpoint; None: there is none.
+      validated: names of the losses that a validation measures.
+      validate_every: steps between validations; 0: there are none.
+      evaluated: metrics of an evaluation.
+      evaluate_every: steps between evaluations; 0: there are none.
 
     Raises:
       ValueError: the metric, and the setting that is missing.
@@ -52,15 +69,17 @@ def check_best_metric(
     if metric is None:
         return
     every = {"valid/": validate_every, "eval/": evaluate_every}
-    names = {"valid/": "validate_every", "eval/": "evaluate_every"}
+    setting = {"valid/": "validate_every", "eval/": "evaluate_every"}
+    names = {"valid/": validated, "eval/": (*evaluated, *SCORES)}
     prefix = metric[: metric.find("/") + 1]
-    if prefix not in every:
+    if metric.removeprefix(prefix) not in names.get(prefix, ()):
+        known = [prefix + name for prefix in names for name in names[prefix]]
         raise ValueError(
-            f"best_metric={metric!r}; expected a metric of validation or evaluation, "
-            "such as valid/loss or eval/rouge_l"
+            f"best_metric={metric!r} is not measured; expected one of "
+            f"{', '.join(known)}"
         )
     if not every[prefix]:
         raise ValueError(
             f"best_metric={metric!r} is not measured while the run trains; set "
-            f"{names[prefix]}"
+            f"{setting[prefix]}"
         )

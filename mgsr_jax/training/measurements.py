@@ -68,7 +68,6 @@ class Measurements:
 
         Raises:
           Diverged: the validation loss is not finite.
-          ValueError: the metric of the best checkpoint is not among those measured.
         """
         config, measured = self._config, dict[str, float]()
         validates, ends = self._inputs.valid is not None, (0, self._inputs.steps)
@@ -76,11 +75,6 @@ class Measurements:
             measured |= self._validate(step, params, teacher_params)
         if self._prompts and (step in ends or due(step, config.evaluate_every)):
             measured |= self._evaluate(step, params)
-        if step == 0 and config.best_metric not in (None, *measured):
-            raise ValueError(
-                f"best_metric={config.best_metric!r} is not measured; expected one of "
-                f"{', '.join(measured)}"
-            )
         return measured
 
     def _validate(

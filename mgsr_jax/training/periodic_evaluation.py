@@ -14,6 +14,7 @@ from mgsr_jax.evaluation.evaluate import evaluate, prompts_to_score
 from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.inputs import RunInputs
+from mgsr_jax.training.measurement_config import SCORES
 from mgsr_jax.typing import Params
 
 
@@ -97,11 +98,9 @@ def evaluation_scores(
         eos_ids=inputs.eos_ids,
         mesh=inputs.mesh,
     )
-    greedy = result.greedy
-    values = {name: estimate.mean for name, estimate in greedy.metrics.items()}
-    for name in ("distinct_1", "distinct_2", "distinct_4", "length", "stopped"):
-        values[name] = getattr(greedy, name)
-    return values | {"loss": result.loss}
+    metrics = {name: mean.mean for name, mean in result.greedy.metrics.items()}
+    scores = vars(result.greedy) | {"loss": result.loss}
+    return metrics | {name: scores[name] for name in SCORES}
 
 
 def _encoding(config: TrainConfig) -> Encoding:

@@ -1,4 +1,4 @@
-"""The data of a run, read and tokenised, and what the log says about it."""
+"""Read and tokenise the data of a run, and report on it in the log."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

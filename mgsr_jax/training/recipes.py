@@ -42,7 +42,7 @@ class Recipe:
 
     @property
     def summary(self) -> str:
-        """What the method is, in one line."""
+        """The method in one line."""
         return self.text.partition("\n")[0].removeprefix("# ")
 
     @functools.cached_property

@@ -31,3 +31,6 @@ def test_a_saved_format_is_read_back(tmp_path):
     assert load_format(file) is None
     save_format(file, ResponseFormat((2, 7), "é"))
     assert load_format(file) == ResponseFormat((2, 7), "é")
+    file.write_text(file.read_text()[:-4])
+    with pytest.raises(ValueError, match="response_format.json is damaged"):
+        load_format(file)

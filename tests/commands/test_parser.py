@@ -205,7 +205,7 @@ def test_a_word_that_is_like_no_other_gets_no_suggestion(capsys):
 
 
 def help_of(capsys, *command):
-    """What `command --help` prints; `command` may end with a topic."""
+    """Text that `command --help` prints; `command` may end with a topic."""
     try:
         assert main(command) == DONE
     except SystemExit as end:

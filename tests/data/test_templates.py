@@ -79,7 +79,7 @@ def fix_date(monkeypatch, day):
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", REALISTIC)
 def test_control_tokens_in_the_data_stay_text(name, special):
-    """In the prompt and in the response, also where they are not marked as special."""
+    """This holds in prompts and responses, and for tokens not marked as special."""
     template, end = REALISTIC[name]
     tokenizer = with_template(template, special=special)
     ours = Encoder(tokenizer, Encoding(template="chat"))
@@ -450,7 +450,7 @@ def test_only_data_of_all_responses_has_their_column(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
 def test_tokenizers_that_put_a_space_before_a_text(scheme):
-    """As LLaMA 2 and Mistral: a piece of a text is no text of its own."""
+    """LLaMA 2 and Mistral do so: a piece of a text has other tokens when alone."""
     tokenizer = metaspace_tokenizer(scheme, MISTRAL)
     ours = Encoder(tokenizer, Encoding(template="chat"))
     conversation = messages("say hi", "hi there", "say what is a text")

@@ -93,7 +93,7 @@ class Counted:
 
 @pytest.mark.slow
 def test_decoding_stops_at_the_most_new_tokens(student):
-    """Of each row's response, and the loop ends there too."""
+    """Every response has at most so many tokens, and the loop ends there too."""
     model, params = student
     rows = tiny.prompts()
     counted = Counted(model)

@@ -32,7 +32,7 @@ def test_a_gate_that_is_never_or_always_open_gives_one_kl_or_both():
 
 
 def test_the_temperature_counts_in_the_entropy():
-    """At temperature 1 the teacher is certain, at 4 it is not."""
+    """The teacher is certain at temperature 1, and uncertain at 4."""
     student, teacher = normal(), 3 * normal(seed=1)
     got = losses.entropy_gated_kl(student, teacher, temperature=4.0)
     assert_equals(

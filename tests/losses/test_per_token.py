@@ -1,4 +1,4 @@
-"""What all divergences of two distributions share: arguments, checks, bad inputs."""
+"""Arguments, checks and bad inputs of all divergences of two distributions."""
 
 import functools
 import math

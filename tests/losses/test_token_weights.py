@@ -45,7 +45,7 @@ def teacher_entropy_by_hand(student, teacher, floor, vocab_size=None):
 
 
 def acceptance_by_hand(student, teacher, floor, vocab_size=None):
-    """By a sort of the teacher's classes; `top_k` is 5."""
+    """Sort the teacher's classes and keep 5."""
     student, teacher = (np.asarray(x)[..., :vocab_size] for x in (student, teacher))
     best = np.argsort(-teacher, axis=-1)[..., :5]
     accepted = np.any(best == np.argmax(student, axis=-1)[..., None], axis=-1)

@@ -62,7 +62,7 @@ def forward(model, params, tokens=TOKENS, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3_window"])
 def test_adapters_equal_merged_kernels(family):
-    """In hidden states and in gradients with respect to the adapters."""
+    """Compare hidden states and gradients with respect to the adapters."""
     model, params, adapters = built(family)
 
     def loss(adapters, merge):

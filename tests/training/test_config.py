@@ -236,7 +236,9 @@ def test_what_works_is_let_through(changes):
         ),
         (dict(evaluate_every=-1), "evaluate_every must be at least 0, got -1"),
         (dict(evaluate__limit=0), "evaluate.limit must be above 0, got 0"),
-        (dict(best_metric="loss"), "best_metric='loss'; .* valid/loss or eval/rouge_l"),
+        (dict(best_metric="loss"), "'loss' is not measured; .*valid/loss, .*rouge_l"),
+        (dict(best_metric="valid/los"), "one of valid/loss, valid/sft, valid/dac_kl"),
+        (dict(best_metric="eval/math"), "one of .*eval/rouge_l, .*eval/loss"),
         (dict(best_metric="valid/loss"), "while the run trains; set validate_every"),
         (dict(best_metric="eval/rouge_l"), "while the run trains; set evaluate_every"),
         (

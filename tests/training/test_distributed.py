@@ -130,7 +130,7 @@ os.environ.pop("TPU_SKIP_MDS_QUERY", None)
 
 @contextmanager
 def metadata_server(**attributes):
-    """What a Cloud TPU host asks who it is; its address."""
+    """Run a metadata server of a Cloud TPU host; yields its address."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -150,7 +150,7 @@ def metadata_server(**attributes):
 
 
 def by_cloud_tpu(i, port):
-    """Nothing but what the metadata server says."""
+    """Environment of a process that only the metadata server describes."""
     return {"JAX_COORDINATOR_PORT": str(port)}
 
 
@@ -241,18 +241,18 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch):
         distributed.start(DistributedConfig())
 
 
-# What a process alone would trip over
+# Faults that a single process would not meet
 
 
-def told(script):
-    """What two processes complain of when they run it."""
+def complaints(script):
+    """The errors of two processes that run `script`."""
     found = ended([["-c", MEET + script]] * 2, two(by_variables))
     assert [status for status, _, _ in found] == [1, 1]
     return [complaint for _, _, complaint in found]
 
 
 def test_a_failure_of_one_is_told_to_all():
-    found = told("""
+    found = complaints("""
 from mgsr_jax.training.distributed import on_all_processes
 assert on_all_processes(lambda: jax.process_index()) == jax.process_index()
 on_all_processes(lambda: open("nowhere") if jax.process_index() else None)
@@ -262,7 +262,7 @@ on_all_processes(lambda: open("nowhere") if jax.process_index() else None)
 
 
 def test_what_differs_is_named():
-    found = told("""
+    found = complaints("""
 from mgsr_jax.training.distributed import check_equal
 check_equal({"seed": "1", "data": "a"})
 number = jax.process_index()
@@ -273,7 +273,7 @@ check_equal({"seed": str(number), "steps": "9", **({"only": "1"} if number else 
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
-    found = told(f"""
+    found = complaints(f"""
 from pathlib import Path
 from mgsr_jax.training.distributed import check_shared
 own = Path({str(tmp_path)!r})
@@ -379,7 +379,7 @@ def replayed(output):
 
 
 def assert_close(found, expected):
-    """Of every step the same numbers, but for the clock."""
+    """Every step has the same metrics, except those of time."""
     assert len(found) == len(expected)
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()

@@ -85,7 +85,7 @@ def test_the_means_are_those_of_whole_distributions(chunk_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2)])
 def test_a_mesh_does_not_change_the_means(sizes):
-    """With a tensor axis the vocabularies are split."""
+    """A tensor axis splits both vocabularies."""
     models = [
         tiny.llama(i, scale=2.0, vocab_size=32, num_key_value_heads=4) for i in (0, 1)
     ]

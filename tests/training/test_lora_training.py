@@ -154,7 +154,7 @@ def test_dropout_keys_are_by_example_and_author():
 
 
 def test_two_steps_leave_out_something_else(base):
-    """Nothing moves: other losses come from dropout alone."""
+    """No parameter changes: only dropout makes the losses differ."""
     step = make_train_step(MODEL, None, recorder(), SFT, dropout=True)
     state, seen = fresh(base, recorder()), []
     for _ in range(2):
@@ -327,7 +327,7 @@ def test_what_has_no_adapter_stays_as_it_was(project, straight):
 
 
 def test_plain_fine_tuning_of_adapters(project):
-    """In half precision, and exported as it was trained."""
+    """The student is in half precision, and is exported as it was trained."""
     half = dict(steps=2, lora=ADAPTERS, dtype="bfloat16")
     result = run(sft(project, "half", **half))
     export_student(project / "half", project / "half_again")

@@ -1,4 +1,4 @@
-"""What a run measures while it trains, and the checkpoint that is best by it."""
+"""Measurements of a run while it trains, and its best checkpoint."""
 
 import dataclasses
 import io
@@ -21,7 +21,6 @@ from mgsr_jax.evaluation.evaluate import evaluate
 from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
-from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation
 from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.periodic_evaluation import _sources
@@ -51,25 +50,13 @@ def two_devices():
 def settings(project, name, **changes):
     """Fine-tuning of six steps that is evaluated every two."""
     values = dict(
-        student=str(project / "student"),
-        output=str(project / name),
         steps=6,
-        batch_size=8,
-        data=DataConfig(
-            train=str(project / "train.jsonl"),
-            valid=str(project / "valid.jsonl"),
-            max_prompt_length=40,
-            max_length=56,
-            cache_dir=str(project / "cache"),
-        ),
         objective=Objective(token=0.0, span=0.0),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
         evaluate_every=2,
         evaluate=PeriodicEvaluation(limit=5),
         keep_checkpoints=1,
-        tensorboard=False,
     )
-    return TrainConfig(**values | changes)
+    return tiny.train_config(project, name, **values | changes)
 
 
 def run(config):
@@ -219,6 +206,7 @@ def test_a_metric_that_is_not_measured_is_named(project):
     config = settings(project, "unknown", best_metric="eval/bleu")
     with pytest.raises(ValueError, match="'eval/bleu' is not measured; .*eval/rouge_l"):
         run(config)
+    assert not pathlib.Path(config.output).exists()
 
 
 def test_an_evaluation_set_has_names_of_columns_of_its_own(project):

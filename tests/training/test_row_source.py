@@ -156,7 +156,7 @@ def test_a_generated_step_without_labels_carries_the_samples_alone():
 
 
 def assert_cached(rows):
-    """What the cache says is of the row beside it, in its dtype, split as it is."""
+    """Each row has its own teacher output, in the cache's dtype and sharded alike."""
     assert len(rows.teacher_outputs) == len(rows.micro_batches)
     for part, found in zip(rows.micro_batches, rows.teacher_outputs, strict=True):
         if not part.ground_truth.any():

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
-from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.trainer import train
 
 pytestmark = [
@@ -29,26 +28,14 @@ def project(tmp_path_factory):
 
 def config(project, name, objective, **changes):
     settings = dict(
-        student=str(project / "student"),
         teacher=str(project / "teacher"),
-        output=str(project / name),
         steps=3,
-        batch_size=8,
-        data=DataConfig(
-            train=str(project / "train.jsonl"),
-            valid=str(project / "valid.jsonl"),
-            max_prompt_length=40,
-            max_length=56,
-            cache_dir=str(project / "cache"),
-        ),
         objective=objective,
         rollout=RolloutConfig("on", rounds=0),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
         mesh=MeshConfig(2, 2, 2),
         log_every=1,
-        tensorboard=False,
     )
-    return TrainConfig(**settings | changes)
+    return tiny.train_config(project, name, **settings | changes)
 
 
 def run(settings):

@@ -21,8 +21,7 @@ from mgsr_jax.checkpoint import hf, state
 from mgsr_jax.commands.cache_teacher import write_teacher_cache
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
-from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.config import DataConfig, MeshConfig
 from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import Diverged, train
 
@@ -39,26 +38,14 @@ def project(tmp_path_factory):
 
 def config(project, name, **changes):
     settings = dict(
-        student=str(project / "student"),
         teacher=str(project / "teacher"),
-        output=str(project / name),
         steps=4,
-        batch_size=8,
-        data=DataConfig(
-            train=str(project / "train.jsonl"),
-            valid=str(project / "valid.jsonl"),
-            max_prompt_length=40,
-            max_length=56,
-            cache_dir=str(project / "cache"),
-        ),
         objective=Objective(num_candidates=16),
         rollout=RolloutConfig(policy="on"),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
         mesh=MeshConfig(data=4, fsdp=2),
         log_every=1,
-        tensorboard=False,
     )
-    return TrainConfig(**settings | changes)
+    return tiny.train_config(project, name, **settings | changes)
 
 
 def run(config):
@@ -297,7 +284,7 @@ def two_devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cached(project):
-    """All classes of every token, as float32: nothing of the teacher is left out.
+    """A cache with all classes of every token in float32.
 
     Settings of runs on two devices; the cache is made on eight.
     """
