@@ -12,19 +12,17 @@ import argparse
 import dataclasses
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import jax
-import jax.numpy as jnp
 import little_english
 import word_tokenizer
+from language_judge import Judge, Scores
 from rich.console import Console
 from small_runs import (
-    load,
     one_device_per_core,
     optimizer,
     recipe_digest,
@@ -37,23 +35,15 @@ from small_runs import (
 
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
-from mgsr_jax.data.batches import prompt_batches
-from mgsr_jax.data.prompts import load_prompts
 from mgsr_jax.evaluation import report
-from mgsr_jax.evaluation.evaluate import evaluate
-from mgsr_jax.evaluation.responses import EvaluationConfig
 from mgsr_jax.evaluation.scores import EvaluationResult
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout import RolloutConfig
-from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.training.config import DataConfig, TrainConfig
-from mgsr_jax.typing import Model, Params
 
 TEACHER_WIDTH, STUDENT_WIDTH, LAYERS = 128, 64, 4
 TEACHER_STEPS, STUDENT_STEPS = 450, 700
 WARM_STEPS = STUDENT_STEPS // 3
-EVALUATION_SEEDS = (10, 20)
-EVALUATION_BATCH = 152  # two batches; divides over 2, 4 and 8 devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,27 +78,6 @@ ABLATIONS = {
     "forward KL, no SFT": Method(dataclasses.replace(FORWARD_KL, sft=0.0)),
     "MGSR, no SFT": Method(Objective(sft=0.0), SCRG),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Scores of a model on instructions with word pairs that no training text contains.
-
-    Attributes:
-      greedy: ROUGE-L of greedy responses, F1 x 100.
-      sampled: ROUGE-L of samples at temperature 1, F1 x 100.
-      valid: percent of samples that are word for word a valid response.
-      distinct_2: different pairs of tokens per pair in the samples.
-      loss: cross-entropy of a reference, teacher forced, nats per token.
-      total_variation: distance to the teacher on the references, in [0, 1].
-    """
-
-    greedy: float
-    sampled: float
-    valid: float
-    distinct_2: float
-    loss: float
-    total_variation: float
 
 
 COLUMNS = {
@@ -232,91 +201,6 @@ class Workspace:
         )
 
 
-class Judge:
-    """Scores models on the held-out instructions, with the teacher as the measure."""
-
-    def __init__(self, workspace: Workspace, teacher: Path):
-        self.workspace = workspace
-        self.prompts, _ = load_prompts(
-            workspace.data / "test.jsonl",
-            workspace.tokenizer,
-            workspace.data_config.encoding,
-        )
-        self.teacher, self.teacher_params = load(teacher, workspace.mesh)
-
-    def score(self, folder: Path) -> tuple[Scores, EvaluationResult]:
-        """Scores of the model in `folder`, and every response that it wrote."""
-        workspace = self.workspace
-        workspace.console.print(f"scoring {folder}")
-        model, params = load(folder, workspace.mesh)
-        result = evaluate(
-            model,
-            params,
-            workspace.tokenizer,
-            self.prompts,
-            EvaluationConfig(
-                seeds=EVALUATION_SEEDS,
-                max_prompt_length=workspace.data_config.encoding.prompt_limit,
-                max_length=workspace.data_config.max_length,
-                batch_size=EVALUATION_BATCH,
-            ),
-            mesh=workspace.mesh,
-        )
-        assert result.sampled is not None  # EVALUATION_SEEDS is not empty
-        samples = [sample for sample in result.responses if sample.seed is not None]
-        valid = statistics.fmean(s.response in s.references for s in samples)
-        scores = Scores(
-            greedy=result.greedy.metrics["rouge_l"].mean,
-            sampled=result.sampled.metrics["rouge_l"].mean,
-            valid=100 * valid,
-            distinct_2=result.sampled.distinct_2,
-            loss=result.loss,
-            total_variation=self.distance(model, params),
-        )
-        return scores, result
-
-    def distance(self, model: Model, params: Params) -> float:
-        """Mean total variation distance to the teacher over the references' tokens."""
-        mesh, total, count = self.workspace.mesh, 0.0, 0.0
-        with jax.set_mesh(mesh):
-            for rows in prompt_batches(
-                self.prompts,
-                EVALUATION_BATCH,
-                width=self.workspace.data_config.max_length,
-                with_response=True,
-            ):
-                values, where = total_variation(
-                    model,
-                    params,
-                    self.teacher,
-                    self.teacher_params,
-                    sharding.put_batch(mesh, rows),
-                )
-                total += float(jnp.sum(jnp.where(where, values, 0.0)))
-                count += float(jnp.sum(where))
-        return total / count
-
-
-@jax.jit(static_argnames=("student", "teacher"))
-def total_variation(
-    student: Model,
-    student_params: Params,
-    teacher: Model,
-    teacher_params: Params,
-    rows: Rows,
-) -> tuple[jax.Array, jax.Array]:
-    """1/2 sum |p - q| at every position, and which positions belong to the response."""
-    view = next_token_view(rows)
-
-    def probabilities(model: Model, params: Params) -> jax.Array:
-        hidden, _ = model.forward(params, view.inputs)
-        return jax.nn.softmax(model.unembed(model.head_params(params), hidden))
-
-    p = probabilities(teacher, teacher_params)
-    q = probabilities(student, student_params)
-    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1), view.where
-
-
 def show_responses(console: Console, results: dict[str, EvaluationResult]) -> None:
     """Print every model's greedy response to one instruction of each task."""
     for index in range(len(little_english.TASKS)):
@@ -346,12 +230,18 @@ def main() -> None:
     datasets.disable_progress_bars()
     workspace = Workspace(arguments.output, console)
     teacher = workspace.train_teacher()
-    judge = Judge(workspace, teacher)
+    judge = Judge(
+        workspace.data / "test.jsonl",
+        workspace.data_config.encoding,
+        teacher,
+        mesh=workspace.mesh,
+    )
     methods = METHODS | (ABLATIONS if arguments.ablations else {})
     scores: dict[str, list[Scores]] = {}
     results: dict[str, EvaluationResult] = {}
 
     def score(name: str, folder: Path) -> None:
+        console.print(f"scoring {folder}")
         own, results[name] = judge.score(folder)
         scores.setdefault(name, []).append(own)
 

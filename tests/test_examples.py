@@ -213,6 +213,7 @@ def test_tokenizer_restores_other_text_from_bytes(tokenizer):
 
 
 small_runs = load("small_runs")
+language_judge = load("language_judge")
 quickstart = load("quickstart")
 
 
@@ -244,7 +245,7 @@ def test_total_variation_equals_numpy():
         tiny.llama(seed, width=64) for seed in (0, 1)
     )
     rows = tiny.complete()
-    values, where = quickstart.total_variation(
+    values, where = language_judge.total_variation(
         student, student_params, teacher, teacher_params, rows
     )
     assert student == teacher  # one compiled program for all calls below
@@ -257,7 +258,7 @@ def test_total_variation_equals_numpy():
     q, p = softmax(logits(student_params)), softmax(logits(teacher_params))
     np.testing.assert_allclose(values, 0.5 * np.abs(p - q).sum(-1), atol=1e-5)
     assert where.sum() == (rows.lengths - rows.prompt_lengths).sum()
-    same, _ = quickstart.total_variation(
+    same, _ = language_judge.total_variation(
         student, student_params, student, student_params, rows
     )
     np.testing.assert_allclose(same, 0.0, atol=1e-6)
