@@ -149,7 +149,20 @@ class Workspace:
         """Run folders of the warm-up, named "start", and of each method after it."""
         folder = self.output / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        runs = {}
+        start = self.train_start(folder, seed)
+        runs = {"start": start}
+        for name, method in methods.items():
+            self.console.rule(f"seed {seed}: {name}")
+            output = folder / run_name(name)
+            # Not the warm-up's order of the data, but the same for every method.
+            config = self.config(
+                start / "student", teacher, output, method, seed=seed + 1000
+            )
+            runs[name] = train_to_the_end(config, self.console).output
+        return runs
+
+    def train_start(self, folder: Path, seed: int) -> Path:
+        """The run folder of a student's warm-up."""
         self.console.rule(f"seed {seed}: warm-up")
         init = write_model(
             folder / "init",
@@ -162,17 +175,7 @@ class Workspace:
         config = dataclasses.replace(
             config, steps=WARM_STEPS, optimizer=optimizer(6e-3, 3e-3)
         )
-        start = train_to_the_end(config, self.console)
-        runs["start"] = start.output
-        for name, method in methods.items():
-            self.console.rule(f"seed {seed}: {name}")
-            output = folder / run_name(name)
-            # Not the warm-up's order of the data, but the same for every method.
-            config = self.config(
-                start.student, teacher, output, method, seed=seed + 1000
-            )
-            runs[name] = train_to_the_end(config, self.console).output
-        return runs
+        return train_to_the_end(config, self.console).output
 
     def config(
         self,
