@@ -23,6 +23,7 @@ import word_tokenizer
 from language_judge import Judge, Scores
 from rich.console import Console
 from small_runs import (
+    Method,
     one_device_per_core,
     optimizer,
     recipe_digest,
@@ -44,19 +45,6 @@ from mgsr_jax.training.config import DataConfig, TrainConfig
 TEACHER_WIDTH, STUDENT_WIDTH, LAYERS = 128, 64, 4
 TEACHER_STEPS, STUDENT_STEPS = 450, 700
 WARM_STEPS = STUDENT_STEPS // 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """Training of a student after its warm-up.
-
-    Attributes:
-      objective: the losses and their weights.
-      rollout: where the rows of a step come from.
-    """
-
-    objective: Objective
-    rollout: RolloutConfig = RolloutConfig()
 
 
 SFT_ONLY = Objective(token=0.0, span=0.0)

@@ -1,5 +1,6 @@
 """Parts that the examples share: small models, settings of short runs, tables."""
 
+import dataclasses
 import hashlib
 import os
 import statistics
@@ -17,6 +18,8 @@ from mgsr_jax import models
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.models import LanguageModel
+from mgsr_jax.objective import Objective
+from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.trainer import TrainResult, train
@@ -24,6 +27,19 @@ from mgsr_jax.typing import Params
 
 Columns = Mapping[str, tuple[str, str]]
 """Field of a record of scores -> head of its column, format of a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Training of a student from its start.
+
+    Attributes:
+      objective: the losses and their weights.
+      rollout: where the rows of a step come from.
+    """
+
+    objective: Objective
+    rollout: RolloutConfig = RolloutConfig()
 
 
 def write_model(
