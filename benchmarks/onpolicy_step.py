@@ -57,7 +57,7 @@ def mgsr_side(options: Options) -> None:
     training = Training(
         load_pair(Path(options.shared)),
         itertools.repeat(prompt_rows(prompts, width=BATCH.width)),
-        {"plain": RolloutConfig(policy="on", rounds=0)},
+        {"plain": RolloutConfig(policy="on", intervention="none")},
         BATCH,
     )
 

@@ -57,7 +57,7 @@ def mgsr_side(options: Options) -> None:
         load_pair(Path(options.shared)),
         itertools.repeat(prompt_rows(prompts, width=BATCH.width)),
         {
-            "plain": RolloutConfig(policy="on", rounds=0),
+            "plain": RolloutConfig(policy="on", intervention="none"),
             "scrg": RolloutConfig(policy="on", rounds=1),
         },
         BATCH,
@@ -71,13 +71,11 @@ def mgsr_side(options: Options) -> None:
 
     def scrg() -> Answer:
         rows, loss = training.step("scrg")
-        positions = np.concatenate(
-            [np.ravel(x.error_position) for x in rows.corrections]
-        )
-        corrected = np.concatenate([np.ravel(x.corrected) for x in rows.corrections])
+        wrote = np.concatenate([x.teacher_wrote for x in rows.interventions])
+        positions = np.argmax(wrote, axis=1)
         return {
             "loss": loss,
-            "corrected": int(corrected.sum()),
+            "corrected": int(wrote.any(axis=1).sum()),
             "error": float(np.mean(positions - PROMPT) / NEW),
         }
 

@@ -104,7 +104,7 @@ SFT_ONLY = Objective(token=0.0, span=0.0)
 FORWARD_KL = Objective(sft=0.0, span=0.0, divergence="forward_kl")
 REVERSE_KL = Objective(sft=0.0, span=0.0, divergence="reverse_kl")
 JENSEN_SHANNON = Objective(sft=0.0, span=0.0, divergence="jensen_shannon", beta=0.5)
-ON_POLICY = RolloutConfig(policy="on", rounds=0)
+ON_POLICY = RolloutConfig(policy="on", intervention="none")
 SHORT_FIRST = ((0.0, 6), (0.4, 12), (0.7, 26))
 
 METHODS = {

@@ -9,13 +9,14 @@ teacher's token there and lets the student re-generate the rest:
 
 Our choices where the paper is silent: the direction of the KL; a teacher's
 end-of-sequence token ends the row; a row without disagreement stays unchanged; later
-rounds search only behind the last correction, so that no correction is undone.
+rounds search only behind the last correction, so that no correction is undone. Other
+rules than the argmax are in interventions/positions.py.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, put, take
 from mgsr_jax.decoding.reading import read_on, read_whole
 from mgsr_jax.decoding.sampling import (
     ANCESTRAL,
-    GREEDY,
+    POSITION_STREAM,
     STUDENT_STREAM,
     TEACHER_STREAM,
     Sampling,
@@ -36,16 +37,15 @@ from mgsr_jax.decoding.sampling import (
     row_keys,
     sample,
 )
-from mgsr_jax.losses import forward_kl
+from mgsr_jax.decoding.scoring import token_kl
+from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
+from mgsr_jax.interventions.positions import ARGMAX, Position, priorities
 from mgsr_jax.rows import Rows
 from mgsr_jax.sharding import constrain
-from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
+from mgsr_jax.typing import PRNGKey, RowKeys
 
 CANDIDATES = 4
-"""Positions per row whose teacher token is drawn at a time, largest KL first."""
-
-SCORED_POSITIONS = 16
-"""Positions of the decoded rows whose logits exist at a time."""
+"""Positions per row whose teacher token is drawn at a time, highest priority first."""
 
 
 class ScrgInfo(NamedTuple):
@@ -81,87 +81,93 @@ class _Carry(NamedTuple):
 class _Scrg:
     """Models, weights and settings that stay the same in every round."""
 
-    student: Model
-    student_params: Params
-    teacher: Model
-    teacher_params: Params
+    pair: Pair
     decoding: Decoding
     teacher_sampling: Sampling
+    position: Position
 
 
 def revise(
-    student: Model,
-    student_params: Params,
-    teacher: Model,
-    teacher_params: Params,
+    pair: Pair,
     state: DecodeState,
     *,
     key: PRNGKey | RowKeys,
     decoding: Decoding,
     rounds: int = 1,
-    teacher_token: Literal["sample", "argmax"] = "sample",
-) -> tuple[DecodeState, ScrgInfo, Float[Array, "B S D"]]:
+    teacher_sampling: Sampling = ANCESTRAL,
+    position: Position = ARGMAX,
+) -> tuple[Outcome, ScrgInfo]:
     """Correct every row's worst token and re-generate what follows, `rounds` times.
 
     The student is scored on the hidden states that decoding left, and both models
     continue in their own caches from the corrected token.
 
     Args:
-      student, student_params: as for `decode`, which made `state`.
-      teacher, teacher_params: the model that corrects, with stacked layers.
+      pair: the student that wrote `state` by `decode`, and the teacher that corrects.
       state: finished rows.
       key: the key that the rows were generated with, or one per row; rounds are folded
         into it.
       decoding: how the student re-generates. `decode_rows` also bounds the rows that
         the teacher reads at a time.
-      rounds: corrections per row, at most.
-      teacher_token: "sample" draws y^T at temperature 1 (the paper), "argmax" takes the
-        most probable token.
+      rounds: corrections per row, at most; 1 or more.
+      teacher_sampling: how y^T is drawn; the paper draws it at temperature 1.
+      position: the rule for j.
 
     Returns:
-      The finished rows, the corrections, and the teacher's hidden states on the rows:
-      index t predicts token t + 1.
-
-    Raises:
-      ValueError: an unknown `teacher_token`.
+      The finished rows, and the corrections of every round.
     """
-    if teacher_token not in ("sample", "argmax"):
-        raise ValueError(f"teacher_token={teacher_token!r}; expected sample or argmax")
-    scrg = _Scrg(
-        student=student,
-        student_params=student_params,
-        teacher=teacher,
-        teacher_params=teacher_params,
-        decoding=decoding,
-        teacher_sampling=ANCESTRAL if teacher_token == "sample" else GREEDY,
-    )
+    scrg = _Scrg(pair, decoding, teacher_sampling, position)
 
-    def one_round(carry: _Carry, round: Int[Array, ""]) -> tuple[_Carry, ScrgInfo]:
+    def one_round(
+        carry: _Carry, round: Int[Array, ""]
+    ) -> tuple[_Carry, tuple[ScrgInfo, Int[Array, "B"]]]:
         error, token = _detect(scrg, carry, key, round)
-        carry = _correct(scrg, carry, error, token)
-        carry = _rewrite(scrg, carry, key, round)
-        return _read_on(scrg, carry), error
+        cut = _correct(scrg, carry, error, token)
+        carry = _rewrite(scrg, cut, key, round)
+        rewritten = carry.student.rows.lengths - cut.student.rows.lengths
+        return _read_on(scrg, carry), (error, rewritten)
 
+    rows = state.rows
     read = read_whole(
-        teacher, teacher_params, state.rows, decode_rows=decoding.decode_rows
+        pair.teacher, pair.teacher_params, rows, decode_rows=decoding.decode_rows
     )
-    carry = _Carry(state, read, state.rows.prompt_lengths - 1)
-    carry, info = lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
-    return carry.student, info, carry.teacher.hidden
+    carry = _Carry(state, read, rows.prompt_lengths - 1)
+    carry, (info, rewritten) = lax.scan(one_round, carry, jnp.arange(1, rounds + 1))
+    statistics = _statistics(rows, info, jnp.sum(rewritten, axis=0))
+    return Outcome(carry.student.rows, statistics, carry.teacher.hidden), info
+
+
+def _statistics(
+    samples: Rows, info: ScrgInfo, rewritten: Int[Array, "B"]
+) -> InterventionInfo:
+    """The record of all rounds; the teacher reads what the student writes, once."""
+    index = jnp.arange(samples.tokens.shape[1])[None, None]
+    first = jnp.argmax(info.corrected, axis=0)
+    return InterventionInfo(
+        teacher_wrote=jnp.any(info.error_position[..., None] == index, axis=0),
+        kl=jnp.take_along_axis(info.kl, first[None], axis=0)[0],
+        student_generated=samples.lengths - samples.prompt_lengths + rewritten,
+        teacher_scored=samples.lengths - 1 + rewritten,
+    )
 
 
 def _detect(
     scrg: _Scrg, carry: _Carry, key: PRNGKey | RowKeys, round: Int[Array, ""]
 ) -> tuple[ScrgInfo, Int[Array, "B"]]:
     """Each row's error position, and the teacher's token for it."""
-    rows, vocab_size = carry.student.rows, scrg.decoding.vocab_size
-    student_head = scrg.student.head_params(scrg.student_params)
+    pair, rows = scrg.pair, carry.student.rows
+    vocab_size = scrg.decoding.vocab_size
+    student_head = pair.student.head_params(pair.student_params)
     # All-gathered over fsdp once per round, not once per chunk of positions.
-    teacher_head = constrain(scrg.teacher.head_params(scrg.teacher_params), P("tensor"))
-    kl = _score(
-        partial(scrg.student.unembed, student_head),
-        partial(scrg.teacher.unembed, teacher_head),
-        carry,
+    teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
+    kl = token_kl(
+        (
+            partial(pair.student.unembed, student_head),
+            partial(pair.teacher.unembed, teacher_head),
+        ),
+        (carry.student.hidden, carry.teacher.hidden),
+        rows,
+        carry.corrected_to,
         scrg.decoding,
     )
     keys = row_keys(key, rows.example, TEACHER_STREAM, round)
@@ -169,7 +175,7 @@ def _detect(
     def propose(index: Int[Array, "B C"]) -> Int[Array, "B C"]:
         hidden = carry.teacher.hidden
         before = jnp.take_along_axis(hidden, index[..., None] - 1, axis=1)
-        logits = scrg.teacher.unembed(
+        logits = pair.teacher.unembed(
             teacher_head, before.reshape(-1, before.shape[-1])
         )
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, index)
@@ -180,7 +186,12 @@ def _detect(
         )
         return tokens.reshape(index.shape)
 
-    return locate_error(rows, kl, carry.corrected_to, propose)
+    index = jnp.arange(rows.tokens.shape[1])[None]
+    behind = index > carry.corrected_to[:, None]
+    searched = behind & (index < rows.lengths[:, None])
+    random = row_keys(key, rows.example, POSITION_STREAM, round)
+    priority = priorities(scrg.position, rows, kl, searched, random)
+    return locate_error(rows, kl, priority, propose)
 
 
 def _correct(
@@ -199,8 +210,8 @@ def _rewrite(
 ) -> _Carry:
     """The student re-generates everything behind the corrections."""
     written = decode(
-        scrg.student,
-        scrg.student_params,
+        scrg.pair.student,
+        scrg.pair.student_params,
         carry.student,
         keys=row_keys(key, carry.student.rows.example, STUDENT_STREAM, round),
         decoding=scrg.decoding,
@@ -211,8 +222,8 @@ def _rewrite(
 def _read_on(scrg: _Scrg, carry: _Carry) -> _Carry:
     """The teacher reads what the student re-generated."""
     read = read_on(
-        scrg.teacher,
-        scrg.teacher_params,
+        scrg.pair.teacher,
+        scrg.pair.teacher_params,
         carry.teacher,
         carry.student.rows,
         decode_rows=scrg.decoding.decode_rows,
@@ -224,12 +235,12 @@ class _Search(NamedTuple):
     """The state of the search for each row's error.
 
     Attributes:
-      kl: KL of the positions that the teacher was not asked about yet, else -inf.
+      priority: of the positions that the teacher was not asked about yet, else -inf.
       error: the errors so far.
       token: the teacher's tokens for them.
     """
 
-    kl: Float[Array, "B S"]
+    priority: Float[Array, "B S"]
     error: ScrgInfo
     token: Int[Array, "B"]
 
@@ -237,24 +248,22 @@ class _Search(NamedTuple):
 def locate_error(
     rows: Rows,
     kl: Float[Array, "B S"],
-    corrected_to: Int[Array, "B"],
+    priority: Float[Array, "B S"],
     propose: Callable[[Int[Array, "B C"]], Int[Array, "B C"]],
 ) -> tuple[ScrgInfo, Int[Array, "B"]]:
     """Each row's error position j, and the teacher's token for it.
 
-      j = argmax of the KL over { t > corrected_to in the response : y_t != y^T_t }
+      j = argmax of the priority over { t : y_t != y^T_t }
 
-    Drawing a teacher token costs V random numbers, so tokens are drawn from the largest
-    KL downwards until one differs from the student's.
+    Drawing a teacher token costs V random numbers, so tokens are drawn from the highest
+    priority downwards until one differs from the student's.
 
     Args:
       rows: the student's rows.
       kl: KL(teacher || student) for the token of the same index.
-      corrected_to: only later indices are searched.
+      priority: from `priorities`; positions with minus infinity are not searched.
       propose: returns the teacher's tokens for the given indices.
     """
-    index = jnp.arange(rows.tokens.shape[1])[None]
-    eligible = (index > corrected_to[:, None]) & (index < rows.lengths[:, None])
 
     def ask(search: _Search) -> _Search:
         left, error, token = search
@@ -264,16 +273,17 @@ def locate_error(
         differs = (proposal != written) & (values > -jnp.inf)
         first = jnp.argmax(differs, axis=1)
         new = jnp.any(differs, axis=1) & ~error.corrected
+        position = take(index, first)
         error = ScrgInfo(
-            error_position=jnp.where(new, take(index, first), error.error_position),
-            kl=jnp.where(new, take(values, first), error.kl),
+            error_position=jnp.where(new, position, error.error_position),
+            kl=jnp.where(new, take(kl, position), error.kl),
             corrected=error.corrected | new,
         )
         left = put(left, index, jnp.full_like(values, -jnp.inf))
         return _Search(left, error, jnp.where(new, take(proposal, first), token))
 
     def any_left(search: _Search) -> Bool[Array, ""]:
-        unasked = jnp.any(search.kl > -jnp.inf, axis=1)
+        unasked = jnp.any(search.priority > -jnp.inf, axis=1)
         return jnp.any(~search.error.corrected & unasked)
 
     no_error = ScrgInfo(
@@ -281,8 +291,7 @@ def locate_error(
         kl=jnp.zeros_like(kl[:, 0]),
         corrected=jnp.zeros_like(rows.lengths, dtype=bool),
     )
-    kl = jnp.where(eligible, kl, -jnp.inf)
-    search = _Search(kl, no_error, jnp.zeros_like(rows.lengths))
+    search = _Search(priority, no_error, jnp.zeros_like(rows.lengths))
     search = lax.while_loop(any_left, ask, search)
     return search.error, search.token
 
@@ -303,44 +312,3 @@ def correct(
     )
     ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
     return dataclasses.replace(state, rows=rows, done=~corrected | ended)
-
-
-Unembed = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
-
-
-def _score(
-    student_unembed: Unembed,
-    teacher_unembed: Unembed,
-    carry: _Carry,
-    decoding: Decoding,
-) -> Float[Array, "B S"]:
-    """KL(teacher || student) for the token at each index behind the last correction.
-
-    Logits exist for a few positions at a time.
-    """
-    rows = carry.student.rows
-    batch, width = rows.tokens.shape
-    # Scaled by the share of rows that are decoded together, so that a chunk holds the
-    # same number of tokens.
-    chunk = max(1, SCORED_POSITIONS * (decoding.decode_rows or batch) // batch)
-    chunk = min(chunk, width - 1)
-
-    def score(i: Int[Array, ""], kl: Float[Array, "B S"]) -> Float[Array, "B S"]:
-        # The last chunk is shifted left to stay full; positions that overlap are
-        # recomputed to the same value.
-        start = jnp.minimum(i * chunk, width - 1 - chunk)
-        student, teacher = (
-            lax.dynamic_slice_in_dim(state.hidden, start, chunk, 1)
-            for state in (carry.student, carry.teacher)
-        )
-        values = forward_kl(
-            student_unembed(student),
-            teacher_unembed(teacher),
-            vocab_size=decoding.vocab_size,
-        )
-        # The output at t predicts token t + 1.
-        return lax.dynamic_update_slice_in_dim(kl, values, start + 1, axis=1)
-
-    first = jnp.min(carry.corrected_to) // chunk
-    last = (jnp.max(rows.lengths) - 2) // chunk
-    return lax.fori_loop(first, last + 1, score, jnp.zeros(rows.tokens.shape))

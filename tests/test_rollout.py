@@ -42,7 +42,7 @@ def roll(config, pair, rows=ROWS, seed=5, horizon=None):
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
     results = jax.device_get(rollout(*pair, (rows,), jax.random.key(seed), horizon))
     (samples,), (info,), (teacher_hidden,) = results
-    assert (teacher_hidden is None) == (config.rounds == 0)
+    assert (teacher_hidden is None) == (config.intervention == "none")
     return samples, info
 
 
@@ -63,10 +63,12 @@ def assert_well_formed(rows):
 
 
 @pytest.mark.slow
-def test_without_rounds_the_samples_are_the_student_s(pair):
-    rows, info = roll(RolloutConfig("on", rounds=0), pair)
+def test_without_an_intervention_the_samples_are_the_student_s(pair):
+    rows, info = roll(RolloutConfig("on", intervention="none"), pair)
     assert_well_formed(rows)
-    assert info.error_position.shape == (0, 5)
+    assert not info.teacher_wrote.any() and not info.teacher_scored.any()
+    written = rows.lengths - rows.prompt_lengths
+    np.testing.assert_array_equal(info.student_generated, written)
     want = generate(
         MODEL,
         pair[0],
@@ -81,13 +83,14 @@ def test_without_rounds_the_samples_are_the_student_s(pair):
 
 @pytest.mark.slow
 def test_a_round_corrects_one_token_and_keeps_what_stands_before_it(pair):
-    before, _ = roll(RolloutConfig("on", rounds=0), pair)
+    before, _ = roll(RolloutConfig("on", intervention="none"), pair)
     rows, info = roll(RolloutConfig("on", rounds=1), pair)
     assert_well_formed(rows)
-    assert info.corrected.shape == (1, 5) and info.corrected.sum() >= 3
-    for b, j in enumerate(info.error_position[0]):
-        if not info.corrected[0, b]:
-            assert j == -1
+    assert info.teacher_wrote.any(axis=1).sum() >= 3
+    assert (info.teacher_wrote.sum(axis=1) <= 1).all()
+    for b, wrote in enumerate(info.teacher_wrote):
+        j = np.argmax(wrote)
+        if not wrote.any():
             np.testing.assert_array_equal(rows.tokens[b], before.tokens[b])
             continue
         assert rows.prompt_lengths[b] <= j < before.lengths[b]
@@ -101,7 +104,7 @@ def test_a_teacher_that_is_the_student_agrees_with_its_greedy_choices(pair):
     config = RolloutConfig("on", rounds=1, temperature=0.0, teacher_token="argmax")
     rows, info = roll(config, (pair[0], pair[0]))
     assert_well_formed(rows)
-    assert not info.corrected.any()
+    assert not info.teacher_wrote.any()
 
 
 @pytest.mark.slow
@@ -143,9 +146,8 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
             samples[i],
             jax.tree.map(lambda x, here=here: x[here], want),
         )
-        np.testing.assert_array_equal(
-            infos[i].error_position, want_info.error_position[:, here]
-        )
+        for got, whole in zip(infos[i], want_info, strict=True):
+            np.testing.assert_allclose(got, whole[here], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -180,7 +182,8 @@ def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
             samples, info, teacher_hidden = (field[2 * j + i] for field in got)
             want_samples, want_info, want_hidden = (field[i] for field in want)
             jax.tree.map(np.testing.assert_array_equal, samples, want_samples)
-            np.testing.assert_array_equal(info.error_position, want_info.error_position)
+            for field, want_field in zip(info, want_info, strict=True):
+                np.testing.assert_allclose(field, want_field, rtol=1e-4)
             for b, end in enumerate(samples.lengths):
                 np.testing.assert_allclose(
                     teacher_hidden[b, : end - 1], want_hidden[b, : end - 1], atol=1e-5
@@ -190,15 +193,17 @@ def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_a_horizon_cuts_responses_without_an_end_of_sequence(pair, rounds):
-    free, _ = roll(RolloutConfig("on", rounds=0), pair)
-    rows, info = roll(RolloutConfig("on", rounds=rounds), pair, horizon=3)
+@pytest.mark.parametrize("intervention", ["none", "scrg"])
+def test_a_horizon_cuts_responses_without_an_end_of_sequence(pair, intervention):
+    free, _ = roll(RolloutConfig("on", intervention="none"), pair)
+    config = RolloutConfig("on", intervention=intervention)
+    rows, info = roll(config, pair, horizon=3)
     ends = np.minimum(rows.prompt_lengths + 3, 12)
     assert (rows.lengths <= ends).all()
     scored = np.asarray(next_token_view(rows).where).sum(axis=1)
     np.testing.assert_array_equal(scored, rows.lengths - rows.prompt_lengths)
-    first_error = info.error_position.max(axis=0) if rounds else np.full(5, -1)
+    changed = info.teacher_wrote.any(axis=1)
+    first_error = np.where(changed, info.teacher_wrote.argmax(axis=1), -1)
     assert (first_error < ends).all()
     for b, end in enumerate(rows.lengths.tolist()):
         response = rows.tokens[b, rows.prompt_lengths[b] : end].tolist()

@@ -8,21 +8,27 @@ import numpy as np
 import pytest
 import tiny
 from decode_reference import as_lists, full_logits
-from jaxtyping import TypeCheckError
 
-from mgsr_jax import scrg, sharding
+from mgsr_jax import sharding
+from mgsr_jax.decoding import scoring
 from mgsr_jax.decoding.decode import Decoding, decode, start
 from mgsr_jax.decoding.sampling import (
+    ANCESTRAL,
+    GREEDY,
+    POSITION_STREAM,
     STUDENT_STREAM,
     TEACHER_STREAM,
     Sampling,
     row_keys,
     sample,
 )
+from mgsr_jax.interventions.outcome import Pair
+from mgsr_jax.interventions.positions import ARGMAX, Position, priorities
 from mgsr_jax.scrg import locate_error, revise
 
 WIDTH = 12
 EOS = (1, 3)
+LENGTHS = (1, 4, 2, 6, 11)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def pair():
 def several_chunks_per_row():
     """Rows here are shorter than the chunks that are scored at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scrg, "SCORED_POSITIONS", 4)
+        patch.setattr(scoring, "SCORED_POSITIONS", 4)
         yield
 
 
@@ -56,8 +62,26 @@ def kl(teacher, student):
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
-def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
-    """Per row: the tokens, and (error position, KL) of every round."""
+def choose(found, searched, prompt, position, noise):
+    """The rule's own words, for the disagreements (index, KL, token) of a round.
+
+    `searched` has the KL of every searched token, `noise` its random number.
+    """
+    if position.rule == "first":
+        least = np.quantile(searched, position.quantile, method="higher")
+        return next((x for x in found if x[1] >= least), None)
+    scores = {
+        "argmax": lambda i, kl: kl,
+        "early": lambda i, kl: kl * position.discount ** (i - prompt),
+        "random": lambda i, kl: noise[i],
+    }
+    score = scores[position.rule]
+    return max(found, key=lambda x: score(*x[:2]), default=None)
+
+
+def reference(pair, rows, key, rounds, eos_ids, argmax=False, position=ARGMAX):
+    """Per row: the tokens, (error position, KL) of every round, work of both models."""
+    student, teacher = pair
 
     def data(stream, round):
         keys = row_keys(key, rows.example, stream, round)
@@ -71,32 +95,42 @@ def reference(student, teacher, rows, key, rounds, eos_ids, argmax):
             tokens = tokens + [draw(logits, keys, b, len(tokens))]
         return tokens
 
+    def noise(keys, b):
+        row_key = jax.random.wrap_key_data(keys[b])
+        folded = (jax.random.fold_in(row_key, i) for i in range(WIDTH))
+        return [float(jax.random.uniform(k)) for k in folded]
+
     results = []
     for b, prompt in enumerate(rows.prompt_lengths.tolist()):
         tokens = extend(rows.tokens[b, :prompt].tolist(), b, data(STUDENT_STREAM, 0))
         corrected_to, log = prompt - 1, []
+        generated, scored = len(tokens) - prompt, len(tokens) - 1
         for round in range(1, rounds + 1):
             p, q = logits_of(teacher, tokens), logits_of(student, tokens)
-            keys, worst = data(TEACHER_STREAM, round), None
+            keys, searched, found = data(TEACHER_STREAM, round), [], []
             for i in range(corrected_to + 1, len(tokens)):
                 before = p[i - 1]
                 choice = int(before.argmax()) if argmax else draw(before, keys, b, i)
-                score = kl(before, q[i - 1])
-                if choice != tokens[i] and (worst is None or score > worst[1]):
-                    worst = (i, score, choice)
+                searched.append(kl(before, q[i - 1]))
+                if choice != tokens[i]:
+                    found.append((i, searched[-1], choice))
+            random = noise(data(POSITION_STREAM, round), b)
+            worst = choose(found, searched, prompt, position, random)
             if worst is None:
                 log.append((-1, 0.0))
                 continue
             corrected_to, score, choice = worst
             tokens = tokens[:corrected_to] + [choice]
+            kept = len(tokens)
             tokens = extend(tokens, b, data(STUDENT_STREAM, round))
+            generated, scored = (x + len(tokens) - kept for x in (generated, scored))
             log.append((corrected_to, score))
-        results.append((tokens, log))
+        results.append((tokens, log, (generated, scored)))
     return results
 
 
-@partial(jax.jit, static_argnames=("pair", "rounds", "teacher_token"))
-def rollout(pair, params, rows, key, decoding, *, rounds=1, teacher_token="sample"):
+@partial(jax.jit, static_argnames=("pair", "rounds", "teacher_sampling", "position"))
+def rollout(pair, params, rows, key, decoding, **settings):
     student, teacher = pair
     copy = student.decode_params(params[0], jnp.float32)
     state = decode(
@@ -106,65 +140,91 @@ def rollout(pair, params, rows, key, decoding, *, rounds=1, teacher_token="sampl
         keys=row_keys(key, rows.example, STUDENT_STREAM, 0),
         decoding=decoding,
     )
-    return state, revise(
-        student,
-        copy,
-        teacher,
-        params[1],
-        state,
-        key=key,
-        decoding=decoding,
-        rounds=rounds,
-        teacher_token=teacher_token,
-    )
+    models = Pair(student, copy, teacher, params[1])
+    return state, *revise(models, state, key=key, decoding=decoding, **settings)
 
 
-def run(pair, rows, key, *, rounds=1, teacher_token="sample", eos_ids=EOS, **changes):
+def run(pair, rows, key, *, argmax=False, eos_ids=EOS, **changes):
     models, params = zip(*pair, strict=True)
+    settings = dict(rounds=changes.pop("rounds", 1))
+    settings["position"] = changes.pop("position", ARGMAX)
+    settings["teacher_sampling"] = GREEDY if argmax else ANCESTRAL
     decoding = Decoding(WIDTH, eos_ids, **changes)
-    settings = dict(rounds=rounds, teacher_token=teacher_token)
     return rollout(models, params, rows, key, decoding, **settings)
 
 
-@pytest.mark.parametrize(
-    ("rounds", "teacher_token", "decode_rows"),
-    [
-        (1, "argmax", None),
-        pytest.param(0, "sample", None, marks=pytest.mark.exhaustive),
-        pytest.param(3, "sample", None, marks=pytest.mark.exhaustive),
-        pytest.param(3, "sample", 2, marks=pytest.mark.exhaustive),
-        pytest.param(2, "argmax", 3, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_revision_equals_regeneration_from_scratch(
-    pair, rounds, teacher_token, decode_rows
-):
-    """With `decode_rows` a row shares its place in the decoder with other rows."""
-    lengths = (1, 4, 2, 6, 11)
-    rows, key = tiny.prompts(lengths, width=WIDTH), jax.random.key(4)
-    settings = dict(rounds=rounds, teacher_token=teacher_token, decode_rows=decode_rows)
-    _, (state, info, teacher_hidden) = run(pair, rows, key, **settings)
-    want = reference(*pair, rows, key, rounds, EOS, teacher_token == "argmax")
-    assert as_lists(state.rows) == [tokens for tokens, _ in want]
-    assert info.error_position.shape == (rounds, len(lengths))
-    for b, (_, log) in enumerate(want):
+def assert_equals_the_loop(pair, got, want):
+    """Rows, corrections, statistics and the teacher's hidden states of a revision."""
+    outcome, info = got
+    assert as_lists(outcome.rows) == [tokens for tokens, _, _ in want]
+    record = outcome.info
+    for b, (_, log, work) in enumerate(want):
         assert info.error_position[:, b].tolist() == [j for j, _ in log]
         np.testing.assert_allclose(info.kl[:, b], [v for _, v in log], rtol=1e-4)
+        errors = [(j, v) for j, v in log if j >= 0]
+        assert np.flatnonzero(record.teacher_wrote[b]).tolist() == [
+            j for j, _ in errors
+        ]
+        np.testing.assert_allclose(record.kl[b], errors[0][1] if errors else 0, 1e-4)
+        assert (record.student_generated[b], record.teacher_scored[b]) == work
     np.testing.assert_array_equal(info.corrected, info.error_position >= 0)
-    assert rounds == 0 or np.asarray(info.corrected).any()
     teacher, params = pair[1]
-    hidden, _ = jax.jit(teacher.forward)(params, state.rows.tokens)
-    for b, length in enumerate(state.rows.lengths.tolist()):
+    hidden, _ = jax.jit(teacher.forward)(params, outcome.rows.tokens)
+    for b, length in enumerate(outcome.rows.lengths.tolist()):
         here = b, slice(length - 1)
         np.testing.assert_allclose(
-            teacher_hidden[here], hidden[here], rtol=1e-5, atol=1e-5
+            outcome.teacher_hidden[here], hidden[here], rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("rounds", "argmax", "decode_rows"),
+    [
+        (1, True, None),
+        pytest.param(3, False, None, marks=pytest.mark.exhaustive),
+        pytest.param(3, False, 2, marks=pytest.mark.exhaustive),
+        pytest.param(2, True, 3, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_revision_equals_regeneration_from_scratch(pair, rounds, argmax, decode_rows):
+    """With `decode_rows` a row shares its place in the decoder with other rows."""
+    rows, key = tiny.prompts(LENGTHS, width=WIDTH), jax.random.key(4)
+    settings = dict(rounds=rounds, argmax=argmax)
+    _, *got = run(pair, rows, key, decode_rows=decode_rows, **settings)
+    assert got[1].error_position.shape == (rounds, len(LENGTHS))
+    assert np.asarray(got[1].corrected).any()
+    assert_equals_the_loop(
+        pair, got, reference(pair, rows, key, eos_ids=EOS, **settings)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("position", "rounds"),
+    [
+        (Position("first", quantile=0.5), 1),
+        (Position("early", discount=0.6), 1),
+        (Position("random"), 1),
+        pytest.param(Position("first", 0.25), 3, marks=pytest.mark.exhaustive),
+        pytest.param(Position("random"), 3, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_each_rule_equals_the_loop_and_chooses_other_positions(pair, position, rounds):
+    rows, key = tiny.prompts(LENGTHS, width=WIDTH), jax.random.key(4)
+    _, *got = run(pair, rows, key, rounds=rounds, position=position)
+    want = reference(pair, rows, key, rounds, EOS, position=position)
+    assert_equals_the_loop(pair, got, want)
+    _, _, paper = run(pair, rows, key, rounds=rounds)
+    assert (got[1].error_position != paper.error_position).any()
+    if position.rule != "first":
+        np.testing.assert_array_equal(got[1].corrected[0], paper.corrected[0])
 
 
 @pytest.mark.exhaustive
 def test_later_rounds_undo_no_correction(pair):
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
-    _, (_, info, _) = run(pair, rows, key, rounds=4, eos_ids=(99,))
+    _, _, info = run(pair, rows, key, rounds=4, eos_ids=(99,))
     for b in range(4):
         positions = [j for j in info.error_position[:, b].tolist() if j >= 0]
         assert positions == sorted(set(positions))
@@ -173,11 +233,11 @@ def test_later_rounds_undo_no_correction(pair):
 @pytest.mark.slow
 def test_a_teacher_that_agrees_corrects_nothing(pair):
     rows = tiny.prompts((1, 4, 2, 6), width=WIDTH)
-    before, (after, info, _) = run(
+    before, after, info = run(
         (pair[0], pair[0]),
         rows,
         jax.random.key(0),
-        teacher_token="argmax",
+        argmax=True,
         sampling=Sampling(0.0),
     )
     assert not np.asarray(info.corrected).any()
@@ -190,7 +250,7 @@ def test_a_teachers_end_of_sequence_ends_the_row(pair):
     """The teacher's first correction becomes the only stop token."""
     student, teacher = pair
     rows, key = tiny.prompts((1, 4, 2, 6), width=WIDTH), jax.random.key(8)
-    _, (plain, info, _) = run(pair, rows, key, eos_ids=(99,))
+    _, plain, info = run(pair, rows, key, eos_ids=(99,))
 
     def is_new(row):
         """Whether the teacher's token stands nowhere before it in the response."""
@@ -201,7 +261,7 @@ def test_a_teachers_end_of_sequence_ends_the_row(pair):
     row = next(filter(is_new, range(4)))
     position = int(info.error_position[0, row])
     token = int(plain.rows.tokens[row, position])
-    _, (ended, info, _) = run(pair, rows, key, eos_ids=(token,))
+    _, ended, info = run(pair, rows, key, eos_ids=(token,))
     assert int(info.error_position[0, row]) == position
     assert int(ended.rows.lengths[row]) == position + 1
 
@@ -211,11 +271,19 @@ def proposing(proposal):
     return lambda index: jnp.take_along_axis(proposal, index, axis=1)
 
 
+def by_kl(rows, kl, after=None):
+    """Priorities of the paper's rule for the tokens behind `after`."""
+    after = rows.prompt_lengths - 1 if after is None else after
+    index = jnp.arange(kl.shape[1])[None]
+    searched = (index > after[:, None]) & (index < rows.lengths[:, None])
+    return jnp.where(searched, kl, -jnp.inf)
+
+
 def test_the_end_of_sequence_can_be_the_error_and_padding_cannot():
     rows = tiny.complete(((2, 3), (2, 3)), width=8)
     proposal = rows.tokens.at[0, 4].add(1).at[1, 5].add(1).at[1, 1].add(1)
     kl = jnp.arange(16.0).reshape(2, 8)
-    error, token = locate_error(rows, kl, rows.prompt_lengths - 1, proposing(proposal))
+    error, token = locate_error(rows, kl, by_kl(rows, kl), proposing(proposal))
     assert token[0] == proposal[0, 4]
     assert error.error_position.tolist() == [4, -1]
     assert error.corrected.tolist() == [True, False]
@@ -228,9 +296,8 @@ def test_the_error_has_the_largest_kl_among_disagreements():
     kl = jnp.array([[9.0, 9, 9, 2, 9, 9, 3, 9]])
 
     def position(kl, corrected_to):
-        error, _ = locate_error(
-            rows, kl, jnp.array([corrected_to]), proposing(proposal)
-        )
+        priority = by_kl(rows, kl, jnp.array([corrected_to]))
+        error, _ = locate_error(rows, kl, priority, proposing(proposal))
         return error.error_position.tolist()
 
     assert position(kl, 1) == [6]
@@ -240,10 +307,11 @@ def test_the_error_has_the_largest_kl_among_disagreements():
 
 
 @pytest.mark.exhaustive
-def test_mesh_changes_nothing(pair):
+@pytest.mark.parametrize("rule", ["argmax", "random"])
+def test_mesh_changes_nothing(pair, rule):
     rows = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2), width=WIDTH)
-    key = jax.random.key(2)
-    _, (want, want_info, want_hidden) = run(pair, rows, key, rounds=2)
+    key, settings = jax.random.key(2), dict(rounds=2, position=Position(rule))
+    _, want, _ = run(pair, rows, key, **settings)
     mesh = sharding.make_mesh(data=2, fsdp=4)
     placed = [
         (model, jax.device_put(p, sharding.shardings(mesh, model.partition_rules, p)))
@@ -251,13 +319,15 @@ def test_mesh_changes_nothing(pair):
     ]
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
-        _, (got, info, teacher_hidden) = run(placed, batch, key, rounds=2)
+        _, got, _ = run(placed, batch, key, **settings)
     assert as_lists(jax.device_get(got.rows)) == as_lists(jax.device_get(want.rows))
-    np.testing.assert_array_equal(info.error_position, want_info.error_position)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got.info, want.info
+    )
     for b, length in enumerate(want.rows.lengths.tolist()):
         here = b, slice(length - 1)
         np.testing.assert_allclose(
-            teacher_hidden[here], want_hidden[here], rtol=1e-5, atol=1e-5
+            got.teacher_hidden[here], want.teacher_hidden[here], rtol=1e-5, atol=1e-5
         )
 
 
@@ -266,12 +336,33 @@ def test_teacher_tokens_are_drawn_until_one_differs():
     rows = tiny.complete(((1, 14), (1, 14)), width=16)
     kl = jnp.tile(jnp.arange(16.0), (2, 1))
     proposal = rows.tokens.at[0, 4].add(1).at[0, 2].add(1)
-    error, token = locate_error(rows, kl, jnp.zeros(2, int), proposing(proposal))
+    error, token = locate_error(rows, kl, by_kl(rows, kl), proposing(proposal))
     assert error.error_position.tolist() == [4, -1]
     assert error.kl.tolist() == [4.0, 0.0] and token[0] == proposal[0, 4]
 
 
-def test_an_unknown_teacher_token_is_an_error(pair):
-    rows = tiny.prompts((1,), width=WIDTH)
-    with pytest.raises((ValueError, TypeCheckError), match="'beam'"):
-        run(pair, rows, jax.random.key(0), teacher_token="beam")
+def test_a_random_position_is_uniform_over_the_disagreements():
+    """Chi-square over 4,000 rows with five disagreements among nine tokens."""
+    size, open_at = 4000, [3, 4, 6, 9, 10]
+    one = tiny.complete(((2, 9),), width=13)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), one)
+    proposal = rows.tokens.at[:, jnp.array(open_at)].add(1)
+    kl = jnp.tile(jnp.arange(13.0), (size, 1))
+    keys = row_keys(jax.random.key(0), jnp.arange(size), POSITION_STREAM, 1)
+    searched = by_kl(rows, kl) > -jnp.inf
+    priority = priorities(Position("random"), rows, kl, searched, keys)
+    error, _ = jax.jit(locate_error, static_argnums=3)(
+        rows, kl, priority, proposing(proposal)
+    )
+    counts = np.bincount(error.error_position, minlength=13)
+    assert set(np.flatnonzero(counts)) == set(open_at)
+    expected = size / len(open_at)
+    assert np.sum((counts[open_at] - expected) ** 2 / expected) < 18.5  # 0.1 %, 4 dof
+
+
+def test_an_unknown_rule_is_an_error():
+    rows, kl = tiny.complete(((2, 3),), width=8), jnp.zeros((1, 8))
+    position = Position()
+    object.__setattr__(position, "rule", "last")
+    with pytest.raises(ValueError, match="rule='last'; expected one of"):
+        priorities(position, rows, kl, kl > 0, jax.random.split(jax.random.key(0), 1))

@@ -22,6 +22,7 @@ rows
 models.*
 checkpoint.*
 decoding.*
+interventions.*
 scrg
 objective
 loss_targets
@@ -29,6 +30,7 @@ token_loss
 weighted_sum
 step_loss
 train_step
+rollout_config
 rollout
 data.*
 evaluation.*

@@ -16,8 +16,8 @@ from mgsr_jax.rows import Rows
 from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import BATCH_AXES, Leaf, PRNGKey, RowKeys
 
-STUDENT_STREAM, TEACHER_STREAM = 0, 1
-"""Streams of random numbers: the student's samples, the teacher's corrections."""
+STUDENT_STREAM, TEACHER_STREAM, POSITION_STREAM = 0, 1, 2
+"""Streams of random numbers: the student's tokens, the teacher's, and positions."""
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ def row_keys(
     Args:
       key: of the step, or of each row's response (see `sample_keys`).
       example: global index of each row's example.
-      stream: STUDENT_STREAM or TEACHER_STREAM.
+      stream: one of the streams above.
       round: round of SCRG; 0 is the first response.
     """
 

@@ -50,9 +50,11 @@ PANELS = (
     ),
     Panel("Teacher mass kept by DAC-KL", "probability", {"train/kept_mass": ""}),
     Panel(
-        "SCRG: corrected token", "position in the row", {"rollout/error_position": ""}
+        "Tokens of the teacher in samples",
+        "position as a share of the response",
+        {"rollout/teacher_position": ""},
     ),
-    Panel("SCRG: corrected samples", "share", {"rollout/corrected": ""}),
+    Panel("Samples with tokens of the teacher", "share", {"rollout/changed": ""}),
     Panel("Steps on the student's text", "share", {"rollout/student_share": ""}),
     Panel("Speed", "tokens per second", {"train/tokens_per_second": ""}, True),
     Panel("Peak memory of a device", "GiB", {"device/peak_gib": ""}, True),

@@ -8,7 +8,7 @@ from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.divergences import FROM_SAMPLES, check_cached_teacher
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.sharding import MeshConfig
 from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
@@ -266,10 +266,11 @@ def _check_teacher_prompt(config: TrainConfig) -> None:
             "on the student's prompts; leave one of them out"
         )
     rollout = config.rollout
-    if rollout.policy != "off" and rollout.rounds:
+    if rollout.policy != "off" and rollout.intervention != "none":
         raise ValueError(
-            f"rollout.rounds={rollout.rounds}, but SCRG's teacher reads the student's "
-            "rows, not those of data.teacher_prompt; set rollout.rounds to 0"
+            f"rollout.intervention={rollout.intervention!r}, but the intervening "
+            "teacher reads the student's rows, not those of data.teacher_prompt; set "
+            "rollout.intervention to none"
         )
 
 

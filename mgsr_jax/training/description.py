@@ -5,7 +5,7 @@ import itertools
 
 from mgsr_jax.divergences import DIVERGENCE_SETTINGS, TOKEN_WEIGHT_SETTINGS
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.recipes import closest_recipe
 
@@ -68,7 +68,7 @@ def _rollouts(rollout: RolloutConfig) -> str:
     """Which steps train on the student's text, and how it is made.
 
     >>> _rollouts(RolloutConfig("on", probability=0.5))
-    'with probability 0.5 a step generates; temperature 1; rounds of SCRG: 1'
+    'with probability 0.5 a step generates; temperature 1; SCRG, 1 round, argmax'
     """
     if rollout.policy == "off":
         return "none, every step trains on the data"
@@ -89,4 +89,26 @@ def _rollouts(rollout: RolloutConfig) -> str:
         parts.append(f"top_k {rollout.top_k}")
     if rollout.top_p < 1:
         parts.append(f"top_p {rollout.top_p:g}")
-    return "; ".join([*parts, f"rounds of SCRG: {rollout.rounds}"])
+    return "; ".join([*parts, _intervention(rollout)])
+
+
+def _intervention(rollout: RolloutConfig) -> str:
+    """What the teacher does to a response.
+
+    >>> _intervention(RolloutConfig(rounds=3, position="early", position_discount=0.9))
+    'SCRG, 3 rounds, early (position_discount=0.9)'
+    """
+    if rollout.intervention == "none":
+        return "no intervention"
+    rounds = "1 round" if rollout.rounds == 1 else f"{rollout.rounds} rounds"
+    parts = ["SCRG", rounds, _position(rollout)]
+    if rollout.teacher_token != "sample":
+        parts.append(f"teacher_token {rollout.teacher_token}")
+    return ", ".join(parts)
+
+
+def _position(rollout: RolloutConfig) -> str:
+    settings = {"first": "position_quantile", "early": "position_discount"}
+    name = settings.get(rollout.position)
+    value = f" ({name}={getattr(rollout, name)})" if name else ""
+    return rollout.position + value

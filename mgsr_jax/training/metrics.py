@@ -8,13 +8,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mgsr_jax.losses import Sum, masked_sum
+from mgsr_jax.interventions.outcome import InterventionInfo
+from mgsr_jax.losses import Sum, TopKTeacher, masked_sum
 from mgsr_jax.objective import LIMITS_START
-from mgsr_jax.scrg import ScrgInfo
+from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import Metrics
 from mgsr_jax.training.row_source import StepRows
 
 _PEAK = "peak_bytes_in_use"
+_WORK = "tokens/"
 
 
 class Means:
@@ -22,6 +24,7 @@ class Means:
 
     Values with a count of 0 are left out. An `x_variance` is measured around the
     objective's LIMITS_START of x; it is returned as `x_deviation` around the mean of x.
+    Values whose names begin with "tokens/" are work: they are returned as sums.
 
     >>> means = Means()
     >>> means.add({"kl": Sum(3.0, 2.0)})
@@ -45,7 +48,11 @@ class Means:
 
     def take(self) -> dict[str, float]:
         """Return the means and reset the sums."""
-        means = {name: total / n for name, (total, n) in self._sums.items() if n}
+        means = {
+            name: total if name.startswith(_WORK) else total / n
+            for name, (total, n) in self._sums.items()
+            if n
+        }
         self._sums = {}
         for name in [name for name in means if name.endswith("_variance")]:
             base = name.removesuffix("_variance")
@@ -55,21 +62,64 @@ class Means:
         return means
 
 
-def step_metrics(metrics: Metrics, rows: StepRows) -> Metrics:
-    """The train step's metrics, the share of student text, and SCRG's corrections."""
+def step_metrics(
+    metrics: Metrics, rows: StepRows, *, needs_teacher: bool = True
+) -> Metrics:
+    """The train step's metrics, its rollout's, and the work of both models.
+
+    Args:
+      metrics: of the train step.
+      rows: its rows.
+      needs_teacher: whether the objective compares with a teacher.
+    """
     named = {f"train/{name}": value for name, value in metrics.items()}
     named["rollout/student_share"] = Sum(float(rows.source != "data"), 1.0)
     if rows.horizon is not None:
         named["rollout/max_new_tokens"] = Sum(float(rows.horizon), 1.0)
-    if rows.corrections:
-        fields = zip(*rows.corrections, strict=True)
-        info = ScrgInfo(*[jnp.concatenate(parts) for parts in fields])
-        count = jnp.float32(info.corrected.size)
-        named["rollout/corrected"] = Sum(jnp.sum(info.corrected), count)
-        for name in ("error_position", "kl"):
-            value = getattr(info, name).astype(jnp.float32)
-            named[f"rollout/{name}"] = masked_sum(value, info.corrected)
-    return named
+    if rows.interventions:
+        named |= _intervention_metrics(rows.generated, rows.interventions)
+    return named | _work(rows, needs_teacher=needs_teacher)
+
+
+@jax.jit
+def _intervention_metrics(
+    generated: tuple[Rows, ...], interventions: tuple[InterventionInfo, ...]
+) -> Metrics:
+    """What the teacher wrote in the rows of one step."""
+    rows, info = (
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), *micro_batches)
+        for micro_batches in (generated, interventions)
+    )
+    changed = jnp.any(info.teacher_wrote, axis=1)
+    start, end = rows.prompt_lengths[:, None], rows.lengths[:, None]
+    share = (jnp.arange(rows.tokens.shape[1])[None] - start) / (end - start)
+    count = jnp.float32(changed.size)
+    return {
+        "rollout/changed": Sum(jnp.sum(changed), count),
+        "rollout/teacher_tokens": Sum(jnp.sum(info.teacher_wrote), count),
+        "rollout/teacher_position": masked_sum(share, info.teacher_wrote),
+        "rollout/kl": masked_sum(info.kl, changed),
+    }
+
+
+def _work(rows: StepRows, *, needs_teacher: bool) -> Metrics:
+    """Tokens that the student decoded and the teacher read, in rollout and step.
+
+    The step's teacher reads all tokens of a row but the last. It reads nothing where
+    its output was stored or was computed by the rollout.
+    """
+    generated = [jnp.sum(info.student_generated) for info in rows.interventions]
+    scored = [jnp.sum(info.teacher_scored) for info in rows.interventions]
+    outputs = rows.teacher_outputs or (None,) * len(rows.micro_batches)
+    for own, output in zip(rows.micro_batches, outputs, strict=True):
+        read = output if isinstance(output, Rows) else own
+        is_stored = isinstance(output, TopKTeacher | jax.Array)
+        if needs_teacher and not is_stored:
+            scored.append(jnp.sum(read.lengths - 1))
+    return {
+        f"{_WORK}student_generated": Sum(sum(generated, jnp.int32(0)), 1.0),
+        f"{_WORK}teacher_scored": Sum(sum(scored, jnp.int32(0)), 1.0),
+    }
 
 
 def peak_memory() -> dict[str, float]:

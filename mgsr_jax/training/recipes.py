@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 

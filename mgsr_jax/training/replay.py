@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, Rows
 from mgsr_jax.typing import PRNGKey
 

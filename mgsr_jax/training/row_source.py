@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mgsr_jax.data.spans import Chunker, chunk, token_offsets
+from mgsr_jax.interventions.outcome import InterventionInfo
 from mgsr_jax.losses import TopKTeacher
-from mgsr_jax.rollout import Rollout, RolloutConfig, TeacherHidden
+from mgsr_jax.rollout import Rollout, TeacherHidden
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, Rows, narrowest, with_width
-from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.sharding import fetch_rows, fetch_whole, host_rows, put_batch
 from mgsr_jax.training.replay import (
     AdaptiveRatio,
@@ -73,15 +74,20 @@ class StepRows(NamedTuple):
       micro_batches: device rows of one shape; the step sums over them.
       source: where the rows came from.
       teacher_outputs: stored teacher output of each micro-batch.
-      corrections: SCRG's record of each generated micro-batch.
+      interventions: record of each generated micro-batch, which are the last ones.
       horizon: the most tokens of a generated response; None: no such limit.
     """
 
     micro_batches: tuple[Rows, ...]
     source: Source
     teacher_outputs: tuple[TeacherOutput, ...]
-    corrections: tuple[ScrgInfo, ...] = ()
+    interventions: tuple[InterventionInfo, ...] = ()
     horizon: int | None = None
+
+    @property
+    def generated(self) -> tuple[Rows, ...]:
+        """The micro-batches that this step generated."""
+        return self.micro_batches[len(self.micro_batches) - len(self.interventions) :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +152,7 @@ class RowSource:
       keep_ground_truth: whether a generated step also has its prompts' data rows.
       lookup: `TeacherCache.lookup`, for the data's own rows; None runs the teacher.
       teacher_rows: `TeacherPrompts.rows`, for all rows; None: the teacher reads the
-        student's. A rollout must then have no rounds, whose teacher reads these.
+        student's. A rollout must then have no intervention: its teacher reads these.
 
     Raises:
       ValueError: a policy that generates, without a rollout.
@@ -203,7 +209,7 @@ class RowSource:
         horizon = self._config.horizon(step, self._steps)
         host = self._layout.split(self._to_generate(rows, horizon))
         ground_truth = self._put(host)
-        samples, corrections, teacher_hidden = self._rollout(
+        samples, interventions, teacher_hidden = self._rollout(
             params, teacher_params, ground_truth, rollout_key, horizon
         )
         kept, outputs = (), ()
@@ -216,7 +222,7 @@ class RowSource:
             micro_batches=(*kept, *finished),
             source=source,
             teacher_outputs=outputs + teacher_hidden,
-            corrections=corrections,
+            interventions=interventions,
             horizon=horizon,
         )
 

@@ -226,7 +226,9 @@ class _Run:
         # Fetch a step's metrics once the next step has started, so that the device
         # does not wait for the host.
         self._settle()
-        self.pending = (step, step_metrics(metrics, rows))
+        needs_teacher = self.config.objective.needs_teacher
+        named = step_metrics(metrics, rows, needs_teacher=needs_teacher)
+        self.pending = (step, named)
 
     def _settle(self) -> None:
         """Wait for the pending metrics and add them; stop if they are not finite."""

@@ -294,8 +294,9 @@ def assert_rows(run, method, rows, rollout_key, records):
                 assert row == want
                 checked += 1
                 if method.rounds:
-                    found = np.asarray(rows.corrections[0].error_position)[0, b]
-                    assert found == (-1 if worst is None else worst)
+                    wrote = np.asarray(rows.interventions[0].teacher_wrote)[b]
+                    want_wrote = [] if worst is None else [worst]
+                    assert np.flatnonzero(wrote).tolist() == want_wrote
     assert checked or rows.source != "generate"
 
 

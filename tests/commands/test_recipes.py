@@ -178,7 +178,7 @@ def test_a_recipe_is_complete_and_names_its_source(name, parse):
     ablation = "An ablation of mgsr" in recipe.text
     assert ablation or ("# Source: " in recipe.text and "#   L = " in recipe.text)
     if recipe.rollout.policy != "off":  # SCRG is on by default
-        assert "rounds" in recipe.settings["rollout"]
+        assert "intervention" in recipe.settings["rollout"]
     assert closest_recipe(dataclasses.asdict(config)) == (name, {})
     assert describe_run(config, steps=1)[0] == f"recipe: {name}"
 
@@ -189,7 +189,7 @@ def test_what_is_in_effect_is_described(parse):
         "recipe: gkd, except rollout.temperature=0.9",
         "losses: 1 x jensen_shannon (token; beta=0.5)",
         "rollouts: with probability 0.5 a step generates; temperature 0.9; "
-        "rounds of SCRG: 0",
+        "no intervention",
         "rows: 7 steps of 32 in 1 micro-batches; prompts of up to 256 tokens, rows of "
         "512",
     ]
@@ -210,11 +210,11 @@ def test_what_is_in_effect_is_described(parse):
         "recipe: distillm2, except rollout.samples=4",
         "losses: 1 x skewed_forward_kl on the data, skewed_reverse_kl on samples "
         "(token; alpha=0.1)",
-        "rollouts: every step generates; temperature 1; samples of a prompt: 4; rounds "
-        "of SCRG: 0",
+        "rollouts: every step generates; temperature 1; samples of a prompt: 4; no "
+        "intervention",
     ]
     replay = parse("--recipe", "distillm", "--rollout.top_k", "5", *TEACHER)
     assert describe_run(replay, steps=1)[2] == (
         "rollouts: adaptive, from ratio 0, with a replay buffer of 1000 rows; "
-        "temperature 1; top_k 5; rounds of SCRG: 0"
+        "temperature 1; top_k 5; no intervention"
     )

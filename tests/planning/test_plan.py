@@ -212,7 +212,7 @@ def test_a_program_that_is_too_large_is_the_failure(config, monkeypatch):
 @pytest.mark.slow
 def test_samples_and_a_teacher_s_own_rows_are_planned(config):
     """Two samples a prompt, 8 tokens wide, need 16 / 12 of one of 12 tokens."""
-    rollout = RolloutConfig("on", rounds=0, samples=2, max_new_tokens=4)
+    rollout = RolloutConfig("on", intervention="none", samples=2, max_new_tokens=4)
     data = dataclasses.replace(config.data, max_length=8, teacher_prompt="{prompt}!")
     plan = planned(dataclasses.replace(config, rollout=rollout, data=data))
     assert [program.name for program in plan.programs] == ["rollout", "train step"]

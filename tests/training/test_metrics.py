@@ -6,12 +6,15 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from rich.console import Console
 
-from mgsr_jax.losses import Sum
+from mgsr_jax.interventions.outcome import InterventionInfo
+from mgsr_jax.losses import Sum, TopKTeacher
 from mgsr_jax.objective import LIMITS_START
-from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory
+from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.progress import StepProgress
+from mgsr_jax.training.row_source import StepRows
 
 
 def test_means_weigh_every_position_and_not_every_step():
@@ -43,6 +46,55 @@ def test_a_variance_comes_out_as_a_deviation():
     assert means.take() == pytest.approx(
         {"train/lower": np.mean(lower), "train/lower_deviation": np.std(lower)}
     )
+
+
+def test_work_is_summed_over_the_steps_of_a_line():
+    means = Means()
+    for tokens in (3.0, 4.0):
+        means.add({"tokens/teacher_scored": Sum(tokens, 1.0), "kl": Sum(tokens, 1.0)})
+    assert means.take() == {"tokens/teacher_scored": 7.0, "kl": 3.5}
+
+
+DATA, SAMPLES = (
+    tiny.complete(lengths, width=12) for lengths in (((2, 5), (3, 4)), ((2, 8), (3, 4)))
+)
+HIDDEN = jnp.zeros((2, 12, 3))
+INFO = InterventionInfo(
+    teacher_wrote=jnp.zeros((2, 12), bool).at[0, jnp.array([2, 6])].set(True),
+    kl=jnp.array([1.5, 0.0]),
+    student_generated=jnp.array([11, 4]),
+    teacher_scored=jnp.array([13, 6]),
+)
+
+
+def values(rows, **settings):
+    return {
+        name: (float(total), float(count))
+        for name, (total, count) in step_metrics({}, rows, **settings).items()
+    }
+
+
+def test_an_intervention_is_measured_per_row_and_per_token():
+    rows = StepRows((DATA, SAMPLES), "generate", (None, HIDDEN), (INFO,), horizon=8)
+    got = values(rows)
+    assert got["rollout/changed"] == (1, 2) and got["rollout/teacher_tokens"] == (2, 2)
+    # The tokens 0 and 4 of a response of 8.
+    assert got["rollout/teacher_position"] == (pytest.approx(0.0 + 0.5), 2)
+    assert got["rollout/kl"] == (1.5, 1) and got["rollout/max_new_tokens"] == (8, 1)
+    assert got["tokens/student_generated"] == (15, 1)
+    # The rollout's teacher, and the step's on 6 + 6 tokens of the data.
+    assert got["tokens/teacher_scored"] == (19 + 12, 1)
+
+
+def test_only_the_teacher_that_runs_scores_tokens():
+    top_k = TopKTeacher(HIDDEN, HIDDEN.astype(jnp.uint16), HIDDEN[..., 0])
+    for output, scored in ((None, 12), (top_k, 0), (HIDDEN, 0), (SAMPLES, 15)):
+        rows = StepRows((DATA,), "data", (output,))
+        assert values(rows)["tokens/teacher_scored"] == (scored, 1)
+    rows = StepRows((DATA,), "data", (None,))
+    fine_tuned = values(rows, needs_teacher=False)
+    assert fine_tuned["tokens/teacher_scored"] == (0, 1)
+    assert "rollout/changed" not in fine_tuned
 
 
 def lines(folder):

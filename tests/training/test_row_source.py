@@ -10,10 +10,10 @@ import pytest
 import tiny
 
 from mgsr_jax import sharding
+from mgsr_jax.interventions.outcome import InterventionInfo
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.rollout import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, from_lists
-from mgsr_jax.scrg import ScrgInfo
 from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 
 BATCH, WIDTH, STEPS = 8, 10, 20
@@ -55,10 +55,11 @@ def write(params, rows, key):
     number = jax.random.randint(jax.random.fold_in(key, 0), (), 10, 1000)
     number += params["offset"]
     size = rows.lengths.shape[0]
-    info = ScrgInfo(
-        error_position=jnp.full((1, size), 2),
-        kl=jnp.ones((1, size)),
-        corrected=jnp.ones((1, size), bool),
+    info = InterventionInfo(
+        teacher_wrote=jnp.zeros(rows.tokens.shape, bool).at[:, 2].set(True),
+        kl=jnp.ones(size),
+        student_generated=jnp.ones(size, jnp.int32),
+        teacher_scored=jnp.ones(size, jnp.int32),
     )
     written = dataclasses.replace(
         rows,
@@ -124,7 +125,7 @@ def test_data_comes_in_order_in_equal_parts_on_the_mesh(parts):
     source = make("off", parts=parts)
     for number in range(2):
         rows = step(source, number)
-        assert rows.source == "data" and rows.corrections == ()
+        assert rows.source == "data" and rows.interventions == ()
         assert len(rows.micro_batches) == parts
         want = np.arange(BATCH) + BATCH * number
         assert sum(examples(rows.micro_batches), []) == want.tolist()
@@ -146,12 +147,14 @@ def test_a_generated_step_carries_the_ground_truth_of_its_prompts():
         np.testing.assert_array_equal(sample.tokens[:, :2], truth.tokens[:, :2])
         assert (sample.tokens[:, 2] >= 10).all()
         assert sample.tokens.sharding == truth.tokens.sharding
-    assert [info.corrected.shape for info in rows.corrections] == [(1, 4)] * 2
+    assert [info.kl.shape for info in rows.interventions] == [(4,)] * 2
+    assert rows.generated == rows.micro_batches[2:]
 
 
 def test_a_generated_step_without_labels_carries_the_samples_alone():
     rows = step(make(keep_ground_truth=False), 0)
-    assert len(rows.micro_batches) == 2 == len(rows.corrections)
+    assert len(rows.micro_batches) == 2 == len(rows.interventions)
+    assert rows.generated == rows.micro_batches
     assert not any(part.ground_truth.any() for part in rows.micro_batches)
 
 

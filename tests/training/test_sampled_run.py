@@ -31,7 +31,7 @@ def config(project, name, objective, **changes):
         teacher=str(project / "teacher"),
         steps=3,
         objective=objective,
-        rollout=RolloutConfig("on", rounds=0),
+        rollout=RolloutConfig("on", intervention="none"),
         mesh=MeshConfig(2, 2, 2),
         log_every=1,
     )
@@ -71,7 +71,7 @@ def test_a_student_learns_from_itself_with_the_reference_in_the_prompt(project, 
         f"hinted {policy}",
         Objective(sft=0.0, span=0.0, divergence="reverse_kl"),
         teacher=str(project / "student"),
-        rollout=RolloutConfig(policy, rounds=0),
+        rollout=RolloutConfig(policy, intervention="none"),
     )
     data = dataclasses.replace(
         settings.data,

@@ -132,7 +132,7 @@ def test_the_whole_method_trains(project, straight):
     ):
         assert all(math.isfinite(line.get(f"train/{name}", 0)) for line in trained)
     assert {line["rollout/student_share"] for line in trained} == {0.0, 1.0}
-    assert any("rollout/error_position" in line for line in trained)
+    assert any("rollout/teacher_position" in line for line in trained)
     valid = [line["valid/loss"] for line in lines if "valid/loss" in line]
     assert len(valid) == 4 and valid[-1] < valid[0] - 0.5
     assert result.validation["loss"] == valid[-1]
@@ -219,7 +219,7 @@ def test_mesh_and_micro_batches_do_not_change_the_losses(project):
         losses.append(
             [
                 [line.get(f"train/{name}") for name in ("loss", "dac_kl", "span")]
-                + [line.get("rollout/error_position")]
+                + [line.get("rollout/teacher_position")]
                 for line in metrics(project, name)
                 if "train/loss" in line
             ]
@@ -309,7 +309,7 @@ def cached(project):
 
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(project, cached, two_devices):
     """Over more than an epoch, some steps of the student's own text among them."""
-    rollout = RolloutConfig("on", probability=0.5, rounds=0)
+    rollout = RolloutConfig("on", probability=0.5, intervention="none")
     settings = dataclasses.replace(cached, steps=7, rollout=rollout)
     settings = changed(
         settings, data={"valid": None}, objective={"divergence": "forward_kl"}
