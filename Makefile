@@ -10,7 +10,7 @@ JAX ?=
 LATEST_VENV := .venv-latest$(JAX:%=-jax-%)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup-train setup-test quickstart evidence opd opd-evidence test test-quick test-all test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
+.PHONY: help setup-train setup-test quickstart evidence opd opd-evidence study study-table test test-quick test-all test-latest test-trl test-tunix test-aot bench bench-losses lint structure clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -33,6 +33,14 @@ opd: $(VENV)/installed-train  ## distil arithmetic on policy, compare with four 
 opd-evidence: $(VENV)/installed-train  ## the same with three seeds
 	$(BIN)/python examples/opd.py --output $(RUNS)/opd-evidence --seeds 0 1 2
 	cp $(RUNS)/opd-evidence/opd_evidence.md examples/opd_evidence.md
+
+study: $(VENV)/installed-train  ## compare methods at equal work: hours, goes on after a stop
+	$(BIN)/python examples/study.py toy-1000 --output $(RUNS)/study
+	$(BIN)/python examples/study.py toy-8000 --output $(RUNS)/study
+	$(BIN)/python examples/study.py toy-1000 --budget seconds --output $(RUNS)/study
+
+study-table: $(VENV)/installed-train  ## write docs/study.md from the study's results
+	$(BIN)/python examples/study_page.py
 
 test: $(VENV)/installed-test  ## the test suite without the longest tests: minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not exhaustive"

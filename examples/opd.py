@@ -38,7 +38,7 @@ from mgsr_jax.evaluation.estimates import mean_estimate
 from mgsr_jax.evaluation.report import read_metrics
 from mgsr_jax.evaluation.scores import EvaluationResult
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 
 

@@ -39,7 +39,7 @@ from mgsr_jax.checkpoint import hf
 from mgsr_jax.evaluation import report
 from mgsr_jax.evaluation.scores import EvaluationResult
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 
 TEACHER_WIDTH, STUDENT_WIDTH, LAYERS = 128, 64, 4

@@ -19,7 +19,7 @@ from mgsr_jax.checkpoint import hf
 from mgsr_jax.evaluation.tables import markdown_table
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.optimizer import OptimizerConfig
 from mgsr_jax.training.trainer import TrainResult, train
