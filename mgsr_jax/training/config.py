@@ -295,4 +295,5 @@ def _check_teacher_cache(config: TrainConfig) -> None:
         objective.divergence,
         objective.token_weights,
         temperature=objective.temperature,
+        teacher_temperature=objective.teacher_temperature,
     )
