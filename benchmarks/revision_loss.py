@@ -128,7 +128,7 @@ def dense(params: Any, teacher_params: Any, rows: Rows) -> Any:
         student,
         teacher,
         where=view.where,
-        prior_weight=REVISION.prior_weight,
+        signal=losses.ClipPrior(REVISION.prior_weight),
         width=REVISION.width,
         normalization=REVISION.normalization,
     )

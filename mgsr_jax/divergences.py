@@ -26,6 +26,7 @@ Divergence = Literal[
 DIVERGENCES = get_args(Divergence)
 
 DIVERGENCE_SETTINGS = {
+    "forward_kl": ("teacher_temperature",),
     "jensen_shannon": ("beta",),
     "skewed_forward_kl": ("alpha",),
     "skewed_reverse_kl": ("alpha",),
@@ -64,6 +65,7 @@ Setting = int | float | str | None
 """Value of a field that a divergence or token weights may read; None: not set."""
 
 _RANGES = {
+    "teacher_temperature": (0, math.inf),  # and not 0
     "threshold": (0, math.inf),
     "top_k": (1, math.inf),
     "weight_threshold": (0, math.inf),
@@ -108,6 +110,10 @@ def _check_divergence(
             raise ValueError(
                 f"objective.support={value!r}; expected 'student' or 'union'"
             )
+        if field == "teacher_temperature" and value == 0:
+            raise ValueError(
+                f"objective.teacher_temperature={value}; expected a number above 0"
+            )
         if name != "alpha_beta_divergence":
             _check_range(field, value)
     if name == "taid" and settings["mix"] is None:
@@ -138,7 +144,11 @@ def check_token_weight_settings(name: str, settings: Mapping[str, Setting]) -> N
 
 
 def check_cached_teacher(
-    divergence: str, token_weights: str, *, temperature: float
+    divergence: str,
+    token_weights: str,
+    *,
+    temperature: float,
+    teacher_temperature: float | None,
 ) -> None:
     """Refuse choices that read more than a cached teacher's K classes.
 
@@ -155,11 +165,15 @@ def check_cached_teacher(
                 "and a cached teacher has K classes; use one of "
                 f"{allowed}, or run the teacher"
             )
-    if temperature != 1:
-        raise ValueError(
-            f"objective.temperature={temperature}, but a cached teacher holds the "
-            "distribution at temperature 1; set it to 1, or run the teacher"
-        )
+    for option, number in (
+        ("temperature", temperature),
+        ("teacher_temperature", teacher_temperature),
+    ):
+        if number not in (None, 1):
+            raise ValueError(
+                f"objective.{option}={number}, but a cached teacher holds the "
+                "distribution at temperature 1; set it to 1, or run the teacher"
+            )
 
 
 def _check_read(

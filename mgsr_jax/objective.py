@@ -58,10 +58,18 @@ class Objective:
       num_candidates: DAC-KL chooses among this many most probable teacher classes.
       width: softness of DAC-KL's mask, in quantile levels.
       normalization: "teacher" renormalises the clipped teacher; "none" does not.
-      prior_weight: pull of the learned limits towards (0.1, 0.98); 0 is the paper.
+      clip_signal: what the network of "dac_kl" minimises. "prior": the loss and a pull
+        of the limits towards (0.1, 0.98). "fidelity": KL(p_hat || q) + fidelity_weight
+        KL(p_hat || p), p_hat the clipped teacher p, q the student. "unnormalised": sum
+        w p log(p / q), w the mask; with `normalization` "none" and so for the student
+        too it is the paper's form. docs/method.md compares them.
+      prior_weight: the pull of "prior"; 0 trains the network on the loss only.
+      fidelity_weight: setting of "fidelity"; a larger one keeps more of the teacher.
       lower: lower quantile limit of "dac_kl_fixed".
       upper: upper quantile limit of "dac_kl_fixed".
       temperature: divides both logits; DAC-KL has no temperature.
+      teacher_temperature: setting of "forward_kl": divides the teacher's logits in
+        place of `temperature`; below 1 the teacher is sharpened.
       alpha: setting of the skewed KLs, "alpha_beta_divergence" and "logit_difference";
         default: theirs.
       beta: setting of "jensen_shannon" and "alpha_beta_divergence"; default: theirs.
@@ -94,10 +102,13 @@ class Objective:
     num_candidates: int = 512
     width: float = 0.01
     normalization: Literal["teacher", "none"] = "teacher"
+    clip_signal: Literal["prior", "fidelity", "unnormalised"] = "prior"
     prior_weight: float = 10.0
+    fidelity_weight: float = 1.0
     lower: float = 0.1
     upper: float = 0.98
     temperature: float = 1.0
+    teacher_temperature: float | None = None
     alpha: float | None = None
     beta: float | None = None
     head_mass: float | None = None
@@ -121,18 +132,13 @@ class Objective:
         names, section = ("num_candidates", "width", "temperature"), "objective."
         settings.check_choices(self, section)
         settings.check_positive(self, *names, section=section)
-        settings.check_not_negative(self, "prior_weight", section=section)
         weights = (self.sft, self.token, self.span)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
                 "objective.sft, .token and .span must be at least 0 and one of them "
                 f"above, got {weights}"
             )
-        if not 0 <= self.lower < self.upper <= 1:
-            raise ValueError(
-                "objective needs 0 <= lower < upper <= 1, got "
-                f"lower={self.lower}, upper={self.upper}"
-            )
+        self._check_dac_kl(section)
         if self.sample_divergence not in (None, *DIVERGENCES):
             raise ValueError(
                 f"objective.sample_divergence={self.sample_divergence!r}; expected one "
@@ -153,6 +159,20 @@ class Objective:
             self.token_weights,
             {name: getattr(self, name) for name in fields_of(TOKEN_WEIGHT_SETTINGS)},
         )
+
+    def _check_dac_kl(self, section: str) -> None:
+        both = "prior_weight", "fidelity_weight"
+        settings.check_not_negative(self, *both, section=section)
+        if self.clip_signal == "fidelity" and self.normalization == "none":
+            raise ValueError(
+                "objective.clip_signal='fidelity' needs the renormalised teacher, got "
+                "objective.normalization='none'; set it to 'teacher'"
+            )
+        if not 0 <= self.lower < self.upper <= 1:
+            raise ValueError(
+                "objective needs 0 <= lower < upper <= 1, got "
+                f"lower={self.lower}, upper={self.upper}"
+            )
 
     @property
     def divergences(self) -> tuple[str, ...]:

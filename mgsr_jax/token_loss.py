@@ -116,6 +116,7 @@ def check_teacher(
             objective.divergence,
             objective.token_weights,
             temperature=objective.temperature,
+            teacher_temperature=objective.teacher_temperature,
         )
 
 
@@ -137,7 +138,7 @@ def _dac_kl(
             where=where,
             width=objective.width,
             normalization=objective.normalization,
-            prior_weight=objective.prior_weight,
+            signal=_clip_signal(objective),
             **columns,
         )
     return losses.dac_kl_fixed(
@@ -149,6 +150,14 @@ def _dac_kl(
         normalization=objective.normalization,
         **columns,
     )
+
+
+def _clip_signal(objective: Objective) -> losses.ClipSignal:
+    if objective.clip_signal == "prior":
+        return losses.ClipPrior(objective.prior_weight)
+    if objective.clip_signal == "fidelity":
+        return losses.ClipFidelity(objective.fidelity_weight)
+    return losses.ClipUnnormalised()
 
 
 def _dac_kl_metrics(result: DacKl) -> dict[str, Float[Array, "*B"]]:

@@ -36,10 +36,11 @@ def mean_cross_entropy(at):
     return -np.mean([log_q[b, t, tokens[b, t + 1]] for b, t in at])
 
 
-def mean_forward_kl(temperature=1.0):
+def mean_forward_kl(temperature=1.0, teacher_temperature=None):
+    tables = (TEACHER, teacher_temperature or temperature), (STUDENT, temperature)
     log_p, log_q = (
-        log_softmax(np.asarray(table["logits"], np.float64) / temperature)
-        for table in (TEACHER, STUDENT)
+        log_softmax(np.asarray(table["logits"], np.float64) / own)
+        for table, own in tables
     )
     kl = np.sum(np.exp(log_p) * (log_p - log_q), -1)
     return np.mean([kl[b, t] for b, t in scored()])
@@ -117,9 +118,28 @@ def test_each_weight_scales_its_own_mean():
             {"normalization": "none", "prior_weight": 3.0},
             lambda: mean_dac_kl(
                 functools.partial(
-                    losses.dac_kl, CLIP, normalization="none", prior_weight=3.0
+                    losses.dac_kl,
+                    CLIP,
+                    normalization="none",
+                    signal=losses.ClipPrior(3.0),
                 )
             ),
+        ),
+        (
+            {"clip_signal": "fidelity", "fidelity_weight": 3.0},
+            lambda: mean_dac_kl(
+                functools.partial(losses.dac_kl, CLIP, signal=losses.ClipFidelity(3.0))
+            ),
+        ),
+        (
+            {"clip_signal": "unnormalised"},
+            lambda: mean_dac_kl(
+                functools.partial(losses.dac_kl, CLIP, signal=losses.ClipUnnormalised())
+            ),
+        ),
+        (
+            {"divergence": "forward_kl", "teacher_temperature": 0.7},
+            functools.partial(mean_forward_kl, teacher_temperature=0.7),
         ),
     ],
 )

@@ -9,6 +9,8 @@ exclusive.
 import bisect
 import functools
 import importlib
+import itertools
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -243,7 +245,8 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[O
 
     The ids are decoded token by token, because encoding the text again may give other
     ids than the sampled ones. A character of several bytes belongs to the token that
-    completes it; the tokens before add no character. Special tokens add none either.
+    completes it; the tokens before add no character. An invalid byte is the character
+    U+FFFD of its own token. Special tokens add none either.
     Bytes at the end that do not complete a character are not part of the text.
 
     Args:
@@ -264,21 +267,40 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[O
     # decoder revokes a character because invalid bytes follow it.
     context: list[int] = []  # last decoded tokens: white space depends on them
     pending: list[int] = []  # tokens that have not completed a character
+    texts: list[str] = []  # text of `pending` up to each of its tokens
     for token in ids:
         pending.append(int(token))
         before = backend.decode(context, skip_special_tokens=True)
         after = backend.decode(context + pending, skip_special_tokens=True)
-        piece = ""
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            if after.startswith(before):
-                piece = after[len(before) :]
-            else:
-                piece = backend.decode(pending, skip_special_tokens=True)
-            context, pending = pending, []
-        offsets.append((end, end + len(piece)))
-        end += len(piece)
-        pieces.append(piece)
+        text = after[len(before) :]
+        if not after.startswith(before):
+            text = backend.decode(pending, skip_special_tokens=True)
+        texts.append(text if len(after) > len(before) else "")
+        if texts[-1] and not after.endswith("\ufffd"):
+            lengths = _lengths(texts)
+            offsets += [(end + a, end + b) for a, b in itertools.pairwise(lengths)]
+            end += lengths[-1]
+            pieces.append(texts[-1])
+            context, pending, texts = pending, [], []
+    offsets += [(end, end)] * len(pending)
     return "".join(pieces), offsets
+
+
+def _lengths(texts: Sequence[str]) -> list[int]:
+    """Length of the final text after each token, from the texts up to each; 0 first.
+
+    U+FFFD stands for bytes that do not complete a character. Where a later token does
+    not replace it, it is a character of its own, of the last token that leaves it so:
+    the character itself, or bytes that are invalid.
+    """
+    final, lengths = texts[-1], [0]
+    shared = [len(os.path.commonprefix([text, final])) for text in texts]
+    for i, text in enumerate(texts[:-1]):
+        length = shared[i]
+        if min(shared[i + 1 :]) <= length:  # a later token leaves it so too
+            length = min(length, len(text.rstrip("\ufffd")))
+        lengths.append(max(lengths[-1], length))
+    return [*lengths, len(final)]
 
 
 def resolve_chunker(name: str) -> Chunker:

@@ -16,6 +16,12 @@ from mgsr_jax.losses._clip_network import (
     at_bound,
     init_clip_network,
 )
+from mgsr_jax.losses._clip_signal import (
+    ClipFidelity,
+    ClipPrior,
+    ClipSignal,
+    ClipUnnormalised,
+)
 from mgsr_jax.losses._cross_entropy import cross_entropy
 from mgsr_jax.losses._dac_kl import DacKl, dac_kl, dac_kl_fixed
 from mgsr_jax.losses._divergences import (
@@ -55,6 +61,10 @@ from mgsr_jax.losses._top_k import top_k
 __all__ = [
     "LOWER_START",
     "UPPER_START",
+    "ClipFidelity",
+    "ClipPrior",
+    "ClipSignal",
+    "ClipUnnormalised",
     "DacKl",
     "Projection",
     "Sum",

@@ -1,6 +1,11 @@
 """DAC-KL's candidates: the K most probable classes of the teacher.
 
-This is the only part of DAC-KL that reads the whole vocabulary.
+`find_candidates` is the only part of DAC-KL that reads the whole vocabulary.
+
+Logits of 16 bits make many classes of a position equally probable. Nothing here depends
+on their order in the vocabulary: equally probable classes have one quantile level, and
+where only some of them are among the K, these have the mean of the student's
+probability over all of them.
 """
 
 from typing import NamedTuple
@@ -9,28 +14,56 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.losses._logits import clean, clean_pair
+from mgsr_jax.losses._logits import clean, clean_pair, same_columns
 from mgsr_jax.losses._mesh_axes import Axis
 from mgsr_jax.losses._over_vocabulary import over_vocabulary
 from mgsr_jax.losses._teacher import TopKTeacher, check_positions, top_k_log_probs
+from mgsr_jax.losses._top_k import top_k
 from mgsr_jax.losses._vocabulary import Vocabulary
 from mgsr_jax.typing import Leaf
 
 
 class Candidates(NamedTuple):
-    """The teacher's K most probable classes, descending; the first is the target.
+    """The teacher's K most probable classes, descending.
+
+    "Equals" are classes with the same teacher logit. Only `student` has a gradient.
 
     Attributes:
       teacher: the teacher's log-probabilities; -inf for a class that cannot occur.
         [..., K]
-      student: the student's, normalised over the whole vocabulary. [..., K]
-      teacher_rest: log of the teacher's mass on all other classes than the target,
-        1 - p_1. [...]
+      student: the student's, normalised over the whole vocabulary; for equals that are
+        not all candidates, the logarithm of the mean over all of them. [..., K]
+      student_mean: the student's probability, as the mean over equals. [..., K]
+      level: teacher mass of the less probable classes plus half the mass of the equals,
+        in units of the mass of all classes that are no targets. [..., K]
+      is_target: True for the most probable class and its equals. [..., K]
     """
 
     teacher: Leaf
     student: Leaf
+    student_mean: Leaf
+    level: Leaf
+    is_target: Leaf
+
+
+class _Selection(NamedTuple):
+    """The K classes of each position, and sums over the classes that equal the last.
+
+    Attributes:
+      key: what ties are read from: the teacher's logits, descending. [..., K]
+      teacher: log p. [..., K]
+      student: log q. [..., K]
+      teacher_rest: log of the teacher's mass on classes that are no targets. [..., 1]
+      last_equals: number of classes, candidates or not, that equal the last. [..., 1]
+      last_log_q: logarithm of the mean of q over these. [..., 1]
+    """
+
+    key: Leaf
+    teacher: Leaf
+    student: Leaf
     teacher_rest: Leaf
+    last_equals: Leaf
+    last_log_q: Leaf
 
 
 def find_candidates(
@@ -43,7 +76,8 @@ def find_candidates(
 ) -> Candidates:
     """The candidates at each position.
 
-    K is `num_candidates`, or the number of classes where there are fewer.
+    K is `num_candidates`, or the number of classes where there are fewer. The equals of
+    a class are those in the vocabulary; for a `TopKTeacher`, those among its classes.
 
     Raises:
       ValueError: as in `dac_kl`.
@@ -55,22 +89,59 @@ def find_candidates(
 
     def local(
         vocabulary: Vocabulary, student: Array, teacher: Array, where: Array | None
-    ) -> Candidates:
-        student, teacher = clean_pair(vocabulary, student, teacher, where, vocab_size)
+    ) -> _Selection:
+        logits = clean_pair(vocabulary, student, teacher, where, vocab_size)
+        student, teacher = same_columns(vocabulary, *logits)
         classes = vocab_size or vocabulary.width(teacher)
-        top, indices = vocabulary.top_k(teacher, min(num_candidates, classes))
-        largest = top[..., :1]
-        is_target = vocabulary.columns(teacher) == indices[..., :1]
-        # 1 - p_1 as a sum over the others: a subtraction would leave only rounding.
-        rest = vocabulary.logsumexp(jnp.where(is_target, -jnp.inf, teacher - largest))
-        total = jnp.logaddexp(0.0, rest)
-        return Candidates(
-            teacher=top - largest - total[..., None],
-            student=_log_probs_at(vocabulary, student, indices),
-            teacher_rest=rest - total,
-        )
+        return _select(vocabulary, student, teacher, min(num_candidates, classes))
 
-    return over_vocabulary(local, vocab_axis, (student_logits, teacher), where)
+    return _with_levels(
+        over_vocabulary(local, vocab_axis, (student_logits, teacher), where)
+    )
+
+
+def _select(
+    vocabulary: Vocabulary,
+    student: Float[Array, "*B V"],
+    teacher: Float[Array, "*B V"],
+    k: int,
+) -> _Selection:
+    """The `k` most probable classes, from logits of the columns of this device."""
+    key, indices = vocabulary.top_k(teacher, k)
+    largest, smallest = key[..., :1], key[..., -1:]
+    is_last = teacher == smallest
+    last_equals = vocabulary.sum(is_last.astype(jnp.float32))[..., None]
+    # The rest as a sum over the others: 1 - p_1 would leave only rounding.
+    others = jnp.where(teacher == largest, -jnp.inf, teacher - largest)
+    rest = vocabulary.logsumexp(others)[..., None]
+    targets = jnp.sum(key == largest, axis=-1, keepdims=True).astype(jnp.float32)
+    targets = jnp.where(largest == smallest, last_equals, targets)
+    total = jnp.logaddexp(jnp.log(targets), rest)
+    log_q, last_log_q = _log_probs_at(vocabulary, student, indices, is_last)
+    return _Selection(
+        key=key,
+        teacher=key - largest - total,
+        student=log_q,
+        teacher_rest=rest - total,
+        last_equals=last_equals,
+        last_log_q=last_log_q - jnp.log(last_equals),
+    )
+
+
+def _log_probs_at(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*B V"],
+    indices: Int[Array, "*B K"],
+    among: Bool[Array, "*B V"],
+) -> tuple[Float[Array, "*B K"], Float[Array, "*B 1"]]:
+    """Log-probabilities of the classes `indices`, and of `among` together."""
+    # Subtracted before the sum, so that large logits cost no precision.
+    largest = vocabulary.max(logits)[..., None]
+    log_total = jnp.log(vocabulary.sum(jnp.exp(logits - largest)))[..., None]
+    shifted = jnp.where(among, logits - largest, -jnp.inf)
+    mass = vocabulary.logsumexp(shifted)[..., None]
+    at_indices = vocabulary.take(logits, indices) - largest - log_total
+    return at_indices, mass - log_total
 
 
 def _of_top_k_teacher(
@@ -84,28 +155,78 @@ def _of_top_k_teacher(
     """`find_candidates` for a teacher that is already cut to K classes and a tail."""
     check_positions(student_logits, teacher)
     log_p, log_tail, indices = top_k_log_probs(teacher, where)
-    log_p, order = lax.top_k(log_p, log_p.shape[-1])
-    others = jnp.concatenate([log_p[..., 1:], log_tail[..., None]], axis=-1)
-    indices = jnp.take_along_axis(indices, order, axis=-1)[..., :num_candidates]
+    log_p, order = top_k(log_p, log_p.shape[-1])
+    indices = jnp.take_along_axis(indices, order, axis=-1)
 
     def local(
         vocabulary: Vocabulary, student: Array, where: Array | None, indices: Array
     ) -> Array:
         student = clean(vocabulary, student, where, vocab_size)
-        return _log_probs_at(vocabulary, student, indices)
+        shifted = student - vocabulary.max(student)[..., None]
+        log_total = jnp.log(vocabulary.sum(jnp.exp(shifted)))[..., None]
+        return vocabulary.take(shifted, indices) - log_total
 
+    log_q = over_vocabulary(local, vocab_axis, (student_logits,), where, indices)
+    others = jnp.where(log_p == log_p[..., :1], -jnp.inf, log_p)
+    others = jnp.concatenate([others, log_tail[..., None]], axis=-1)
+    key = log_p[..., :num_candidates]
+    last = log_p == key[..., -1:]
+    count = jnp.sum(last, axis=-1, keepdims=True).astype(jnp.float32)
+    mass = Vocabulary().logsumexp(jnp.where(last, log_q, -jnp.inf))[..., None]
+    selection = _Selection(
+        key=key,
+        teacher=key,
+        student=log_q[..., :num_candidates],
+        teacher_rest=Vocabulary().logsumexp(others)[..., None],
+        last_equals=count,
+        last_log_q=mass - jnp.log(count),
+    )
+    return _with_levels(selection)
+
+
+def _with_levels(selection: _Selection) -> Candidates:
+    """The candidates, from the K classes and the sums over the equals of the last."""
+    key, log_p, log_q = selection.key, selection.teacher, selection.student
+    is_target, is_last = key == key[..., :1], key == key[..., -1:]
+    may_clip = (log_p > -jnp.inf) & ~is_target
+    rest = jnp.where(may_clip, selection.teacher_rest, 0.0)
+    share = jnp.where(may_clip, jnp.exp(log_p - rest), 0.0)
+    q = jnp.exp(lax.stop_gradient(log_q))
+    values = lax.stop_gradient(jnp.stack([share, q, jnp.ones_like(q)]))
+    from_run, after_run = _tails_of_runs(key, values)
+    above = from_run[0][..., :1] - from_run[0]
+    mass, q_sum, count = from_run - after_run
+    is_cut = is_last & (selection.last_equals > count)
+    mass = jnp.where(is_cut, selection.last_equals * share, mass)
+    # A difference of sums is not exact; without equals the class's own value is.
+    mean = jnp.where(count > 1, q_sum / count, q)
     return Candidates(
-        teacher=log_p[..., :num_candidates],
-        student=over_vocabulary(local, vocab_axis, (student_logits,), where, indices),
-        teacher_rest=Vocabulary().logsumexp(others),
+        teacher=log_p,
+        student=jnp.where(is_cut, selection.last_log_q, log_q),
+        student_mean=jnp.where(is_cut, jnp.exp(selection.last_log_q), mean),
+        level=1.0 - (above + mass / 2),
+        is_target=is_target,
     )
 
 
-def _log_probs_at(
-    vocabulary: Vocabulary, logits: Float[Array, "*B V"], indices: Int[Array, "*B K"]
-) -> Float[Array, "*B K"]:
-    """Log-probabilities of the classes `indices`, normalised over all classes."""
-    # Subtracted before the sum, so that large logits cost no precision.
-    largest = vocabulary.max(logits)[..., None]
-    total = vocabulary.sum(jnp.exp(logits - largest))[..., None]
-    return vocabulary.take(logits, indices) - largest - jnp.log(total)
+def _tails_of_runs(
+    key: Float[Array, "*B K"], values: Float[Array, "F *B K"]
+) -> tuple[Float[Array, "F *B K"], Float[Array, "F *B K"]]:
+    """Sums from the first class of a class's run to the end, and behind its last class.
+
+    A run is a row of equal keys. The values are at least 0, so that the sums fall.
+    """
+    # The smallest classes are added first, so that their sums are precise.
+    axis = key.ndim
+    tails = lax.cumsum(values, axis=axis, reverse=True)
+    differs = key[..., 1:] != key[..., :-1]
+    # From `key`, not from a constant: on an Explicit mesh all need the same sharding.
+    edge = key[..., :1] == key[..., :1]
+    first = jnp.concatenate([edge, differs], axis=-1)
+    last = jnp.concatenate([differs, edge], axis=-1)
+    from_run = jnp.where(first, tails, jnp.inf)
+    after_run = jnp.where(last, tails - values, 0.0)
+    return (
+        lax.cummin(from_run, axis=axis),
+        lax.cummax(after_run, axis=axis, reverse=True),
+    )

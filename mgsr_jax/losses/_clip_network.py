@@ -61,15 +61,15 @@ def network_candidates(clip_params: Params) -> int:
 
 
 def predict_limits(
-    clip_params: Params, log_p: Float[Array, "*B K"], log_q: Float[Array, "*B K"]
+    clip_params: Params, p: Float[Array, "*B K"], q: Float[Array, "*B K"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """f_sub: lower in (0, 0.5) and upper in (0.5, 1) from both distributions.
 
-    No gradient flows to `log_p` and `log_q`. With fewer classes than the network was
+    No gradient flows to `p` and `q`. With fewer classes than the network was
     made for, the missing inputs are 0.
     """
     kernel = clip_params["hidden"]["kernel"].astype(jnp.float32)
-    p_and_q = jnp.stack([jnp.exp(log_p), jnp.exp(log_q)], -2)
+    p_and_q = jnp.stack([p, q], -2)
     mean_square = jnp.mean(jnp.square(p_and_q), axis=(-2, -1), keepdims=True)
     z = lax.stop_gradient(p_and_q * lax.rsqrt(mean_square))
     missing = kernel.shape[0] // 2 - z.shape[-1]

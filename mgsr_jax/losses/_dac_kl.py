@@ -4,32 +4,36 @@
 of each position, whether the vocabulary is split over devices or not.
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from mgsr_jax.losses._candidates import Candidates, find_candidates
-from mgsr_jax.losses._clip_network import (
-    LOWER_START,
-    UPPER_START,
-    network_candidates,
-    predict_limits,
+from mgsr_jax.losses._clip_network import network_candidates, predict_limits
+from mgsr_jax.losses._clip_signal import (
+    ClipPrior,
+    ClipSignal,
+    Normalization,
+    divergence,
+    with_signal,
 )
 from mgsr_jax.losses._logits import zero_where_masked
 from mgsr_jax.losses._mesh_axes import Axis
 from mgsr_jax.losses._teacher import TopKTeacher
 from mgsr_jax.typing import Leaf, Params
 
-Normalization = Literal["teacher", "none"]
+LOG_SMALLEST = -126 * math.log(2.0)
+"""Logarithm of the smallest normal float32: a probability below it counts as 0."""
 
 
 class DacKl(NamedTuple):
     """The loss and its diagnostics; every field [...], float32, 0 where masked.
 
     Attributes:
-      loss: the divergence; `dac_kl` adds the prior on the limits.
+      loss: the divergence; `dac_kl` adds its signal's term for the limits.
       lower: quantile level below which classes are clipped.
       upper: quantile level above which classes are clipped.
       kept_mass: teacher probability that the mask keeps, sum_k w_k p_k.
@@ -57,27 +61,34 @@ def dac_kl(
     vocab_axis: Axis = None,
     width: ScalarLike = 0.01,
     normalization: Normalization = "teacher",
-    prior_weight: ScalarLike = 10.0,
+    signal: ClipSignal = ClipPrior(),  # noqa: B008
 ) -> DacKl:
     """Dynamic adaptive clipping KL, in nats; a small network predicts the limits.
 
     Over the teacher's K most probable classes, p_1 >= p_2 >= ...:
 
-    c_k   = 1 - (sum_{j=2..k} p_j - p_k / 2) / (1 - p_1)       (quantile level, k >= 2)
-    w_k   = sigmoid((c_k - lower) / width) * sigmoid((upper - c_k) / width),  w_1 = 1
+    c_k   = (sum_{p_j < p_k} p_j + 1/2 sum_{p_j = p_k} p_j) / sum_{p_j < p_1} p_j
+    w_k   = sigmoid((c_k - lower) / width) * sigmoid((upper - c_k) / width)
+    w_k   = 1  where p_k = p_1
     p_hat = w p / sum_j w_j p_j
     DAC-KL_t = sum_k p_hat_k (log p_hat_k - log q_k)
-               + prior_weight ((lower - 0.1)^2 + (upper - 0.98)^2)
 
-    q is the student's full softmax. So the divergence is at least 0, and it is 0 only
-    where the student equals the clipped teacher: at a student that equals the whole
-    teacher it is positive. (lower, upper) = f_sub([p ; q]): the gradient reaches
-    `clip_params` through the mask; no gradient flows to the network's inputs.
+    c_k is the quantile level of class k within the mass outside the target; its sums
+    are over the whole vocabulary. q is the student's full softmax. So the divergence is
+    at least 0, and it is 0 only where the student equals the clipped teacher: at a
+    student that equals the whole teacher it is positive. (lower, upper) = f_sub([p ;
+    q]): the gradient reaches `clip_params` through the mask; no gradient flows to the
+    network's inputs. `signal` is what the network minimises: by default the loss and a
+    prior, 10 ((lower - 0.1)^2 + (upper - 0.98)^2).
+
+    The order of the vocabulary changes nothing, also where logits of 16 bits are equal:
+    the network reads the mean of q over equally probable classes, and where only some
+    of them are among the K, their q_k is the mean over all of them. A `TopKTeacher`
+    holds the classes that were chosen when it was made: among equals the first.
 
     MGSR, arXiv 2407.10068, token-level loss. From the paper: the network, the mask, the
     target that is always kept. Our choices: sorted candidates, levels within the
-    non-target mass, bounded limits, the renormalised teacher, the prior (with
-    prior_weight 0 there is none, as in the paper).
+    non-target mass, bounded limits, the renormalised teacher, the prior.
 
     Args:
       clip_params: from `init_clip_network`.
@@ -91,14 +102,15 @@ def dac_kl(
       width: softness of the mask, in quantile levels.
       normalization: "teacher" is the equation above; "none" is
         sum_k w_k p_k (log p_k - log q_k), which has no lower bound.
-      prior_weight: strength of the pull on the limits towards their start values.
+      signal: `ClipPrior`, `ClipFidelity` or `ClipUnnormalised`.
 
     Returns:
       A `DacKl`.
 
     Raises:
       ValueError: Vs and Vt differ and `vocab_size` is None; `vocab_size` is larger
-        than Vs or Vt; leading axes differ; `normalization` is unknown.
+        than Vs or Vt; leading axes differ; `normalization` is unknown, or "none" with
+        `ClipFidelity`.
 
     >>> from mgsr_jax.losses import init_clip_network
     >>> clip_params = init_clip_network(jax.random.key(0), num_candidates=4)
@@ -115,11 +127,13 @@ def dac_kl(
         vocab_size,
         vocab_axis,
     )
-    lower, upper = predict_limits(clip_params, candidates.teacher, candidates.student)
-    out = _clipped_kl(candidates, lower, upper, width, normalization)
-    prior = jnp.square(lower - LOWER_START) + jnp.square(upper - UPPER_START)
-    out = out._replace(loss=out.loss + prior_weight * prior)
-    return DacKl(*(zero_where_masked(field, where) for field in out))
+    limits = predict_limits(
+        clip_params, jnp.exp(candidates.teacher), candidates.student_mean
+    )
+    log_w = _log_mask(candidates, *limits, width)
+    log_p, log_q = candidates.teacher, candidates.student
+    loss = with_signal(signal, limits, log_w + log_p, log_p, log_q, normalization)
+    return _result(loss, limits, candidates, log_w, where)
 
 
 @jax.jit(
@@ -167,45 +181,35 @@ def dac_kl_fixed(
     candidates = find_candidates(
         student_logits, teacher_logits, num_candidates, where, vocab_size, vocab_axis
     )
-    positions = candidates.teacher_rest.shape
+    positions = candidates.teacher.shape[:-1]
     lower, upper = (
         jnp.broadcast_to(jnp.asarray(limit, jnp.float32), positions) for limit in limits
     )
-    out = _clipped_kl(candidates, lower, upper, width, normalization)
-    return DacKl(*(zero_where_masked(field, where) for field in out))
-
-
-def _clipped_kl(
-    candidates: Candidates,
-    lower: Float[Array, "*B"],
-    upper: Float[Array, "*B"],
-    width: ScalarLike,
-    normalization: Normalization,
-) -> DacKl:
-    """The divergence over the candidates at every position, and its diagnostics."""
-    log_p, log_q = candidates.teacher, candidates.student
     log_w = _log_mask(candidates, lower, upper, width)
-    log_wp = log_w + log_p
-    if normalization == "teacher":
-        log_weights = log_target = jax.nn.log_softmax(log_wp, axis=-1)
-    elif normalization == "none":
-        log_weights, log_target = log_wp, log_p
-    else:
-        raise ValueError(
-            f"normalization={normalization!r}; expected 'teacher' (a true KL to the "
-            "clipped teacher) or 'none'"
-        )
-    weights = jnp.exp(log_weights)
-    # Selected before the product: the gradient of 0 * inf would be nan.
-    ratio = jnp.where(weights > 0, log_target - log_q, 0.0)
-    return DacKl(
-        loss=jnp.sum(weights * ratio, axis=-1),
+    log_p, log_q = candidates.teacher, candidates.student
+    loss = divergence(log_w + log_p, log_p, log_q, normalization)
+    return _result(loss, (lower, upper), candidates, log_w, where)
+
+
+def _result(
+    loss: Float[Array, "*B"],
+    limits: tuple[Float[Array, "*B"], Float[Array, "*B"]],
+    candidates: Candidates,
+    log_w: Float[Array, "*B K"],
+    where: Bool[Array, "*B"] | None,
+) -> DacKl:
+    """The loss and its diagnostics; 0 at masked positions."""
+    lower, upper = limits
+    log_p = candidates.teacher
+    out = DacKl(
+        loss=loss,
         lower=lower,
         upper=upper,
-        kept_mass=jnp.sum(jnp.exp(log_wp), axis=-1),
+        kept_mass=jnp.sum(jnp.exp(log_w + log_p), axis=-1),
         kept_classes=jnp.sum(jnp.exp(log_w), axis=-1),
         candidate_mass=jnp.sum(jnp.exp(log_p), axis=-1),
     )
+    return DacKl(*(zero_where_masked(field, where) for field in out))
 
 
 def _log_mask(
@@ -215,14 +219,8 @@ def _log_mask(
     width: ScalarLike,
 ) -> Float[Array, "*B K"]:
     """log w: 0 for the target, -inf for classes that cannot occur."""
-    log_p, log_rest = candidates.teacher, candidates.teacher_rest[..., None]
-    # From log_p, not from an iota: on an Explicit mesh both need the same sharding.
-    target, others = jnp.ones_like(log_p[..., :1]), jnp.zeros_like(log_p[..., 1:])
-    is_target = jnp.concatenate([target, others], axis=-1) > 0
-    can_occur = log_p > -jnp.inf
-    clippable = can_occur & ~is_target
-    share = jnp.where(clippable, jnp.exp(log_p - log_rest), 0.0)
-    level = 1.0 - (jnp.cumsum(share, axis=-1) - share / 2)
+    level = candidates.level
     log_w = jax.nn.log_sigmoid((level - lower[..., None]) / width)
     log_w += jax.nn.log_sigmoid((upper[..., None] - level) / width)
-    return jnp.where(is_target, 0.0, jnp.where(clippable, log_w, -jnp.inf))
+    occurs = candidates.teacher > LOG_SMALLEST
+    return jnp.where(candidates.is_target, 0.0, jnp.where(occurs, log_w, -jnp.inf))

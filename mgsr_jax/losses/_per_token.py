@@ -95,10 +95,10 @@ def log_probs_of_both(
     return log_p, vocabulary.log_softmax(student / temperature)
 
 
-def check_temperature(temperature: ScalarLike) -> None:
+def check_temperature(temperature: ScalarLike, name: str = "temperature") -> None:
     """Raise ValueError if a Python number is not above 0; traced values pass."""
     if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature={temperature}; expected a number above 0")
+        raise ValueError(f"{name}={temperature}; expected a number above 0")
 
 
 def check_fraction(name: str, number: ScalarLike) -> None:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -24,7 +25,8 @@ def top_k(
 ) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
     """The `k` largest values of the last axis, descending, and their indices.
 
-    The first of equal values wins. There is no gradient: stop it before the call.
+    The first of equal values wins; -0 equals 0, and is returned as 0. There is no
+    gradient: stop it before the call.
 
     Args:
       x: [..., V]
@@ -56,7 +58,8 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     # Without a barrier XLA merges a later slice of the K with the slice in top_k, and
     # then sorts all of V (40 times the time on CPU). Each result has a barrier of its
     # own: XLA (jax 0.10) aborts on one around both before an all-gather.
-    values, indices = lax.top_k(x, k)
+    # XLA sorts -0 below 0, although the two are equal.
+    values, indices = lax.top_k(jnp.where(x == 0, jnp.zeros_like(x), x), k)
     return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 

@@ -32,7 +32,10 @@ class TrainConfig:
       teacher_cache: folder that `mgsr cache-teacher` wrote for this teacher and this
         training data; ground-truth rows read it instead of running the teacher.
       steps: optimizer steps; set either `steps` or `epochs`.
-      epochs: passes over the training data.
+      epochs: passes over the training data, as a number of steps: epochs * (examples //
+        batch_size), rounded down. With `rollout.policy` "replay" a step that replays
+        reads no row of the data, so the run makes fewer passes than this; how many
+        depends on the validation losses.
       batch_size: examples a step, over all hosts and micro-batches.
       micro_batches: number of parts of a step's batch, computed one after the other.
       chunk_size: tokens whose logits are in a device's memory at once; none: as many as
@@ -296,4 +299,5 @@ def _check_teacher_cache(config: TrainConfig) -> None:
         objective.divergence,
         objective.token_weights,
         temperature=objective.temperature,
+        teacher_temperature=objective.teacher_temperature,
     )

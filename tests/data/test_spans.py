@@ -118,6 +118,24 @@ def test_a_character_stays_although_later_bytes_revoke_it():
     assert (text, offsets[:2]) == ("\u0474\ufffda", [(0, 0), (0, 1)])
 
 
+@pytest.mark.parametrize("unknown", [["<0xEF>", "<0xBF>", "<0xBD>"], ["<0xFF>"]])
+def test_an_unknown_character_does_not_take_the_next_tokens_phrase(unknown):
+    """U+FFFD itself, and a byte that is not valid: the word after it has its phrase."""
+    tokenizer = byte_fallback_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["▁the", *unknown, "▁d", "o", "g"])
+    text, offsets = spans.token_offsets(tokenizer, ids)
+    assert text == "the\ufffd dog"
+    assert offsets[-4:] == [(3, 4), (4, 6), (6, 7), (7, 8)]
+    (ids,) = spans.chunk([text], [offsets], lambda t: [(0, 3), (5, 8)])
+    assert ids.tolist() == [0, *[-1] * len(unknown), 1, 1, 1]
+
+
+def test_characters_before_an_incomplete_one_keep_their_token():
+    pieces = [["\ufffd", "é"], ["ab\ufffd", "ab\ufffd", "abé"], ["\ufffd"] * 2]
+    lengths = [spans._lengths([*texts, texts[-1] + " car"]) for texts in pieces]
+    assert lengths == [[0, 0, 1, 5], [0, 2, 2, 3, 7], [0, 0, 1, 5]]
+
+
 def test_an_incomplete_last_character_is_left_out():
     tokenizer = byte_level_tokenizer()
     ids = tokenizer("ab😀").input_ids[:-1]

@@ -196,28 +196,44 @@ def gelu(x):
 
 
 def candidates(student, teacher, num_candidates, vocab_size):
-    """log p and log q of the K most probable classes, log of the non-target mass."""
+    """log p, log q, mean q of equals, quantile level, "is a target", of each of the K.
+
+    Sums over all classes, class by class, with no order but in the choice of the K.
+    """
+    z = np.asarray(teacher, np.float64)[:vocab_size]
     log_p, log_q = log_softmax(teacher, vocab_size), log_softmax(student, vocab_size)
-    order = np.argsort(-log_p, kind="stable")
-    rest = log_p[order[1:]]
-    rest = rest[rest > -np.inf]
-    log_rest = -np.inf
-    if rest.size:
-        log_rest = rest.max() + np.log(np.sum(np.exp(rest - rest.max())))
-    order = order[:num_candidates]
-    return log_p[order], log_q[order], log_rest
+    order = np.argsort(-z, kind="stable")[:num_candidates]
+    log_rest = logsumexp(log_p[z < z.max()])
+    out = []
+    for k in order:
+        equals = z == z[k]
+        mean = logsumexp(log_q[equals]) - math.log(np.sum(equals))
+        is_cut = np.sum(equals) > np.sum(equals[order])
+        level = 0.0  # of a target, whose weight is 1 anyway
+        if z[k] < z.max() and log_rest > -np.inf:
+            level = np.sum(np.exp(log_p[z < z[k]] - log_rest))
+            level += np.sum(np.exp(log_p[equals] - log_rest)) / 2
+        log_q_k = mean if is_cut else log_q[k]
+        out.append((log_p[k], log_q_k, math.exp(mean), level, z[k] == z.max()))
+    return tuple(np.array(column) for column in zip(*out, strict=True))
 
 
-def limits(clip_params, log_p, log_q):
+def logsumexp(x):
+    if not np.any(x > -np.inf):
+        return -np.inf
+    return x.max() + np.log(np.sum(np.exp(x - x.max())))
+
+
+def limits(clip_params, p, q):
     """f_sub(z): the limits that the clip network predicts."""
     layers = {
         name: {k: np.asarray(v, np.float64) for k, v in layer.items()}
         for name, layer in clip_params.items()
     }
     network_k = layers["hidden"]["kernel"].shape[0] // 2
-    z = np.concatenate([np.exp(log_p), np.exp(log_q)])
+    z = np.concatenate([p, q])
     z = z / np.sqrt(np.mean(z**2))
-    k = len(log_p)
+    k = len(p)
     padded = np.zeros(2 * network_k)
     padded[:k], padded[network_k : network_k + k] = z[:k], z[k:]
     hidden = gelu(padded @ layers["hidden"]["kernel"] + layers["hidden"]["bias"])
@@ -225,29 +241,25 @@ def limits(clip_params, log_p, log_q):
     return 0.5 * sigmoid(a), 1 - 0.5 * sigmoid(b)
 
 
-def clipped_kl(log_p, log_q, log_rest, lower, upper, width, normalization):
-    """Mask and divergence: (divergence, kept mass, kept classes, candidate mass)."""
+def log_mask(log_p, level, is_target, lower, upper, width):
+    """log w; a probability that is 0 in float32 has weight 0."""
     log_w = np.full(len(log_p), -np.inf)
-    log_w[0] = 0.0
-    above = 0.0
-    for k in range(1, len(log_p)):
-        if log_p[k] == -np.inf:
-            continue
-        share = math.exp(log_p[k] - log_rest)
-        above += share
-        c = 1 - (above - share / 2)
-        log_w[k] = log_sigmoid((c - lower) / width) + log_sigmoid((upper - c) / width)
-    log_wp = log_w + log_p
-    kept = np.sum(np.exp(log_wp))
-    if normalization == "teacher":
-        loss = kl(log_wp - math.log(kept), log_q)
-    else:
-        loss = sum(
-            math.exp(wp) * (p - q)
-            for wp, p, q in zip(log_wp, log_p, log_q, strict=True)
-            if math.exp(wp) > 0
-        )
-    return loss, kept, np.sum(np.exp(log_w)), np.sum(np.exp(log_p))
+    for k in range(len(log_p)):
+        if is_target[k]:
+            log_w[k] = 0.0
+        elif log_p[k] > math.log(np.finfo(np.float32).tiny):
+            log_w[k] = log_sigmoid((level[k] - lower) / width)
+            log_w[k] += log_sigmoid((upper - level[k]) / width)
+    return log_w
+
+
+def weighted_ratio(log_w, log_a, log_b):
+    """sum w (log a - log b) over the classes with w > 0."""
+    return sum(
+        math.exp(w) * (a - b)
+        for w, a, b in zip(log_w, log_a, log_b, strict=True)
+        if math.exp(w) > 0
+    )
 
 
 def dac_kl(
@@ -260,22 +272,36 @@ def dac_kl(
     vocab_size=None,
     width=0.01,
     normalization="teacher",
-    prior_weight=10.0,
+    signal=("prior", 10.0),
+    by_network=False,
 ):
-    """The six fields of DacKl; `fixed` = (lower, upper) replaces the network."""
+    """The six fields of DacKl; `fixed` = (lower, upper) replaces the network.
+
+    `by_network` gives the function whose gradient the clip network gets, where that is
+    not the loss.
+    """
     if num_candidates is None:
         num_candidates = np.shape(clip_params["hidden"]["kernel"])[0] // 2
 
     def at(s, t):
-        log_p, log_q, log_rest = candidates(s, t, num_candidates, vocab_size)
-        lower, upper = fixed or limits(clip_params, log_p, log_q)
-        loss, *rest = clipped_kl(
-            log_p, log_q, log_rest, lower, upper, width, normalization
+        log_p, log_q, q_mean, level, is_target = candidates(
+            s, t, num_candidates, vocab_size
         )
-        prior = 0.0
-        if fixed is None:
-            prior = prior_weight * ((lower - 0.1) ** 2 + (upper - 0.98) ** 2)
-        return loss + prior, lower, upper, *rest
+        lower, upper = fixed or limits(clip_params, np.exp(log_p), q_mean)
+        log_w = log_mask(log_p, level, is_target, lower, upper, width)
+        log_wp = log_w + log_p
+        p_hat = log_wp - logsumexp(log_wp)
+        unnormalised = weighted_ratio(log_wp, log_p, log_q)
+        loss = weighted_ratio(p_hat, p_hat, log_q)
+        name, *weight = signal
+        if normalization == "none" or (name == "unnormalised" and by_network):
+            loss = unnormalised
+        if fixed is None and name == "prior":
+            loss += weight[0] * ((lower - 0.1) ** 2 + (upper - 0.98) ** 2)
+        if fixed is None and name == "fidelity":
+            loss += weight[0] * weighted_ratio(p_hat, p_hat, log_p)
+        sums = (np.sum(np.exp(x)) for x in (log_wp, log_w, log_p))
+        return loss, lower, upper, *sums
 
     leading = np.shape(student)[:-1]
     return [

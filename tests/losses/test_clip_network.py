@@ -46,7 +46,9 @@ def test_a_few_steps_train_the_network():
     @jax.jit
     def step(params):
         def loss(params):
-            out = dac_kl(params, student, teacher, width=0.1, prior_weight=0.0)
+            out = dac_kl(
+                params, student, teacher, width=0.1, signal=losses.ClipPrior(0.0)
+            )
             return jnp.mean(out.loss), out
 
         (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)

@@ -303,7 +303,9 @@ def test_a_sweep_over_dac_kls_numbers_compiles_once():
     student, teacher = (x[:1] for x in logits(10))
     sweep = (0.013, 0.017, 0.5)
     widths = [
-        lambda x=x: losses.dac_kl(CLIP, student, teacher, width=x, prior_weight=2 * x)
+        lambda x=x: losses.dac_kl(
+            CLIP, student, teacher, width=x, signal=losses.ClipPrior(x)
+        )
         for x in sweep
     ]
     assert compiles(losses.dac_kl, widths) == 1

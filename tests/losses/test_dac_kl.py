@@ -8,22 +8,24 @@ from losses import reference
 from losses.two_distributions import two_logits as logits
 
 from mgsr_jax import losses
-from mgsr_jax.losses import dac_kl, dac_kl_fixed, init_clip_network
+from mgsr_jax.losses import (
+    ClipFidelity,
+    ClipPrior,
+    dac_kl,
+    dac_kl_fixed,
+    init_clip_network,
+)
 
 LIMITS = (0.2, 0.9)
 
 
 def clipped(teacher, limits, num_candidates):
     """log p_hat over the vocabulary of one position; -inf outside the candidates."""
-    log_p, _, log_rest = reference.candidates(teacher, teacher, num_candidates, None)
+    log_p, _, _, level, is_target = reference.candidates(
+        teacher, teacher, num_candidates, None
+    )
+    log_w = reference.log_mask(log_p, level, is_target, *limits, 0.01)
     order = np.argsort(-np.asarray(teacher), kind="stable")[:num_candidates]
-    above, log_w = 0.0, np.zeros(len(order))
-    for k in range(1, len(order)):
-        share = np.exp(log_p[k] - log_rest)
-        above += share
-        c = 1 - (above - share / 2)
-        log_w[k] = reference.log_sigmoid((c - limits[0]) / 0.01)
-        log_w[k] += reference.log_sigmoid((limits[1] - c) / 0.01)
     full = np.full(len(teacher), -np.inf)
     full[order] = reference.log_softmax(log_w + log_p)
     return full
@@ -53,8 +55,8 @@ def test_the_prior_is_added_to_the_loss_of_scored_positions():
     params = init_clip_network(jax.random.key(0), num_candidates=8, hidden=4)
     params["output"]["bias"] += 1.0
     where = jnp.arange(8) < 5
-    out = dac_kl(params, student, teacher, where=where, prior_weight=7.0)
-    bare = dac_kl(params, student, teacher, where=where, prior_weight=0.0)
+    out = dac_kl(params, student, teacher, where=where, signal=ClipPrior(7.0))
+    bare = dac_kl(params, student, teacher, where=where, signal=ClipPrior(0.0))
     prior = 7 * ((out.lower - 0.1) ** 2 + (out.upper - 0.98) ** 2)
     assert float(prior[0]) > 0.05
     np.testing.assert_allclose(
@@ -103,6 +105,53 @@ def test_classes_that_cannot_occur_have_weight_zero():
     np.testing.assert_allclose(out.loss, expected, rtol=1e-5)
 
 
+def test_classes_whose_probability_underflows_are_not_counted():
+    student, teacher = logits((4, 16))
+    teacher = teacher.at[:, 3:].add(-200.0)  # e^-200 is 0 in float32
+    out = dac_kl_fixed((0.0, 1.0), student, teacher, num_candidates=8, width=0.1)
+    without = teacher.at[:, 3:].set(-jnp.inf)
+    want = dac_kl_fixed((0.0, 1.0), student, without, num_candidates=8, width=0.1)
+    np.testing.assert_allclose(out.kept_classes, want.kept_classes, rtol=1e-5)
+    np.testing.assert_allclose(out.loss, want.loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_candidates", [5, 16, 20])
+@pytest.mark.parametrize("tied", ["bfloat16", "integers", "signed zeros"])
+def test_the_order_of_the_vocabulary_changes_nothing(tied, num_candidates):
+    """Sixteen-bit logits tie: among the candidates, at the last and at the target."""
+    student, teacher = logits((6, 40))
+    teacher = {
+        "bfloat16": (teacher / 4 + 20).astype(jnp.bfloat16),
+        "integers": jnp.round(teacher),
+        "signed zeros": jnp.where(teacher > 0, 0.0, -0.0),
+    }[tied]
+    _, counts = np.unique(np.asarray(teacher, np.float32)[0], return_counts=True)
+    assert counts.max() > 2
+    params = init_clip_network(
+        jax.random.key(0), num_candidates=num_candidates, hidden=4
+    )
+    params["output"]["kernel"] += 0.5
+
+    @jax.jit
+    def run(params, student, teacher):
+        def loss(params, student):
+            out = dac_kl(params, student, teacher, signal=ClipFidelity())
+            return jnp.sum(out.loss), out
+
+        gradients, out = jax.grad(loss, (0, 1), has_aux=True)(params, student)
+        return out, gradients
+
+    out, (of_params, of_student) = run(params, student, teacher)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(40)
+        got, (moved, got_student) = run(params, student[:, order], teacher[:, order])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            (got, moved, got_student),
+            (out, of_params, of_student[:, order]),
+        )
+
+
 def test_limits_may_differ_by_position():
     student, teacher = logits()
     lower = jnp.linspace(0.0, 0.4, 8)
@@ -137,3 +186,6 @@ def test_unknown_settings_are_refused(without_type_checks):
         dac_kl_fixed(LIMITS, student, teacher, normalization="student")
     with pytest.raises(ValueError, match="num_candidates=0"):
         dac_kl_fixed(LIMITS, student, teacher, num_candidates=0)
+    params = init_clip_network(jax.random.key(0), num_candidates=8, hidden=4)
+    with pytest.raises(ValueError, match="'none' with ClipFidelity.*expected 'teach"):
+        dac_kl(params, student, teacher, normalization="none", signal=ClipFidelity())

@@ -7,6 +7,7 @@ from losses import reference
 from losses.two_distributions import normal
 
 from mgsr_jax import losses
+from mgsr_jax.losses import _divergences
 
 
 def test_forward_kl_is_zero_only_at_equality_and_not_symmetric():
@@ -47,3 +48,19 @@ def test_forward_kl_is_infinite_where_only_the_student_excludes_a_class():
     assert jnp.isposinf(losses.forward_kl(student, jnp.zeros((1, 2)))).all()
     both_exclude = jnp.array([[0.0, -jnp.inf]])
     assert losses.forward_kl(student, both_exclude).tolist() == [0.0]
+
+
+def test_total_variation_is_flat_where_two_classes_agree_as_documented():
+    """The width of the zone without gradient grows with |log p|."""
+    log_p = np.float32([-1.0, -20.0])
+    for log, inside, outside in zip(log_p, (1e-6, 1e-5), (5e-6, 5e-5), strict=True):
+        # Two classes share the rest, so that only the first one may be in the zone.
+        rest = np.log((1 - np.exp(log)) * np.array([0.3, 0.7]))
+        teacher = np.array([log, *rest], np.float32)
+        for distance, flat in ((inside, True), (outside, False)):
+            student = jnp.asarray(teacher + np.array([distance, 0.1, -0.1], np.float32))
+            student -= jax.nn.logsumexp(student)
+            student = student.at[0].set(log + np.float32(distance))
+            gap = _divergences.gap(jnp.asarray(teacher), student)
+            assert (float(gap[0]) == 0) == flat
+            assert float(gap[1]) > 0

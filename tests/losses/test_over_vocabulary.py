@@ -259,6 +259,7 @@ def test_top_k_takes_the_first_of_equals_on_any_device(placement, tokens):
     """Two columns per device, fewer than K; ties within and across devices."""
     kind, spec, *_ = PLACEMENTS[placement]
     logits = np.random.default_rng(1).integers(0, 3, (5, 3, 16)).astype(np.float32)
+    logits[..., ::3] *= -1  # -0 and 0 are equal
     vocab_axis = BOTH if kind == AUTO else None
     want = losses.top_k_teacher(logits, 5, vocab_size=tokens)
     assert want.indices.shape[-1] == min(5, tokens)
@@ -270,6 +271,44 @@ def test_top_k_takes_the_first_of_equals_on_any_device(placement, tokens):
     np.testing.assert_array_equal(got.indices, want.indices)
     np.testing.assert_array_equal(got.logits, want.logits)
     np.testing.assert_allclose(got.logsumexp, want.logsumexp, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["auto, two axes", "explicit, two axes"])
+@pytest.mark.parametrize("tied", ["bfloat16", "integers", "all"])
+def test_dac_kl_does_not_depend_on_the_order_of_classes_on_any_device(placement, tied):
+    """Values and gradients, with V split over eight devices and heavily tied logits."""
+    kind, spec, *_ = PLACEMENTS[placement]
+    mesh, axis = mesh_of(kind), BOTH if kind == AUTO else None
+    student, teacher = np.random.default_rng(2).normal(0, 2, (2, B, T, V)).astype("f")
+    teacher = {
+        "bfloat16": np.asarray(jnp.asarray(teacher, jnp.bfloat16)),
+        "integers": np.round(teacher),
+        "all": np.zeros_like(teacher),
+    }[tied]
+    order = np.random.default_rng(3).permutation(V)
+
+    @jax.jit(static_argnames="axis")
+    def run(clip, student, teacher, axis):
+        def loss(clip, student):
+            out = losses.dac_kl(clip, student, teacher, vocab_axis=axis)
+            return jnp.sum(WEIGHTS * out.loss), out
+
+        gradient = jax.grad(loss, (0, 1), has_aux=True)
+        (of_clip, of_student), out = gradient(clip, student)
+        return out, of_clip, of_student
+
+    want, want_clip, want_student = run(CLIP, student, teacher, None)
+    with jax.set_mesh(mesh):
+        clip = jax.device_put(CLIP, NamedSharding(mesh, P()))
+        moved = jax.device_put(
+            (student[..., order], teacher[..., order]), NamedSharding(mesh, spec)
+        )
+        got, got_clip, got_student = run(clip, *moved, axis)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (got, got_clip), (want, want_clip))
+    close(got_student, np.asarray(want_student)[..., order])
+    assert np.any(want_student) and np.any(want_clip["output"]["bias"])
 
 
 def test_an_unknown_axis_and_columns_that_do_not_divide_are_refused():

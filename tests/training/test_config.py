@@ -364,6 +364,7 @@ def test_epochs_are_positive():
         "save_every",
         "rollout.top_k",
         "objective.prior_weight",
+        "objective.fidelity_weight",
         "optimizer.final_learning_rate",
         "optimizer.warmup_steps",
         "optimizer.weight_decay",
