@@ -2,7 +2,11 @@
 
 from typing import NamedTuple, TypedDict
 
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
 from mgsr_jax import losses
+from mgsr_jax.losses import Sum, masked_sum
 from mgsr_jax.objective import Objective, Weights, scored_positions
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.typing import Leaf
@@ -19,6 +23,7 @@ class Targets(NamedTuple):
       labelled: positions where the label counts: it is the data's own. [..., T]
       pairs: positions whose pair with the next position counts. [..., T]
       weights: of the three losses. [..., T] each
+      teacher: index of the row's teacher; None: there is one. [..., T]
     """
 
     labels: Leaf
@@ -28,6 +33,7 @@ class Targets(NamedTuple):
     labelled: Leaf
     pairs: Leaf
     weights: Leaf
+    teacher: Leaf = None
 
 
 class VocabArguments(TypedDict, total=False):
@@ -39,7 +45,9 @@ class VocabArguments(TypedDict, total=False):
 
 def make_targets(rows: Rows, weights: Weights, objective: Objective) -> Targets:
     """The targets of `rows`, whose positions have these weights."""
-    view = next_token_view(rows)
+    view, teacher = next_token_view(rows), rows.teacher
+    if teacher is not None:
+        teacher = jnp.broadcast_to(teacher[..., None], view.labels.shape)
     return Targets(
         labels=view.labels,
         where=view.where,
@@ -48,4 +56,19 @@ def make_targets(rows: Rows, weights: Weights, objective: Objective) -> Targets:
         labelled=view.where & rows.ground_truth[..., None],
         pairs=losses.span_pairs(view.span_ids, view.where),
         weights=weights,
+        teacher=teacher,
     )
+
+
+def by_teacher(
+    name: str,
+    values: Float[Array, "*B"],
+    where: Bool[Array, "*B"],
+    targets: Targets,
+    teachers: tuple[str, ...],
+) -> dict[str, Sum]:
+    """Sums of `values` over the positions of each teacher, as NAME/TEACHER."""
+    return {
+        f"{name}/{teacher}": masked_sum(values, where & (targets.teacher == i))
+        for i, teacher in enumerate(teachers)
+    }

@@ -39,6 +39,8 @@ class Rows:
       ground_truth: whether the text is from the data set, not from a model. [B]
       earlier_responses: whether a token of the prompt is part of an earlier response
         that is trained too; False beyond the prompt. [B, S]
+      teacher: index of the row's teacher, -1 for none; None: the run has one teacher,
+        or none. [B]
     """
 
     tokens: Leaf
@@ -48,6 +50,7 @@ class Rows:
     example: Leaf
     ground_truth: Leaf
     earlier_responses: Leaf
+    teacher: Leaf = None
 
 
 class NextTokenView(NamedTuple):
@@ -89,6 +92,7 @@ def from_lists(
     pad_id: int = 0,
     ground_truth: bool = True,
     earlier_span_ids: Sequence[Sequence[int]] | None = None,
+    teachers: Sequence[int] | None = None,
 ) -> Rows:
     """Host rows (numpy) from lists of token ids.
 
@@ -103,6 +107,7 @@ def from_lists(
       earlier_span_ids: for each prompt with earlier responses that are trained too, one
         id per token: its span id, or UNTRAINED outside these responses. An empty list,
         or None: there are no such responses.
+      teachers: index of each row's teacher; None: there is one teacher.
 
     Raises:
       ValueError: a row is longer than `width` or has an empty prompt; lists of
@@ -115,6 +120,7 @@ def from_lists(
         span_ids=span_ids,
         examples=examples,
         earlier_span_ids=earlier_span_ids,
+        teachers=teachers,
     )
     rows = Rows(
         tokens=np.full((size, width), pad_id, np.int32),
@@ -126,6 +132,7 @@ def from_lists(
         else np.asarray(examples, np.int32),
         ground_truth=np.full(size, ground_truth),
         earlier_responses=np.zeros((size, width), bool),
+        teacher=None if teachers is None else np.asarray(teachers, np.int32),
     )
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         _fill(rows, b, prompt, response)

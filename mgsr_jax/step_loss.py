@@ -20,6 +20,12 @@ from mgsr_jax import losses, sharding
 from mgsr_jax.loss_targets import Targets, make_targets
 from mgsr_jax.losses import Projection, Sum, TopKTeacher, default_chunk_size
 from mgsr_jax.objective import Objective, Weights
+from mgsr_jax.routed_teachers import (
+    RoutedHidden,
+    Teacher,
+    teacher_hidden,
+    teacher_names,
+)
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.token_loss import (
     check_teacher,
@@ -47,7 +53,7 @@ class StepLoss:
 
     Attributes:
       student: the model that is trained.
-      teacher: the model that it is compared with, or None.
+      teacher: what it is compared with: a model, several that divide the rows, or None.
       objective: the three losses and their weights.
       vocab_size: columns of logits at or beyond it are padding.
       dtype: of the student's computation.
@@ -57,7 +63,7 @@ class StepLoss:
     """
 
     student: Model
-    teacher: Model | None
+    teacher: Teacher | None
     objective: Objective
     vocab_size: int | None = None
     dtype: DTypeLike = jnp.float32
@@ -80,7 +86,8 @@ class Chunk(NamedTuple):
 
     Attributes:
       targets: labels, masks and weights. [N]
-      teacher: the teacher's hidden states [N, D], its K classes, or None.
+      teacher: the teacher's hidden states [N, D], those of several teachers, K classes,
+        or None.
     """
 
     targets: Targets
@@ -89,7 +96,7 @@ class Chunk(NamedTuple):
 
 def micro_batch_loss(
     params: Params,
-    teacher_params: Params | None,
+    teacher_params: PyTree,
     rows: Rows,
     weights: Weights,
     *,
@@ -101,7 +108,7 @@ def micro_batch_loss(
 
     Args:
       params: "student" and, where limits are learned, "clip_network".
-      teacher_params: None where no part runs the teacher.
+      teacher_params: None where no part runs the teacher; of several a tuple.
       rows: the micro-batch.
       weights: of its positions, from `position_weights` of the whole step.
       spec: models and settings.
@@ -109,7 +116,8 @@ def micro_batch_loss(
       dropout_keys: one per row, for a student whose forward pass takes them.
 
     Raises:
-      ValueError: a part compares with a teacher and there is none, or K classes.
+      ValueError: a part compares with a teacher and there is none, or K classes; there
+        are several teachers and `rows` names none.
     """
     student, view = spec.student, next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(spec.dtype), params["student"])
@@ -153,7 +161,7 @@ def chunk_loss(
     head = jax.tree.map(lambda p: p.astype(spec.dtype), shared["head"])
     student_logits = spec.student.unembed(head, hidden)
     teacher = chunk.teacher
-    if spec.teacher is not None and isinstance(teacher, jax.Array):
+    if spec.teacher is not None and not isinstance(teacher, TopKTeacher | None):
         teacher = spec.teacher.unembed(shared["teacher_head"], teacher)
     targets = _without_overlap(chunk.targets, spec.overlap)
     return losses.chunked(
@@ -184,6 +192,7 @@ def _logits_loss(
         vocab_size=spec.vocab_size,
         vocab_axis=sharding.vocab_axis(),
         score_teacher=spec.score_teacher,
+        teachers=teacher_names(spec.teacher),
     )
 
 
@@ -191,7 +200,7 @@ def _discrepancy(
     spec: StepLoss,
     heads: tuple[PyTree, PyTree],
     hidden: Float[Array, "B T D"],
-    teacher_hidden: Leaf,
+    of_teacher: Leaf,
     targets: Targets,
 ) -> Float[Array, "B T"]:
     """Each label's discrepancy, without gradient.
@@ -213,13 +222,13 @@ def _discrepancy(
         # The last chunk is shifted left to stay full; positions that overlap are
         # recomputed to the same value.
         start = jnp.minimum(i * size, width - size)
-        of_student, of_teacher, part = jax.tree.map(
+        student_part, teacher_part, part = jax.tree.map(
             lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1),
-            (hidden, teacher_hidden, targets),
+            (hidden, of_teacher, targets),
         )
         values = label_discrepancy(
-            spec.student.unembed(head, of_student),
-            teacher.unembed(teacher_head, of_teacher),
+            spec.student.unembed(head, student_part),
+            teacher.unembed(teacher_head, teacher_part),
             part,
             vocab_size=spec.vocab_size,
             vocab_axis=sharding.vocab_axis(),
@@ -243,10 +252,10 @@ def _without_overlap(targets: Targets, overlap: int) -> Targets:
 
 def _teacher_chunk(
     spec: StepLoss,
-    teacher_params: Params | None,
+    teacher_params: PyTree,
     rows: Rows,
     outputs: TeacherOutputs | None,
-) -> tuple[TopKTeacher | Float[Array, "B T D"] | None, Params | None]:
+) -> tuple[Leaf, PyTree]:
     """The teacher's outputs at every label, and its head where logits are needed."""
     objective, view = spec.objective, next_token_view(rows)
     if not objective.needs_teacher:
@@ -265,23 +274,29 @@ def _teacher_chunk(
             "one, or set both weights to 0 for plain fine-tuning"
         )
     if outputs is None:
-        outputs, _ = spec.teacher.forward(teacher_params, view.inputs)
-    if isinstance(outputs, Rows):
+        hidden = teacher_hidden(spec.teacher, teacher_params, view.inputs, rows.teacher)
+    elif isinstance(outputs, Rows):
         read = next_token_view(outputs).inputs
-        hidden, _ = spec.teacher.forward(teacher_params, read)
-        outputs = _at_responses(hidden, outputs, rows)
-    hidden = outputs[:, : view.inputs.shape[1]]
+        hidden = teacher_hidden(spec.teacher, teacher_params, read, rows.teacher)
+        hidden = _at_responses(hidden, outputs, rows)
+    else:
+        hidden = outputs[:, : view.inputs.shape[1]]
     return lax.stop_gradient((hidden, spec.teacher.head_params(teacher_params)))
 
 
 def _at_responses(
-    hidden: Float[Array, "B U D"], teacher_rows: Rows, rows: Rows
-) -> Float[Array, "B T D"]:
+    hidden: PyTree, teacher_rows: Rows, rows: Rows
+) -> RoutedHidden | Float[Array, "B T D"]:
     """Hidden states on `teacher_rows`, moved to the index of their label in `rows`.
 
     Only those of responses are defined: their labels are in both rows.
     """
     shift = teacher_rows.prompt_lengths - rows.prompt_lengths
     index = jnp.arange(rows.tokens.shape[1] - 1)[None] + shift[:, None]
-    index = jnp.clip(index, 0, hidden.shape[1] - 1)
-    return jnp.take_along_axis(hidden, index[..., None], axis=1)
+    index = jnp.clip(index, 0, teacher_rows.tokens.shape[1] - 2)
+
+    def move(x: Array) -> Array:
+        own = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, own, axis=1)
+
+    return jax.tree.map(move, hidden)

@@ -23,7 +23,7 @@ from mgsr_jax.divergences import (
     TOKEN_WEIGHT_SETTINGS,
     check_cached_teacher,
 )
-from mgsr_jax.loss_targets import Targets, VocabArguments
+from mgsr_jax.loss_targets import Targets, VocabArguments, by_teacher
 from mgsr_jax.losses import DacKl, Sum, TopKTeacher, at_bound, masked_sum
 from mgsr_jax.objective import LIMITS_START, Objective
 from mgsr_jax.typing import Params
@@ -38,8 +38,11 @@ def token_loss(
     *,
     vocab_size: int | None = None,
     vocab_axis: str | None = None,
+    teachers: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "*B"], dict[str, Sum]]:
     """The chosen divergence times the token weight, and metrics of each.
+
+    `teachers` are the names of several teachers, by which the divergence is reported.
 
     Raises:
       ValueError: an unknown divergence, or a setting that needs more than a cached
@@ -53,6 +56,7 @@ def token_loss(
         found = _divergence(name, clip_params, *models, own, objective, columns)
         terms.append(found[name])
         metrics |= {k: masked_sum(v, own.scored) for k, v in found.items()}
+        metrics |= by_teacher(name, found[name], own.scored, own, teachers)
     values = functools.reduce(jnp.add, terms)
     factor = _token_weights(*models, targets.scored, objective, columns)
     if factor is not None:

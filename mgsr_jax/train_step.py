@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from mgsr_jax.losses import Sum
 from mgsr_jax.objective import Objective, Weights, position_weights
+from mgsr_jax.routed_teachers import Teacher
 from mgsr_jax.rows import Rows
 from mgsr_jax.step_loss import StepLoss, TeacherOutputs, micro_batch_loss
 from mgsr_jax.typing import STUDENT, Leaf, Model, Params, PRNGKey, RowKeys
@@ -108,7 +109,7 @@ class _MicroBatch(NamedTuple):
 
 def make_train_step(
     student: Model,
-    teacher: Model | None,
+    teacher: Teacher | None,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
@@ -129,7 +130,9 @@ def make_train_step(
     for `step`, and the metric "finite" is 0.
 
     Args:
-      student, teacher: the models; without a teacher only the cross-entropy is trained.
+      student: the model that is trained.
+      teacher: the model that it is compared with, or `RoutedTeachers`, whose parameters
+        are a tuple; without a teacher only the cross-entropy is trained.
       optimizer: from `make_optimizer`.
       objective: the three losses and their weights.
       vocab_size: columns of logits at or beyond it are padding.
@@ -151,7 +154,7 @@ def _step(
     optimizer: optax.GradientTransformation,
     dropout: bool,
     state: TrainState,
-    teacher_params: Params | None,
+    teacher_params: PyTree,
     micro_batches: tuple[Rows, ...],
     teacher_outputs: tuple[TeacherOutputs | None, ...] = (),
 ) -> tuple[TrainState, Metrics]:
@@ -171,7 +174,7 @@ def _step(
     return _update(optimizer, state, grads, finite), metrics
 
 
-_Constant = tuple[Params, Params | None, PRNGKey | None, StepLoss]
+_Constant = tuple[Params, PyTree, PRNGKey | None, StepLoss]
 """Frozen parameters, the teacher's, the dropout key, and models with settings."""
 
 
@@ -259,7 +262,7 @@ def _update(
 
 def make_validation_step(
     student: Model,
-    teacher: Model | None,
+    teacher: Teacher | None,
     objective: Objective,
     *,
     vocab_size: int | None = None,
@@ -291,7 +294,7 @@ def make_validation_step(
 
     def metrics(
         params: Params,
-        teacher_params: Params | None,
+        teacher_params: PyTree,
         rows: Rows,
         teacher_outputs: TeacherOutputs | None = None,
     ) -> Metrics:

@@ -13,8 +13,8 @@ from mgsr_jax import models
 from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.commands.plan import PlanConfig
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.inputs import read_models
 from mgsr_jax.training.recipes import recipe_names
+from mgsr_jax.training.run_models import read_models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted((CONFIGS / "pairs").glob("*.yaml"))

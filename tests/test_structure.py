@@ -19,6 +19,7 @@ divergences
 losses.*
 sharding
 rows
+routed_teachers
 models.*
 checkpoint.*
 decoding.*

@@ -84,8 +84,8 @@ def write_teacher_cache(
         check_candidates,
         origin_of,
         read_inputs,
-        with_local_models,
     )
+    from mgsr_jax.training.run_models import with_local_models
 
     console = console or Console(stderr=True)
     _check(config)
@@ -199,10 +199,12 @@ def _write_shards(
     console: Console,
 ) -> None:
     from mgsr_jax.data import teacher_shards
+    from mgsr_jax.models import LanguageModel
     from mgsr_jax.training.initial_state import load_teacher
 
     config, teacher, mesh = setup.config, setup.teacher, setup.mesh
-    assert teacher is not None and config.teacher is not None
+    # `origin_of` has refused several teachers, or none.
+    assert isinstance(teacher, LanguageModel) and isinstance(config.teacher, str)
     params = load_teacher(
         config.teacher, teacher, mesh=mesh, dtype=config.teacher_dtype
     )

@@ -52,13 +52,15 @@ def plan(
         the fewest micro_batches first; the settings of mesh.data, mesh.fsdp and
         micro_batches are not read.
     """
+    import jax
+
     from mgsr_jax.checkpoint.hub import local_folder
     from mgsr_jax.planning import machines
     from mgsr_jax.planning.plan import plan_run, search_mesh
 
     machines.use_no_device()
     student = local_folder(config.student, weights=None)
-    teacher = config.teacher and local_folder(config.teacher, weights=None)
+    teacher = jax.tree.map(lambda own: local_folder(own, weights=None), config.teacher)
     config = dataclasses.replace(config, student=student, teacher=teacher)
     console, machine = Console(), machines.describe(target, slices=slices)
     if not search:

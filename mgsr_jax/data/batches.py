@@ -13,7 +13,7 @@ import datasets
 import grain
 import numpy as np
 
-from mgsr_jax.data.dataset import EARLIER, lengths
+from mgsr_jax.data.dataset import EARLIER, TEACHER, lengths, teachers_of
 from mgsr_jax.data.prompts import Prompt
 from mgsr_jax.rows import Rows, from_lists, narrowest
 
@@ -21,6 +21,7 @@ Share = slice | np.ndarray
 """The rows of every batch that a process takes."""
 _ALL: Share = slice(None)
 _FILLER = -1  # example index of a row that only fills up the last batch
+_NO_TEACHER = -1
 _WINDOW = 8
 """Number of batches whose examples are sorted by length together.
 
@@ -42,10 +43,11 @@ def train_batches(
 
     The order depends on `seed` and `batch_size`, and with several `widths` also on the
     lengths of the examples. It does not depend on the number of processes: each takes
-    its share of the same global batch. Every epoch has a new order and leaves out the
-    last examples that do not fill a batch. `rows.example` is the index in `dataset`.
-    The position can be saved: `get_state()` returns plain JSON, and `set_state()`
-    continues from it exactly.
+    its share of the same global batch. With several teachers the rows of a global batch
+    are ordered by teacher, so that most micro-batches have rows of only one. Every
+    epoch has a new order and leaves out the last examples that do not fill a batch.
+    `rows.example` is the index in `dataset`. The position can be saved: `get_state()`
+    returns plain JSON, and `set_state()` continues from it exactly.
 
     Args:
       dataset: from `dataset.load`.
@@ -72,7 +74,11 @@ def train_batches(
         sizes = lengths(dataset)
         batches = _similar_length(sizes, batch_size, seed, epochs)
 
+    teachers = teachers_of(dataset)
+
     def rows(batch: np.ndarray) -> Rows:
+        if teachers is not None:
+            batch = batch[np.argsort(teachers[batch], kind="stable")]
         width = narrowest(widths, sizes[batch])
         return _dataset_rows(dataset, batch[share], width)
 
@@ -120,7 +126,8 @@ def eval_batches(
 ) -> Iterator[Rows]:
     """Iterate once over this process's `Rows` of the whole data set, in its order.
 
-    With several `widths` the shortest examples come first. The last batch is filled up
+    With several `widths` the shortest examples come first, with several teachers those
+    of the first teacher. The last batch is filled up
     with rows that have no response (`lengths == prompt_lengths`, so every position is
     masked) and `example` -1.
     """
@@ -128,6 +135,8 @@ def eval_batches(
     order = np.arange(len(dataset))
     if len(widths) > 1:
         order = np.argsort(sizes, kind="stable")
+    if (teachers := teachers_of(dataset)) is not None:
+        order = order[np.argsort(teachers[order], kind="stable")]
     # The index -1 selects the last element, which is the filler.
     order, sizes = np.append(order, _FILLER), np.append(sizes, 1)
     for positions in _filled(len(dataset), batch_size):
@@ -174,9 +183,9 @@ def _filled(total: int, batch_size: int) -> Iterator[np.ndarray]:
 def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) -> Rows:
     examples = indices.tolist()
     records = iter(_columns(dataset, [i for i in examples if i != _FILLER]))
-    filler = ([0], [], [], [])
+    filler = ([0], [], [], [], _NO_TEACHER)
     rows = [filler if i == _FILLER else next(records) for i in examples]
-    prompts, responses, span_ids, earlier = zip(*rows, strict=True)
+    prompts, responses, span_ids, earlier, teachers = zip(*rows, strict=True)
     return from_lists(
         prompts,
         responses,
@@ -184,16 +193,18 @@ def _dataset_rows(dataset: datasets.Dataset, indices: np.ndarray, width: int) ->
         span_ids=span_ids,
         examples=examples,
         earlier_span_ids=earlier,
+        teachers=teachers if TEACHER in dataset.column_names else None,
     )
 
 
 def _columns(
     dataset: datasets.Dataset, indices: list[int]
-) -> Iterable[tuple[list[int], list[int], list[int], list[int]]]:
-    """(prompt, response, span_ids, earlier_span_ids) of the examples."""
+) -> Iterable[tuple[list[int], list[int], list[int], list[int], int]]:
+    """(prompt, response, span_ids, earlier_span_ids, teacher) of the examples."""
     if not indices:
         return []
     rows = dataset[indices]
     earlier = rows.get(EARLIER, [[]] * len(indices))
-    columns = (rows["prompt"], rows["response"], rows["span_ids"], earlier)
+    teachers = rows.get(TEACHER, [0] * len(indices))
+    columns = (rows["prompt"], rows["response"], rows["span_ids"], earlier, teachers)
     return zip(*columns, strict=True)

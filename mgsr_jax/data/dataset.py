@@ -42,6 +42,8 @@ EARLIER = "earlier_span_ids"
 """Column that only data with train_on="all" has; see `rows.from_lists`."""
 TEACHER_PROMPT = "teacher_prompt"
 """Column that only data with a prompt of the teacher's own has."""
+TEACHER = "teacher"
+"""Column that only data with several teachers has: the index of a row's teacher."""
 _TOKENS = ("prompt", "response", "span_ids")
 _COLUMNS = datasets.Features(
     {
@@ -50,7 +52,7 @@ _COLUMNS = datasets.Features(
     }
     | {name: datasets.Value("string") for name in ("problem", "message")}
     | {"kept": datasets.Value("bool")}
-    | {name: datasets.Value("int32") for name in ("prompt_length", "length")}
+    | {name: datasets.Value("int32") for name in (TEACHER, "prompt_length", "length")}
 )
 _KEYED_MODULES = (
     "conversations",
@@ -65,6 +67,7 @@ _KEYED_MODULES = (
     "source_settings",
     "sources",
     "spans",
+    "teacher_names",
     "templates",
 )
 """Modules of this folder whose source is part of the cache key."""
@@ -85,6 +88,7 @@ class _Row(TypedDict):
     span_ids: list[int]
     earlier_span_ids: list[int]
     teacher_prompt: list[int]
+    teacher: int
     problem: str
     message: str
     kept: bool
@@ -108,10 +112,11 @@ def load(
 
     The columns are `prompt`, `response` (ends with the token that ends a response
     unless it was cut; empty for prompts only) and `span_ids` (one id a token of the
-    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`),
-    and with a prompt of the teacher's own also `teacher_prompt`. The
-    cache key covers everything that they depend on: the content of the files, the names
-    of columns, the tokenizer, the encoding, the chunker, and this code.
+    response); with train_on "all" also `earlier_span_ids` (see `rows.from_lists`), with
+    a prompt of the teacher's own also `teacher_prompt`, and with several teachers also
+    `teacher`, the index of the record's own. The cache key covers everything that they
+    depend on: the content of the files, the names of columns, the tokenizer, the
+    encoding, the chunker, and this code.
 
     Args:
       path: file, pattern, folder or hub data set; see `sources.open_source`.
@@ -132,7 +137,7 @@ def load(
     eos_id(tokenizer)
     encoding = resolved(encoding, tokenizer)
     source = open_source(path, split)
-    form = recognise(source, columns)
+    form = recognise(source, columns, encoding.teachers)
     options = (source, form, tokenizer, encoding, chunker, spacy_model)
     try:
         table = datasets.Dataset.from_generator(
@@ -150,6 +155,8 @@ def load(
     names = [*_TOKENS, *([EARLIER] if encoding.train_on == "all" else [])]
     if encoding.teacher_prompt is not None:
         names.append(TEACHER_PROMPT)
+    if encoding.teachers is not None:
+        names.append(TEACHER)
     return table.select(kept).select_columns(names), report
 
 
@@ -270,7 +277,7 @@ def _encode(example: Example | Rejected, encoder: Encoder) -> _Row:
     if too_long:  # only without a chat template, which trains no earlier response
         prompt = cut_prompt(encoder.tokenizer, prompt, encoding.prompt_limit)
         turns = Turns(prompt, response[: encoding.max_length - len(prompt)])
-    return _row(turns, problem, message, lengths, kept=True)
+    return _row(turns, problem, message, lengths, example.teacher, kept=True)
 
 
 def _row(
@@ -278,6 +285,7 @@ def _row(
     problem: str,
     message: str,
     lengths: tuple[int, int] = (0, 0),
+    teacher: int = 0,
     *,
     kept: bool,
 ) -> _Row:
@@ -292,6 +300,7 @@ def _row(
         span_ids=[spans.NO_SPAN] * len(turns.response),
         earlier_span_ids=earlier,
         teacher_prompt=list(turns.teacher_prompt),
+        teacher=teacher,
         problem=problem,
         message=message,
         kept=kept,
@@ -314,6 +323,13 @@ def lengths(dataset: datasets.Dataset) -> np.ndarray:
         parts = [column_lengths(table, name) for name in ("prompt", "response")]
         sizes.append(np.add(*parts))
     return np.concatenate(sizes)
+
+
+def teachers_of(dataset: datasets.Dataset) -> np.ndarray | None:
+    """Index of the teacher of every example; None without several. [examples]"""
+    if TEACHER not in dataset.column_names:
+        return None
+    return np.fromiter(_column(dataset, TEACHER), np.int32, len(dataset))
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:

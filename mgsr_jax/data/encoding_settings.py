@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mgsr_jax.data.teacher_names import TeacherNames
+
 TEMPLATES = ("auto", "alpaca", "chat", "none")
 TEMPLATE_SUFFIX = ".jinja"
 TOO_LONG = ("drop", "truncate")
@@ -34,6 +36,7 @@ class Encoding:
         as the student reads it.
       max_teacher_prompt_length: largest number of tokens of a prompt that the teacher
         reads in this case; None: `max_length`.
+      teachers: how records name their teacher; None: there is one, or none.
 
     Raises:
       ValueError: a value is unknown, or two settings contradict each other.
@@ -50,6 +53,7 @@ class Encoding:
     template_text: str | None = None
     teacher_prompt: str | None = None
     max_teacher_prompt_length: int | None = None
+    teachers: TeacherNames | None = None
 
     def __post_init__(self) -> None:
         is_file = self.template.endswith(TEMPLATE_SUFFIX)

@@ -8,6 +8,7 @@ from mgsr_jax.data.conversations import TURN_KEYS, Unusable, turns_of
 from mgsr_jax.data.files import Unreadable
 from mgsr_jax.data.source_settings import COLUMNS, Columns, check_columns
 from mgsr_jax.data.sources import OpenSource
+from mgsr_jax.data.teacher_names import TeacherNames
 
 Fields = Mapping[str, object]
 """One record: the data's name of a column -> value."""
@@ -45,6 +46,7 @@ class Form(NamedTuple):
       names: our name of each column -> the data's possible names.
       read: columns of the data that are read.
       unread: columns of the data, and keys of its messages, that are not read.
+      teachers: how records name their teacher; None: there is one, or none.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Form(NamedTuple):
     names: Mapping[str, tuple[str, ...]]
     read: tuple[str, ...]
     unread: tuple[str, ...]
+    teachers: TeacherNames | None = None
 
     @property
     def prompts_only(self) -> bool:
@@ -68,17 +71,32 @@ class Form(NamedTuple):
         """The data's name of our `column`, for errors."""
         return self.names[column][0]
 
+    def teacher(self, record: Fields) -> int:
+        """Index of a record's teacher; 0 where there are not several.
 
-def recognise(source: OpenSource, columns: Columns | None = None) -> Form:
+        Raises:
+          Unusable: the record names none, or one that there is not.
+        """
+        if self.teachers is None:
+            return 0
+        return self.teachers.index(self.value(record, "teacher"), self.label("teacher"))
+
+
+def recognise(
+    source: OpenSource,
+    columns: Columns | None = None,
+    teachers: TeacherNames | None = None,
+) -> Form:
     """Decide from the first records of a source how all its records are read.
 
     Args:
       source: the source; only its first records are read.
       columns: the data's names of columns that it names differently.
+      teachers: how records name their teacher, where there are several.
 
     Raises:
       ValueError: the columns fit no form, `columns` has a name that is not ours or not
-        in the data, or there is no record.
+        in the data, no record names its teacher, or there is no record.
     """
     columns = columns or {}
     check_columns(columns)
@@ -87,6 +105,7 @@ def recognise(source: OpenSource, columns: Columns | None = None) -> Form:
     names = COLUMNS | {ours: (theirs,) for ours, theirs in columns.items()}
     for ours, theirs in columns.items():
         required = any(ours in form for form in _FORMS)
+        required |= ours == "teacher" and teachers is not None
         if required and theirs not in seen:
             raise ValueError(
                 f"columns names {theirs!r} for {ours}, but data {source.name!r} "
@@ -97,11 +116,26 @@ def recognise(source: OpenSource, columns: Columns | None = None) -> Form:
         name = _PROMPTS_ONLY
     used = [prompt, response, "system", "minillm"]
     used += ["input", "history"] if prompt == "instruction" else []
+    if teachers is not None and teachers.always is None:
+        _check_teachers(source.name, seen, names["teacher"], teachers)
+        used.append("teacher")
     read = [next((n for n in names[ours] if n in seen), "") for ours in used if ours]
     unread = [key for key in seen if key not in read]
     if prompt in (*CHATS, "prompt"):
         unread += _unread_keys(names[prompt][0], records)
-    return Form(name, prompt, response, names, tuple(filter(None, read)), tuple(unread))
+    columns_read = tuple(filter(None, read))
+    return Form(name, prompt, response, names, columns_read, tuple(unread), teachers)
+
+
+def _check_teachers(
+    source: str, seen: Iterable[str], labels: tuple[str, ...], teachers: TeacherNames
+) -> None:
+    if teachers.default is None and not any(label in seen for label in labels):
+        raise ValueError(
+            f"data {source!r} has no column {labels[0]!r}, and there are several "
+            f"teachers; name one of {', '.join(teachers.names)} in that column, for "
+            "the whole source ({path: ..., teacher: NAME}) or in data.default_teacher"
+        )
 
 
 def not_an_object(record: object) -> str:

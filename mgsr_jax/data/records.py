@@ -36,6 +36,7 @@ class Example(NamedTuple):
         data holds prompts only.
       scored: whether metrics count the record; false where it has `"minillm": false`.
       source: "file:line".
+      teacher: index of its teacher; 0 where there are not several.
     """
 
     messages: tuple[Message, ...]
@@ -43,6 +44,7 @@ class Example(NamedTuple):
     references: tuple[str, ...]
     scored: bool
     source: str
+    teacher: int = 0
 
     @property
     def instruction(self) -> str:
@@ -130,7 +132,8 @@ def _example(where: str, record: object, form: Form) -> Example:
         raise Unusable(
             f"the turn before the response is {last}, expected one by the user"
         )
-    return Example(tuple(turns), context, references, scored is not False, where)
+    is_scored, teacher = scored is not False, form.teacher(record)
+    return Example(tuple(turns), context, references, is_scored, where, teacher)
 
 
 def _prompt(record: Fields, form: Form) -> list[Message]:

@@ -28,6 +28,7 @@ COLUMNS = {
     "system": ("system",),
     "history": ("history",),
     "minillm": ("minillm",),
+    "teacher": ("teacher",),
 }
 """Our name of a column -> the names that are accepted in the data."""
 
@@ -42,12 +43,15 @@ class DataSource:
         source one, or none of them.
       split: split of a folder or hub data set; none: that of `data`.
       columns: names of columns for this source, instead of `data.columns`.
+      teacher: name of the teacher of all its records, where there are several; their
+        column is then not read.
     """
 
     path: str
     weight: float | None = None
     split: str | None = None
     columns: dict[str, str] | None = None
+    teacher: str | None = None
 
 
 def as_sources(data: str | Sequence[str | DataSource]) -> tuple[DataSource, ...]:

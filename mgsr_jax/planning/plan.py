@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mgsr_jax import sharding
 from mgsr_jax.losses import TopKTeacher
@@ -25,12 +26,18 @@ from mgsr_jax.planning.compiled import (
     with_shardings,
 )
 from mgsr_jax.planning.machines import Machine
+from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import TrainState
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.inputs import check_sizes, read_models
 from mgsr_jax.training.programs import Programs, make_programs
-from mgsr_jax.typing import CLIP_NETWORK, STUDENT, Params
+from mgsr_jax.training.run_models import (
+    Teachers,
+    check_sizes,
+    models_of,
+    read_models,
+)
+from mgsr_jax.typing import CLIP_NETWORK, STUDENT
 
 MARGIN = 0.92
 """Usable share of a device's memory; the rest is for fragments and the driver."""
@@ -144,7 +151,8 @@ class _Run:
     vocab_size: int
     programs: Programs
     state: TrainState
-    teacher_params: Params | None
+    teacher: Teachers | None
+    teacher_params: PyTree
 
 
 def _open(config: TrainConfig, machine: Machine) -> _Run:
@@ -158,10 +166,10 @@ def _open(config: TrainConfig, machine: Machine) -> _Run:
     student, teacher = read_models(config)
     check_sizes(config, student, teacher, mesh)
     vocab_size, teacher_params = student.config.vocab_size, None
-    if teacher is not None:
-        vocab_size = min(vocab_size, teacher.config.vocab_size)
+    for _, model in models_of(teacher):
+        vocab_size = min(vocab_size, model.config.vocab_size)
     if teacher is not None and config.runs_teacher:
-        teacher_params = shapes.teacher_shapes(config, teacher, mesh)
+        teacher_params = shapes.teachers_shapes(config, teacher, mesh)
     eos = student.config.eos_token_id
     steps = config.steps or _STEPS
     programs = make_programs(
@@ -174,9 +182,8 @@ def _open(config: TrainConfig, machine: Machine) -> _Run:
         steps=steps,
     )
     state = shapes.state_shapes(config, student, programs.optimizer, mesh, steps=steps)
-    return _Run(
-        config, machine, mesh, student, vocab_size, programs, state, teacher_params
-    )
+    models = teacher, teacher_params
+    return _Run(config, machine, mesh, student, vocab_size, programs, state, *models)
 
 
 def _has_room(run: _Run) -> bool:
@@ -267,12 +274,23 @@ def _parts(run: _Run) -> dict[str, int]:
         parts[f"student, {config.dtype}"] = device_bytes(state.frozen)
     if CLIP_NETWORK in state.params:
         parts["clip network"] = device_bytes(state.params[CLIP_NETWORK])
-    if run.teacher_params is not None:
-        parts[f"teacher, {config.teacher_dtype}"] = device_bytes(run.teacher_params)
+    parts |= _teacher_bytes(run)
     if run.programs.rollout is not None:
         parts[f"decoder's copy, {config.dtype}"] = _decoder_copy_bytes(run)
         parts["cache of the student"] = _cache_bytes(run)
     return parts
+
+
+def _teacher_bytes(run: _Run) -> dict[str, int]:
+    """Bytes of each teacher's parameters; nothing if only its cache is read."""
+    if run.teacher_params is None:
+        return {}
+    several = isinstance(run.teacher, RoutedTeachers)
+    params = run.teacher_params if several else (run.teacher_params,)
+    return {
+        f"teacher {name}".strip() + f", {run.config.teacher_dtype}": device_bytes(own)
+        for (name, _), own in zip(models_of(run.teacher), params, strict=True)
+    }
 
 
 def _decoder_copy_bytes(run: _Run) -> int:

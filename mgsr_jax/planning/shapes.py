@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from mgsr_jax import sharding
 from mgsr_jax.data.teacher_manifest import MANIFEST, Origin, Recipe, read_manifest
 from mgsr_jax.losses import TopKTeacher
 from mgsr_jax.models import LanguageModel, quantized
 from mgsr_jax.planning.compiled import with_shardings
+from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.rows import Rows
 from mgsr_jax.train_step import TrainState, init_state
 from mgsr_jax.training.config import TrainConfig
@@ -66,6 +68,17 @@ def teacher_shapes(config: TrainConfig, teacher: LanguageModel, mesh: Mesh) -> P
     return jax.tree_util.tree_map_with_path(quantize, halves)
 
 
+def teachers_shapes(
+    config: TrainConfig,
+    teacher: LanguageModel | RoutedTeachers[LanguageModel],
+    mesh: Mesh,
+) -> PyTree:
+    """The parameters of the teacher; of several a tuple."""
+    if isinstance(teacher, RoutedTeachers):
+        return tuple(teacher_shapes(config, own, mesh) for own in teacher.models)
+    return teacher_shapes(config, teacher, mesh)
+
+
 def row_shapes(config: TrainConfig, mesh: Mesh, width: int | None = None) -> Rows:
     """A micro-batch of the data; by default as wide as the data's longest rows."""
     per_row = functools.partial(_per_row, config, mesh)
@@ -78,6 +91,7 @@ def row_shapes(config: TrainConfig, mesh: Mesh, width: int | None = None) -> Row
         example=per_row(jnp.int32),
         ground_truth=per_row(jnp.bool),
         earlier_responses=per_row(jnp.bool, width),
+        teacher=per_row(jnp.int32) if config.teacher_names else None,
     )
 
 

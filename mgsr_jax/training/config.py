@@ -14,6 +14,7 @@ from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation, check_best_metric
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.teacher_config import TeacherFolders, check_teachers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,9 @@ class TrainConfig:
         hold an unfinished copy of the same cache.
       data: instruction data.
       teacher: the teacher's checkpoint, given like student; none: plain fine-tuning
-        (SFT).
+        (SFT). Several teachers as {NAME: FOLDER, ...}: each record names its own in the
+        column teacher, or see data.default_teacher. A folder that is named twice is
+        loaded once.
       teacher_cache: folder that `mgsr cache-teacher` wrote for this teacher and this
         training data; ground-truth rows read it instead of running the teacher.
       steps: optimizer steps; set either `steps` or `epochs`.
@@ -73,7 +76,7 @@ class TrainConfig:
     student: str
     output: str
     data: DataConfig
-    teacher: str | None = None
+    teacher: TeacherFolders = None
     teacher_cache: str | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -130,7 +133,7 @@ class TrainConfig:
           ValueError: see `check`.
         """
         settings.check_choices(self)
-        for name in ("student", "teacher", "teacher_cache"):
+        for name in ("student", "teacher_cache"):
             check_folder(name, getattr(self, name))
         _check_size_of_run(self, required=False)
         positive = ("batch_size", "micro_batches", "log_every", "keep_checkpoints")
@@ -139,6 +142,7 @@ class TrainConfig:
             self, "validate_every", "evaluate_every", "save_every"
         )
         self.data.check()
+        check_teachers(self.teacher, self.data, self.rollout, self.teacher_cache)
         self.objective.check()
         self.rollout.check()
         self.optimizer.check()
@@ -169,6 +173,11 @@ class TrainConfig:
         return self.batch_size // self.micro_batches
 
     @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Names of several teachers; empty for one or none."""
+        return tuple(self.teacher) if isinstance(self.teacher, dict) else ()
+
+    @property
     def runs_teacher(self) -> bool:
         """Whether any step runs the teacher itself, so that its weights are loaded."""
         cached = self.teacher_cache is not None and self.rollout.policy == "off"
@@ -181,6 +190,7 @@ def _validated_losses(config: TrainConfig) -> tuple[str, ...]:
     if config.runs_teacher:
         of_data = objective.token and objective.divergence not in FROM_SAMPLES
         names += [objective.divergence] if of_data else []
+        names += [f"{n}/{t}" for n in names[2:] for t in config.teacher_names]
         names += ["span"] if objective.span else []
     return tuple(names)
 

@@ -15,7 +15,8 @@ from mgsr_jax.data.source_settings import (
 )
 
 Sources = str | list[str | DataSource]
-"""One source or several; a `DataSource` has a weight, a split or names of columns."""
+"""One source or several; a `DataSource` has a weight, a split, names of columns or a
+teacher."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,9 @@ class DataConfig:
         (OPSD), where the teacher is the student's own start. none: the same prompt.
       max_teacher_prompt_length: longest such prompt in tokens; none: `max_length`.
         Examples with a longer one are dropped.
+      default_teacher: name of the teacher of records that name none in their column
+        teacher, where there are several; none: every record has to name one. A source
+        given as {path: ..., teacher: NAME} has one teacher for all its records.
       cache_dir: folder for tokenised data; default: the datasets library's cache, which
         is never cleared automatically.
     """
@@ -85,6 +89,7 @@ class DataConfig:
     spacy_model: str = "en_core_web_sm"
     teacher_prompt: str | None = None
     max_teacher_prompt_length: int | None = None
+    default_teacher: str | None = None
     cache_dir: str | None = None
 
     def check(self) -> None:
@@ -131,8 +136,8 @@ class DataConfig:
                 raise ValueError(
                     f"data has the source {path!r}, which begins like a list or a "
                     "record and is none; expected [{path: FILE, weight: NUMBER, split: "
-                    "NAME, columns: {OURS: THEIRS}}, ...], of which only path is "
-                    "required"
+                    "NAME, columns: {OURS: THEIRS}, teacher: NAME}, ...], of which "
+                    "only path is required"
                 )
         weights = [source.weight for source in self.train_sources]
         given = [weight for weight in weights if weight is not None]

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mgsr_jax import losses, sharding
 from mgsr_jax.loss_targets import VocabArguments
 from mgsr_jax.losses import masked_sum
+from mgsr_jax.routed_teachers import Teacher, teacher_hidden, teacher_names
 from mgsr_jax.rows import Rows, next_token_view
 from mgsr_jax.train_step import Metrics
 from mgsr_jax.training.metrics import Means
 from mgsr_jax.typing import STUDENT, Leaf, Model, Params
 
-Comparison = Callable[[Params, Params | None, Rows], Metrics]
+Comparison = Callable[[Params, PyTree, Rows], Metrics]
 """(all parameters, the teacher's or None, rows) -> sums over the scored positions."""
 
 
@@ -34,6 +36,7 @@ class _Chunk(NamedTuple):
     labels: Leaf
     where: Leaf
     teacher_hidden: Leaf
+    teacher: Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class _Spec:
     """The arguments of `make_comparison`."""
 
     student: Model
-    teacher: Model | None
+    teacher: Teacher | None
     vocab_size: int
     dtype: DTypeLike
     chunk_size: int
@@ -55,7 +58,7 @@ class _Spec:
 
 def make_comparison(
     student: Model,
-    teacher: Model | None,
+    teacher: Teacher | None,
     *,
     vocab_size: int,
     dtype: DTypeLike,
@@ -66,7 +69,8 @@ def make_comparison(
     "kl" is KL(teacher || student), "student_loss" and "teacher_loss" are the responses'
     cross-entropies, "student_entropy" and "teacher_entropy" are of the models' own
     distributions. They are in nats, per token. Without a teacher there are only the
-    student's two.
+    student's two. With several teachers there is each value as NAME/TEACHER too, over
+    the tokens of this teacher's rows.
 
     Args:
       student, teacher: the models.
@@ -79,21 +83,25 @@ def make_comparison(
 
 
 def _compare(
-    spec: _Spec, params: Params, teacher_params: Params | None, rows: Rows
+    spec: _Spec, params: Params, teacher_params: PyTree, rows: Rows
 ) -> Metrics:
     view = next_token_view(rows)
     student = jax.tree.map(lambda p: p.astype(spec.dtype), params[STUDENT])
     hidden, _ = spec.student.forward(student, view.inputs)
-    teacher_hidden, teacher_head = None, None
+    of_teacher, teacher_head, route = None, None, None
     if spec.teacher is not None and teacher_params is not None:
-        teacher_hidden, _ = spec.teacher.forward(teacher_params, view.inputs)
+        of_teacher = teacher_hidden(
+            spec.teacher, teacher_params, view.inputs, rows.teacher
+        )
         teacher_head = spec.teacher.head_params(teacher_params)
+    if teacher_names(spec.teacher):
+        route = jnp.broadcast_to(rows.teacher[:, None], view.labels.shape)
     by_token = P(sharding.vocab_axis())
     _, metrics = losses.chunked(
         functools.partial(_compare_chunk, spec=spec),
         {"student": spec.student.head_params(student), "teacher": teacher_head},
         hidden,
-        _Chunk(view.labels, view.where, teacher_hidden),
+        _Chunk(view.labels, view.where, of_teacher, route),
         chunk_size=spec.chunk_size,
         overlap=0,
         where=view.where,
@@ -108,32 +116,40 @@ def _compare_chunk(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Metrics of adjacent tokens; the scalar is not used, as nothing is trained."""
     student = spec.student.unembed(heads["student"], hidden)
-    metrics = _of_model("student", student, chunk, spec)
+    values = _of_model("student", student, chunk, spec)
     if spec.teacher is not None and chunk.teacher_hidden is not None:
         teacher = spec.teacher.unembed(heads["teacher"], chunk.teacher_hidden)
-        metrics |= _of_model("teacher", teacher, chunk, spec)
-        kl = losses.forward_kl(student, teacher, where=chunk.where, **spec.columns)
-        metrics["kl"] = masked_sum(kl, chunk.where)
+        values |= _of_model("teacher", teacher, chunk, spec)
+        columns = spec.columns
+        kl = losses.forward_kl(student, teacher, where=chunk.where, **columns)
+        values["kl"] = kl
+    metrics = _sums(values, chunk.where)
+    for i, name in enumerate(teacher_names(spec.teacher)):
+        own = chunk.where & (chunk.teacher == i)
+        metrics |= _sums(values, own, f"/{name}")
     return metrics["student_loss"].total, metrics
 
 
 def _of_model(
     name: str, logits: Float[Array, "N V"], chunk: _Chunk, spec: _Spec
-) -> Metrics:
-    """Cross-entropy and entropy of one model."""
+) -> dict[str, Float[Array, "N"]]:
+    """Cross-entropy and entropy of one model at each token."""
     where, columns = chunk.where, spec.columns
     loss = losses.cross_entropy(logits, chunk.labels, where=where, **columns)
     entropy = losses.entropy(logits, where=where, **columns)
-    return {
-        f"{name}_loss": masked_sum(loss, where),
-        f"{name}_entropy": masked_sum(entropy, where),
-    }
+    return {f"{name}_loss": loss, f"{name}_entropy": entropy}
+
+
+def _sums(
+    values: Mapping[str, Float[Array, "N"]], where: Bool[Array, "N"], suffix: str = ""
+) -> Metrics:
+    return {name + suffix: masked_sum(value, where) for name, value in values.items()}
 
 
 def compare_first_batch(
     comparison: Comparison,
     params: Params,
-    teacher_params: Params | None,
+    teacher_params: PyTree,
     micro_batches: Iterable[Rows],
 ) -> dict[str, float]:
     """Means over the scored positions of a batch; empty if there is none."""
@@ -166,6 +182,19 @@ def describe(
             "the first responses that the student writes"
         ]
     title = f"first {'responses of the student' if sampled else 'batch'}"
+    lines = _compared(values, vocab_size, title, sampled=sampled)
+    for teacher in [n.removeprefix("kl/") for n in values if n.startswith("kl/")]:
+        end = f"/{teacher}"
+        own = {n.removesuffix(end): v for n, v in values.items() if n.endswith(end)}
+        own_title = f"{title}, rows of {teacher}"
+        lines += _compared(own, vocab_size, own_title, sampled=sampled)
+    return lines
+
+
+def _compared(
+    values: Mapping[str, float], vocab_size: int, title: str, *, sampled: bool
+) -> list[str]:
+    """The line of one teacher, or of all rows, and its warnings."""
     parts = [
         f"{name} loss {values[f'{name}_loss']:.4f}, "
         f"entropy {values[f'{name}_entropy']:.4f}"

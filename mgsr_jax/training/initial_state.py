@@ -2,16 +2,18 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from mgsr_jax import sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.models import LanguageModel, quantized
+from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.train_step import TrainState, init_state
 from mgsr_jax.training.programs import Programs, partition_rules, state_shardings
 from mgsr_jax.typing import STUDENT, Params
@@ -64,6 +66,20 @@ def load_teacher(
     if dtype == "int8":
         return load(dtype=jnp.bfloat16, transform=quantized.quantize)
     return load(dtype=jnp.dtype(dtype))
+
+
+def load_teachers(
+    folders: Sequence[Folder],
+    teacher: LanguageModel | RoutedTeachers[LanguageModel],
+    *,
+    mesh: Mesh,
+    dtype: str,
+) -> PyTree:
+    """The weights of the teacher; of several a tuple, one tree per folder."""
+    load = functools.partial(load_teacher, mesh=mesh, dtype=dtype)
+    if isinstance(teacher, RoutedTeachers):
+        return tuple(map(load, folders, teacher.models))
+    return load(folders[0], teacher)
 
 
 def _on_devices(

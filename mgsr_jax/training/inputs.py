@@ -5,7 +5,6 @@ Most mistakes end here, in one line, before anything is written.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mgsr_jax import __version__, models, sharding
-from mgsr_jax.checkpoint import hf, hub
+from mgsr_jax import __version__, sharding
+from mgsr_jax.checkpoint import hf
 from mgsr_jax.checkpoint.chat_template import same_template
 from mgsr_jax.checkpoint.folder import weights_digest
 from mgsr_jax.checkpoint.response_format import ResponseFormat
@@ -24,18 +23,19 @@ from mgsr_jax.data.encoding import Encoder
 from mgsr_jax.data.spans import Chunker, resolve_chunker
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.data.teacher_manifest import Origin
-from mgsr_jax.models import LanguageModel, lora, quantized
+from mgsr_jax.models import LanguageModel
 from mgsr_jax.training.config import TrainConfig
-from mgsr_jax.training.distributed import lead_first
 from mgsr_jax.training.read_data import read_data
 from mgsr_jax.training.run_folder import check_output
+from mgsr_jax.training.run_models import (
+    Teachers,
+    check_sizes,
+    models_of,
+    read_models,
+    shared_vocabulary,
+)
+from mgsr_jax.training.teacher_config import different_folders
 from mgsr_jax.typing import Tokenizer
-
-_VOCABULARY_MULTIPLE = 128
-"""Divisible by every tensor axis that is a power of two, and by accelerators' tiles."""
-
-_PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}
-"""Platforms of the attention kernels that exist on one platform only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class RunInputs:
     Attributes:
       config: settings, with the tensor axis of `mesh` filled in.
       student: the student as pure functions.
-      teacher: the teacher as pure functions, or None.
-      tokenizer: the tokenizer of both models.
+      teacher: the teacher as pure functions, or several that divide the rows, or None.
+      tokenizer: the tokenizer of all models.
       vocab_size: number of tokens; embeddings may have more rows.
       response_format: tokens that end a response, and the run's own template file.
       mesh: device mesh.
@@ -62,7 +62,7 @@ class RunInputs:
 
     config: TrainConfig
     student: LanguageModel
-    teacher: LanguageModel | None
+    teacher: Teachers | None
     tokenizer: Tokenizer
     vocab_size: int
     response_format: ResponseFormat
@@ -137,11 +137,12 @@ def _encoder(config: TrainConfig, tokenizer: Tokenizer, console: Console) -> Enc
     """The encoder of the data; prints which template it uses."""
     encoder = Encoder(tokenizer, config.data.encoding)
     lines = list(encoder.notes)
-    if config.teacher is not None and encoder.encoding.template == "chat":
-        if not same_template(tokenizer, hf.load_tokenizer(config.teacher)):
+    for folder in different_folders(config.teacher)[0]:
+        is_chat = encoder.encoding.template == "chat"
+        if is_chat and not same_template(tokenizer, hf.load_tokenizer(folder)):
             lines.append(
-                f"teacher {config.teacher} has another chat template; the student's is "
-                "used for both"
+                f"teacher {folder} has another chat template; the student's is used "
+                "for both"
             )
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -160,126 +161,6 @@ def _steps(config: TrainConfig, examples: int) -> int:
     return steps
 
 
-def with_local_models(config: TrainConfig) -> TrainConfig:
-    """The settings with folders for the models; hub names are downloaded first.
-
-    With several processes all of them must call this.
-
-    Raises:
-      FileNotFoundError, PermissionError, OSError: see `hub.local_folder`.
-    """
-
-    def local() -> TrainConfig:
-        teacher = None if config.teacher is None else hub.local_folder(config.teacher)
-        student = hub.local_folder(config.student)
-        return dataclasses.replace(config, student=student, teacher=teacher)
-
-    return lead_first(local)
-
-
-def read_models(config: TrainConfig) -> tuple[LanguageModel, LanguageModel | None]:
-    """Student and teacher, with vocabularies padded to a common number of rows.
-
-    The padding depends on the mesh as little as possible, because a run may be resumed
-    on another mesh.
-    """
-    if config.runs_teacher and config.teacher_dtype == "int8":
-        quantized.check_installed()
-    student = models.from_config(config.student)
-    teacher = models.from_config(config.teacher) if config.teacher else None
-    rows = max(model.config.vocab_size for _, model in _roles(student, teacher))
-    multiple = math.lcm(_VOCABULARY_MULTIPLE, config.mesh.tensor)
-
-    def fitted(model: LanguageModel) -> LanguageModel:
-        return dataclasses.replace(
-            model,
-            vocab_rows=multiple * math.ceil(rows / multiple),
-            tensor=config.mesh.tensor,
-            attention=config.attention,
-        )
-
-    student = fitted(student)
-    student = dataclasses.replace(student, remat=config.remat, lora=config.lora)
-    if config.lora.rank:
-        lora.targeted(student, config.lora)  # raises if no kernel matches
-    return student, teacher and fitted(teacher)
-
-
-def shared_vocabulary(
-    config: TrainConfig,
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    tokenizer: Tokenizer,
-) -> int:
-    """Number of tokens of the one tokenizer that both models use.
-
-    Raises:
-      ValueError: an embedding has fewer rows, or the teacher has another tokenizer.
-    """
-    size = len(tokenizer)
-    for role, model in _roles(student, teacher):
-        if model.config.vocab_size < size:
-            raise ValueError(
-                f"the tokenizer has {size} tokens, but the {role}'s embedding has only "
-                f"{model.config.vocab_size} rows; give the tokenizer of that checkpoint"
-            )
-    if config.teacher is not None:
-        other = hf.load_tokenizer(config.teacher)
-        if hf.tokenizer_fingerprint(tokenizer) != hf.tokenizer_fingerprint(other):
-            raise ValueError(
-                f"teacher {config.teacher} ({len(other)} tokens) and student "
-                f"{config.student} ({size} tokens) have different tokenizers; "
-                "distillation compares distributions over one vocabulary, so give a "
-                "pair with the same tokenizer"
-            )
-    return size
-
-
-def check_sizes(
-    config: TrainConfig,
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    mesh: Mesh,
-) -> None:
-    """Refuse settings that the models or the devices do not support.
-
-    Raises:
-      ValueError: rows are too long or do not divide over the mesh, or the devices do
-        not have the kernel of `attention`.
-    """
-    encoding = config.data.encoding
-    widths = {"student": encoding.max_length, "teacher": encoding.teacher_width}
-    for role, model in _roles(student, teacher):
-        if model.config.max_length < widths[role]:
-            raise ValueError(
-                f"data.max_length={encoding.max_length} makes rows of {widths[role]} "
-                f"tokens, which is beyond the {role}'s {model.config.max_length} "
-                "positions; lower it"
-            )
-    if config.micro_batch_size % (parts := sharding.row_parts(mesh)):
-        raise ValueError(
-            f"a micro-batch of {config.micro_batch_size} rows "
-            f"(batch_size={config.batch_size} / micro_batches={config.micro_batches}) "
-            f"does not divide over the {parts} parts of the mesh {dict(mesh.shape)}; "
-            f"use a multiple of {parts}"
-        )
-    platform = mesh.devices.flat[0].platform
-    expected = _PLATFORMS.get(config.attention, platform)
-    if platform != expected:
-        raise ValueError(
-            f"attention={config.attention!r} is a kernel for a {expected}, but these "
-            f"devices are of the platform {platform}; set attention to xla"
-        )
-
-
-def _roles(
-    student: LanguageModel, teacher: LanguageModel | None
-) -> Iterator[tuple[str, LanguageModel]]:
-    yield "student", student
-    if teacher is not None:
-        yield "teacher", teacher
-
-
 def common_parts(inputs: RunInputs) -> dict[str, str]:
     """Everything that must be the same in all processes of a run, by name."""
     settings = dataclasses.asdict(inputs.config)
@@ -292,12 +173,13 @@ def common_parts(inputs: RunInputs) -> dict[str, str]:
         for path, leaf in leaves
     }
     valid = "" if inputs.valid is None else dataset.fingerprint(inputs.valid)
+    teachers = models_of(inputs.teacher)
     return parts | {
         "mgsr_jax's version": __version__,
         "the rows of data.train": inputs.train_fingerprint,
         "the rows of data.valid": valid,
         "the student's config.json": repr(inputs.student.config),
-        "the teacher's config.json": repr(inputs.teacher and inputs.teacher.config),
+        "the teachers' config.json": repr([m.config for _, m in teachers]),
         "the tokenizer": hf.tokenizer_fingerprint(inputs.tokenizer),
     }
 
@@ -306,13 +188,16 @@ def origin_of(inputs: RunInputs) -> Origin:
     """The origin of a teacher cache for this run; reads every byte of the weights.
 
     Raises:
-      ValueError: the run has no teacher.
+      ValueError: the run has no teacher, or several.
       FileNotFoundError: the teacher's folder has no weights.
     """
-    if inputs.config.teacher is None:
-        raise ValueError("there is no teacher to cache; set teacher to its folder")
+    teacher = inputs.config.teacher
+    if not isinstance(teacher, str):
+        raise ValueError(
+            f"teacher={teacher} is not one teacher to cache; set teacher to its folder"
+        )
     return Origin(
-        teacher=weights_digest(Path(inputs.config.teacher)),
+        teacher=weights_digest(Path(teacher)),
         teacher_dtype=inputs.config.teacher_dtype,
         tokenizer=hf.tokenizer_fingerprint(inputs.tokenizer),
         data=inputs.train_fingerprint,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
+from jaxtyping import PyTree
 from rich.console import Console
 
 from mgsr_jax.data.prompts import Prompt
@@ -43,7 +44,7 @@ class Measurements:
     def first_batch(
         self,
         params: Params,
-        teacher_params: Params | None,
+        teacher_params: PyTree,
         samples: Iterable[Rows] | None = None,
     ) -> dict[str, float]:
         """How teacher and student read the first batch's references, by metric name.
@@ -60,7 +61,7 @@ class Measurements:
         return {f"start/{name}": value for name, value in values.items()}
 
     def after(
-        self, step: int, params: Params, teacher_params: Params | None
+        self, step: int, params: Params, teacher_params: PyTree
     ) -> dict[str, float]:
         """Validate and evaluate if it is due after `step`; the metrics by name.
 
@@ -78,7 +79,7 @@ class Measurements:
         return measured
 
     def _validate(
-        self, step: int, params: Params, teacher_params: Params | None
+        self, step: int, params: Params, teacher_params: PyTree
     ) -> dict[str, float]:
         """Means over the validation data."""
         means = Means()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from mgsr_jax.losses import default_chunk_size, init_clip_network
 from mgsr_jax.models import LanguageModel, lora
 from mgsr_jax.models.lora import LORA
 from mgsr_jax.rollout import Rollout, make_rollout
+from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.train_step import (
     Metrics,
     TrainState,
@@ -64,7 +65,7 @@ class _SharedArguments(TypedDict):
 def make_programs(
     config: TrainConfig,
     student: LanguageModel,
-    teacher: LanguageModel | None,
+    teacher: LanguageModel | RoutedTeachers[LanguageModel] | None,
     *,
     mesh: Mesh,
     vocab_size: int,
@@ -105,21 +106,32 @@ def make_programs(
 def _rollout(
     config: TrainConfig,
     student: LanguageModel,
-    teacher: LanguageModel | None,
+    teacher: LanguageModel | RoutedTeachers[LanguageModel] | None,
     eos_ids: tuple[int, ...],
     vocab_size: int,
 ) -> Rollout | None:
     if teacher is None or config.rollout.policy == "off":
         return None
-    return make_rollout(
+    routed = isinstance(teacher, RoutedTeachers)
+    rollout = make_rollout(
         student,
-        teacher,
+        teacher.models[0] if routed else teacher,
         config.rollout,
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         prefill_width=config.data.encoding.prompt_limit,
         dtype=jnp.dtype(config.dtype),
     )
+    return _without_teacher(rollout) if routed else rollout
+
+
+def _without_teacher(rollout: Rollout) -> Rollout:
+    """The rollout of several teachers, none of which it runs: it has no SCRG."""
+
+    def sample(params: Params, teacher_params: PyTree, *arguments: Any) -> Any:
+        return rollout(params, teacher_params[0], *arguments)
+
+    return jax.jit(sample)
 
 
 def _shared_arguments(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 from rich.console import Console
 
 from mgsr_jax.data import dataset
@@ -16,6 +17,7 @@ from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.data.sources import OpenSource, open_source
 from mgsr_jax.data.spans import resolve_chunker
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.teacher_config import names_for
 from mgsr_jax.typing import Tokenizer
 
 _SHOWN = 500  # characters of the first example's prompt, and of its response
@@ -65,7 +67,9 @@ def read_data(
     sizes = [len(table) for table in train]
     _print_mixture(data.train_sources, sizes, len(mixture), console)
     valid = tables(data.valid_sources, data.valid_split)
-    return RunData(mixture, mixed(valid) if valid else None, tuple(rejected))
+    validation = mixed(valid) if valid else None
+    _print_teachers(config.teacher_names, mixture, validation, console)
+    return RunData(mixture, validation, tuple(rejected))
 
 
 def _check_sources(config: TrainConfig) -> None:
@@ -74,13 +78,15 @@ def _check_sources(config: TrainConfig) -> None:
     trained: set[Path] = set()
     for source in data.train_sources:
         opened = open_source(source.path, source.split or data.train_split)
-        form = recognise(opened, data.columns_of(source))
+        names = names_for(config.teacher, data, source)
+        form = recognise(opened, data.columns_of(source), names)
         if form.prompts_only:
             _check_prompts_only(config, source.path, form)
         trained |= _files(opened)
     for source in data.valid_sources:
         opened = open_source(source.path, source.split or data.valid_split)
-        form = recognise(opened, data.columns_of(source))
+        names = names_for(config.teacher, data, source)
+        form = recognise(opened, data.columns_of(source), names)
         if form.prompts_only:
             raise ValueError(
                 f"data.valid {source.path!r} holds prompts only "
@@ -103,10 +109,11 @@ def _load(
     config: TrainConfig, source: DataSource, split: str, tokenizer: Tokenizer
 ) -> tuple[datasets.Dataset, DataReport]:
     data = config.data
+    teachers = names_for(config.teacher, data, source)
     return dataset.load(
         source.path,
         tokenizer,
-        data.encoding,
+        dataclasses.replace(data.encoding, teachers=teachers),
         chunker=resolve_chunker(data.chunker) if config.objective.span else None,
         spacy_model=data.spacy_model,
         split=source.split or split,
@@ -196,6 +203,30 @@ def _print_mixture(
     )
     line = f"data.train: {total} examples an epoch: {shares}"
     console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_teachers(
+    names: tuple[str, ...],
+    train: datasets.Dataset,
+    valid: datasets.Dataset | None,
+    console: Console,
+) -> None:
+    """Print how many rows go to each of several teachers."""
+    for setting, table in (("data.train", train), ("data.valid", valid)):
+        teachers = None if table is None else dataset.teachers_of(table)
+        if teachers is None:
+            continue
+        counts = np.bincount(teachers, minlength=len(names)).tolist()
+        parts = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+        line = f"{setting}: rows by teacher: {', '.join(parts)}"
+        console.print(line, markup=False, soft_wrap=True)
+        if setting == "data.train" and not all(counts):
+            unused = names[counts.index(0)]
+            line = (
+                f"warning: no row of data.train goes to the teacher {unused}, which "
+                "takes memory for nothing; leave it out"
+            )
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def _print_example(

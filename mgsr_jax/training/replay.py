@@ -37,8 +37,10 @@ class ReplayBuffer:
     pushed: int = 0
 
     @classmethod
-    def empty(cls, capacity: int, width: int) -> "ReplayBuffer":
-        """A buffer for rows of the given width."""
+    def empty(
+        cls, capacity: int, width: int, *, routed: bool = False
+    ) -> "ReplayBuffer":
+        """A buffer for rows of the given width; `routed`: they name their teacher."""
         return cls(
             Rows(
                 tokens=np.zeros((capacity, width), np.int32),
@@ -48,6 +50,7 @@ class ReplayBuffer:
                 example=np.zeros(capacity, np.int32),
                 ground_truth=np.zeros(capacity, bool),
                 earlier_responses=np.zeros((capacity, width), bool),
+                teacher=np.zeros(capacity, np.int32) if routed else None,
             )
         )
 
@@ -55,6 +58,13 @@ class ReplayBuffer:
     def capacity(self) -> int:
         """Maximum number of rows."""
         return self.rows.lengths.shape[0]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the rows by name: the content of a checkpoint."""
+        return {
+            name: leaf for name, leaf in vars(self.rows).items() if leaf is not None
+        }
 
     @property
     def full(self) -> bool:
@@ -65,8 +75,8 @@ class ReplayBuffer:
         """Add a batch of host rows."""
         size = rows.lengths.shape[0]
         index = (self.pushed + np.arange(size)) % self.capacity
-        for field in dataclasses.fields(Rows):
-            getattr(self.rows, field.name)[index] = getattr(rows, field.name)
+        for name, leaf in self.arrays.items():
+            leaf[index] = getattr(rows, name)
         self.pushed += size
 
     def sample(self, key: PRNGKey, size: int) -> Rows:

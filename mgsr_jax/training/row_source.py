@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mgsr_jax.data.spans import Chunker, chunk, token_offsets
 from mgsr_jax.interventions.outcome import InterventionInfo
@@ -101,6 +102,7 @@ class BatchLayout:
       widths: allowed widths of rows, ascending. A step that generates uses the last,
         or one that is wide enough for every prompt and a response of the horizon.
       prompt_limit: no prompt is longer than this; None: no longer than a row.
+      routed: whether rows name their teacher, because there are several.
     """
 
     mesh: Mesh
@@ -108,6 +110,7 @@ class BatchLayout:
     micro_batches: int
     widths: Sequence[int]
     prompt_limit: int | None = None
+    routed: bool = False
 
     def generated_width(self, horizon: int | None) -> int:
         """Width of rows with a response of at most `horizon` tokens; None: no limit.
@@ -183,12 +186,14 @@ class RowSource:
         self._lookup, self._teacher_rows = lookup, teacher_rows
         replays = config.policy == "replay"
         self._buffer = ReplayBuffer.empty(
-            config.capacity if replays else 1, layout.widths[-1]
+            config.capacity if replays else 1,
+            layout.widths[-1],
+            routed=layout.routed,
         )
         self._ratio = AdaptiveRatio(config.initial_ratio)
 
     def next(
-        self, step: int, key: PRNGKey, params: Params, teacher_params: Params | None
+        self, step: int, key: PRNGKey, params: Params, teacher_params: PyTree
     ) -> StepRows:
         """The rows of `step`; `key` is the step's key, the same on every host."""
         policy_key, rollout_key, replay_key = jax.random.split(key, 3)
@@ -249,7 +254,7 @@ class RowSource:
     @property
     def replay_rows(self) -> dict[str, np.ndarray]:
         """The part of the state that a checkpoint stores as arrays."""
-        return vars(self._buffer.rows)
+        return self._buffer.arrays
 
     def restore(self, host: HostState, replay: Mapping[str, np.ndarray]) -> None:
         """Continue from saved `host_state` and `replay_rows`."""
@@ -260,9 +265,10 @@ class RowSource:
 
     def _replay(self, key: PRNGKey) -> StepRows:
         rows = self._buffer.sample(key, self._layout.batch_size)
+        if rows.teacher is not None:  # as `train_batches` orders the data's rows
+            rows = _taken(rows, np.argsort(rows.teacher, kind="stable"))
         rows = with_width(rows, narrowest(self._layout.widths, rows.lengths))
-        own = jax.tree.map(lambda leaf: leaf[self._host_share], rows)
-        host = self._layout.split(own)
+        host = self._layout.split(_taken(rows, self._host_share))
         outputs = self._no_outputs
         if self._teacher_rows is not None:
             outputs = self._look_up(host)
@@ -300,6 +306,10 @@ class RowSource:
         if self._config.policy == "replay":  # the buffer is the same on every host
             self._buffer.push(with_width(fetch_whole(rows), self._layout.widths[-1]))
         return rows
+
+
+def _taken(rows: Rows, index: np.ndarray) -> Rows:
+    return jax.tree.map(lambda leaf: leaf[index], rows)
 
 
 def with_spans(

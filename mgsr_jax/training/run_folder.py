@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from mgsr_jax.checkpoint.hub import portable_name
@@ -125,8 +126,8 @@ def write_run_config(output: Path, settings: Mapping[str, Any]) -> None:
 
 def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, with a model of the hub given by its name and commit."""
-    models = {name: portable_name(settings[name]) for name in _MODELS}
-    return {**settings, **models}
+    models = {name: settings[name] for name in _MODELS}
+    return {**settings, **jax.tree.map(portable_name, models)}
 
 
 def write_rejected(output: Path, messages: Sequence[str]) -> Path:

@@ -87,6 +87,7 @@ def _layout(inputs: RunInputs) -> BatchLayout:
         config.micro_batches,
         config.data.widths,
         prompt_limit=config.data.encoding.prompt_limit,
+        routed=isinstance(config.teacher, dict),
     )
 
 

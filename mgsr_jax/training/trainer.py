@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from rich.console import Console
 
 from mgsr_jax.checkpoint import hf
@@ -24,8 +25,8 @@ from mgsr_jax.training.distributed import (
     is_lead,
     on_all_processes,
 )
-from mgsr_jax.training.initial_state import load_state, load_teacher
-from mgsr_jax.training.inputs import RunInputs, common_parts, prepare, with_local_models
+from mgsr_jax.training.initial_state import load_state, load_teachers
+from mgsr_jax.training.inputs import RunInputs, common_parts, prepare
 from mgsr_jax.training.measurements import VALID, Measurements, due
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.optimizer import learning_rate_schedule
@@ -39,9 +40,11 @@ from mgsr_jax.training.run_folder import (
     write_rejected,
     write_run_config,
 )
+from mgsr_jax.training.run_models import with_local_models
 from mgsr_jax.training.run_rows import make_row_source
 from mgsr_jax.training.signals import stop_signals
-from mgsr_jax.typing import STUDENT, Params
+from mgsr_jax.training.teacher_config import different_folders
+from mgsr_jax.typing import STUDENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +158,12 @@ class _Run:
         folder, programs = config.student, self.programs
         return load_state(folder, student, programs, mesh=mesh, dtype=dtype, seed=seed)
 
-    def _load_teacher(self) -> Params | None:
+    def _load_teacher(self) -> PyTree:
         config, teacher, mesh = self.config, self.inputs.teacher, self.inputs.mesh
-        if config.teacher is None or teacher is None or not config.runs_teacher:
+        if teacher is None or not config.runs_teacher:
             return None
-        return load_teacher(
-            config.teacher, teacher, mesh=mesh, dtype=config.teacher_dtype
-        )
+        folders, _ = different_folders(config.teacher)
+        return load_teachers(folders, teacher, mesh=mesh, dtype=config.teacher_dtype)
 
     def _restored(self) -> TrainState:
         step = self.checkpoints.latest_step
