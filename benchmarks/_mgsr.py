@@ -12,7 +12,8 @@ from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig, make_rollout
+from mgsr_jax.rollout import make_rollout
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import Rows, from_lists
 from mgsr_jax.train_step import init_state, make_train_step
 from mgsr_jax.training.optimizer import OptimizerConfig, make_optimizer

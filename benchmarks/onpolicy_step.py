@@ -51,7 +51,7 @@ def mgsr_side(options: Options) -> None:
     from _mgsr import Training, load_pair, prompt_rows
     from _side import serve
 
-    from mgsr_jax.rollout import RolloutConfig
+    from mgsr_jax.rollout_config import RolloutConfig
 
     prompts = _sizes.random_tokens(options, ROWS, PROMPT)
     training = Training(

@@ -11,7 +11,8 @@ import tiny
 from mgsr_jax import models
 from mgsr_jax.decoding.decode import Decoding, generate
 from mgsr_jax.decoding.sampling import sample_keys
-from mgsr_jax.rollout import RolloutConfig, make_rollout
+from mgsr_jax.rollout import make_rollout
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, next_token_view
 from mgsr_jax.sharding import make_mesh, put_batch
 

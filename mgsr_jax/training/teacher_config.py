@@ -5,7 +5,7 @@ import re
 
 from mgsr_jax.checkpoint.folder import check_folder
 from mgsr_jax.data.teacher_names import TeacherNames
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.data_config import DataConfig, DataSource
 
 TeacherFolders = dict[str, str] | str | None
@@ -61,10 +61,10 @@ def check_teachers(
     if not teacher:
         raise ValueError("teacher={} names no teacher; expected {NAME: FOLDER, ...}")
     _check_named(tuple(teacher), data)
-    if rollout.policy != "off" and rollout.rounds:
+    if rollout.policy != "off" and rollout.intervention != "none":
         raise ValueError(
-            f"rollout.rounds={rollout.rounds}, but SCRG corrects with one teacher and "
-            f"there are several ({', '.join(teacher)}); set rollout.rounds to 0"
+            f"rollout.intervention={rollout.intervention!r}, but one teacher "
+            f"intervenes and there are several ({', '.join(teacher)}); set it to 'none'"
         )
     if teacher_cache is not None:
         raise ValueError(

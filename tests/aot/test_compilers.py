@@ -16,7 +16,7 @@ from mgsr_jax.commands import parser
 from mgsr_jax.objective import Objective
 from mgsr_jax.planning import machines
 from mgsr_jax.planning.plan import plan_run
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
 VOCAB, WIDTH, LENGTH, BATCH, CHUNK = 1400, 256, 64, 128, 16

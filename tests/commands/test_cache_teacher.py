@@ -24,7 +24,7 @@ from mgsr_jax.data.batches import eval_batches, train_batches
 from mgsr_jax.data.teacher_cache import TeacherCache
 from mgsr_jax.losses import top_k_teacher
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import next_token_view
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 from mgsr_jax.training.inputs import origin_of, prepare, read_inputs

@@ -9,7 +9,7 @@ import yaml
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
 from mgsr_jax.commands.parser import COMMANDS, main
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.description import describe_run
 from mgsr_jax.training.recipes import closest_recipe, load_recipe, recipe_names

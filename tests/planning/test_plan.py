@@ -14,7 +14,7 @@ from mgsr_jax.objective import Objective
 from mgsr_jax.planning.compiled import CompiledProgram
 from mgsr_jax.planning.machines import GIB, Machine
 from mgsr_jax.planning.plan import Plan, plan_run, search_mesh
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
 FOUR = Machine("four", tuple(jax.devices()[:4]), GIB)

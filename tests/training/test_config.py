@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mgsr_jax.data.spans import resolve_chunker
 from mgsr_jax.divergences import DIVERGENCES
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.inputs import prepare
 

@@ -27,7 +27,7 @@ from mgsr_jax.commands.export import export_student
 from mgsr_jax.models import lora
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.train_step import dropout_keys, init_state, make_train_step
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.initial_state import load_state

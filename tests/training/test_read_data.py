@@ -10,7 +10,7 @@ from rich.console import Console
 from mgsr_jax.checkpoint.tokenizer import load_tokenizer
 from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.read_data import read_data
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import Rows
 from mgsr_jax.training.replay import AdaptiveRatio, ReplayBuffer, choose_source
 

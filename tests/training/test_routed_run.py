@@ -16,7 +16,7 @@ from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf, state
 from mgsr_jax.commands.parser import main
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training import initial_state
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.inputs import prepare
@@ -59,7 +59,7 @@ def config(project, name, **changes):
         teacher=teachers(project),
         steps=4,
         objective=Objective(sft=0.0, span=0.0, divergence="forward_kl"),
-        rollout=RolloutConfig("off", rounds=0),
+        rollout=RolloutConfig("off", intervention="none"),
         micro_batches=2,
         mesh=MeshConfig(2, 2, 2),
         log_every=1,
@@ -124,7 +124,9 @@ def test_a_run_from_the_command_line_reports_each_teacher(project, capfd):
 @pytest.mark.exhaustive
 def test_a_run_resumes_bit_for_bit(project):
     """Steps of the data, of samples and of replayed rows, each with its teacher."""
-    rollout = RolloutConfig("replay", rounds=0, initial_ratio=0.8, capacity=8)
+    rollout = RolloutConfig(
+        "replay", intervention="none", initial_ratio=0.8, capacity=8
+    )
     settings = config(
         project, "straight", steps=6, rollout=rollout, save_every=3, keep_checkpoints=9
     )
@@ -174,7 +176,7 @@ def refused(project, capfd, *options):
 def test_mistakes_are_named_before_a_model_is_loaded(project, capfd, monkeypatch):
     monkeypatch.setattr(hf, "load_params", pytest.fail)
     error = refused(project, capfd)
-    assert "rollout.rounds=1, but SCRG corrects with one teacher" in error
+    assert "rollout.intervention='scrg', but one teacher intervenes" in error
     error = refused(project, capfd, "--recipe", "kd", "--data.default_teacher", "law")
     assert "data.default_teacher is 'law'; expected one of math, code" in error
     error = refused(

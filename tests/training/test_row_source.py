@@ -12,7 +12,7 @@ import tiny
 from mgsr_jax import sharding
 from mgsr_jax.interventions.outcome import InterventionInfo
 from mgsr_jax.losses import TopKTeacher
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import NO_SPAN, from_lists
 from mgsr_jax.training.row_source import BatchLayout, RowSource, with_spans
 

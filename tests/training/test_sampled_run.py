@@ -11,7 +11,7 @@ import tiny
 from rich.console import Console
 
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import MeshConfig
 from mgsr_jax.training.trainer import train
 

@@ -7,7 +7,7 @@ import pytest
 from mgsr_jax.data.source_settings import DataSource
 from mgsr_jax.data.teacher_names import TeacherNames
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, TrainConfig
 from mgsr_jax.training.teacher_config import different_folders, names_for
 
@@ -29,8 +29,8 @@ def make(teacher=None, data=None, **changes):
 
 def test_several_teachers_work_with_data_and_with_samples():
     make().check()
-    make(rollout=RolloutConfig("on", rounds=0)).check()
-    make(rollout=RolloutConfig("off", rounds=1)).check()
+    make(rollout=RolloutConfig("on", intervention="none")).check()
+    make(rollout=RolloutConfig("off")).check()
     make(data=dict(default_teacher="code")).check()
     make(data=dict(train=[DataSource("a.jsonl", teacher="math")])).check()
     make(data=dict(teacher_prompt="{prompt}!")).check()
@@ -62,7 +62,7 @@ def test_several_teachers_work_with_data_and_with_samples():
         ),
         (
             dict(rollout=RolloutConfig("on", rounds=2)),
-            r"rollout.rounds=2, but SCRG .* several \(math, code\); set rollout.rounds",
+            r"intervention='scrg', but one .* several \(math, code\); set it to 'none'",
         ),
         (
             dict(teacher_cache="cache", objective=Objective(span=0.0)),

@@ -20,7 +20,7 @@ from mgsr_jax import models, sharding
 from mgsr_jax.checkpoint import hf, state
 from mgsr_jax.commands.cache_teacher import write_teacher_cache
 from mgsr_jax.objective import Objective
-from mgsr_jax.rollout import RolloutConfig
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig
 from mgsr_jax.training.progress import StepProgress
 from mgsr_jax.training.trainer import Diverged, train
