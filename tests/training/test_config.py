@@ -400,6 +400,7 @@ def test_the_encoding_is_the_data_section():
     )
     encoding = dataclasses.asdict(data.encoding)
     assert encoding.pop("template_text") is None  # the tokenizer is not known yet
+    assert encoding.pop("teachers") is None  # nor are the teachers' names
     assert encoding == {name: getattr(data, name) for name in encoding}
     assert DataConfig("x", max_length=90).encoding.prompt_limit == 45
 
