@@ -187,35 +187,41 @@ def describe(
         end = f"/{teacher}"
         own = {n.removesuffix(end): v for n, v in values.items() if n.endswith(end)}
         own_title = f"{title}, rows of {teacher}"
-        lines += _compared(own, vocab_size, own_title, sampled=sampled)
+        lines += _compared(own, vocab_size, own_title, sampled=sampled, name=teacher)
     return lines
 
 
 def _compared(
-    values: Mapping[str, float], vocab_size: int, title: str, *, sampled: bool
+    values: Mapping[str, float],
+    vocab_size: int,
+    title: str,
+    *,
+    sampled: bool,
+    name: str = "",
 ) -> list[str]:
-    """The line of one teacher, or of all rows, and its warnings."""
+    """The line of the teacher of this name, or of all rows, and its warnings."""
     parts = [
-        f"{name} loss {values[f'{name}_loss']:.4f}, "
-        f"entropy {values[f'{name}_entropy']:.4f}"
-        for name in ("teacher", "student")
-        if f"{name}_loss" in values
+        f"{role} loss {values[f'{role}_loss']:.4f}, "
+        f"entropy {values[f'{role}_entropy']:.4f}"
+        for role in ("teacher", "student")
+        if f"{role}_loss" in values
     ]
     if "kl" not in values:
         return [f"{title}, nats per token: {parts[0]}"]
     kl, uniform = values["kl"], math.log(vocab_size) - values["teacher_entropy"]
     parts = [f"KL(teacher || student) {kl:.4f}", *parts]
     lines = [f"{title}, nats per token: {'; '.join(parts)}"]
+    of_teacher = f"teacher {name}".strip()
     if not sampled and values["teacher_loss"] > values["student_loss"]:
         lines.append(
-            "warning: the teacher reads the references of the first batch worse than "
-            "the student does. Check data.template, the teacher's checkpoint and the "
-            "data; only a student that was fine-tuned on this data may be better"
+            f"warning: the {of_teacher} reads the references of the first batch worse "
+            "than the student does. Check data.template, the teacher's checkpoint and "
+            "the data; only a student that was fine-tuned on this data may be better"
         )
     if kl > uniform:
         lines.append(
-            f"warning: KL(teacher || student) is above {uniform:.4f}, which a uniform "
-            "distribution would have. Check data.template and both checkpoints; only "
-            "an untrained student may be that far from its teacher"
+            f"warning: KL({of_teacher} || student) is above {uniform:.4f}, which a "
+            "uniform distribution would have. Check data.template and both "
+            "checkpoints; only an untrained student may be that far from its teacher"
         )
     return lines

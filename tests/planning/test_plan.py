@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import pytest
@@ -218,3 +219,23 @@ def test_samples_and_a_teacher_s_own_rows_are_planned(config):
     assert [program.name for program in plan.programs] == ["rollout", "train step"]
     cache, other = (p.parts["cache of the student"] for p in (plan, planned(config)))
     assert cache / (2 * 8) == other / 12
+
+
+@pytest.mark.exhaustive
+def test_a_plan_counts_every_teacher_once(config, on_data):
+    """A third name shares the first folder; samples, as without SCRG."""
+    wide = tiny.LLAMA | {"hidden_size": 32, "eos_token_id": 1}
+    folder = pathlib.Path(config.teacher).parent
+    (folder / "wide.json").write_text(json.dumps(wide))
+    teacher = {
+        "math": config.teacher,
+        "code": str(folder / "wide.json"),
+        "law": config.teacher,
+    }
+    rollout = RolloutConfig("on", rounds=0)
+    several = dataclasses.replace(config, teacher=teacher, rollout=rollout)
+    plan, one = planned(several), planned(on_data)
+    assert [program.name for program in plan.programs] == ["rollout", "train step"]
+    assert plan.parts["teacher math, law, float32"] == one.parts["teacher, float32"]
+    assert plan.parts["teacher code, float32"] > one.parts["teacher, float32"]
+    assert sum(name.startswith("teacher") for name in plan.parts) == 2

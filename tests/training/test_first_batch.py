@@ -1,14 +1,17 @@
 """Teacher and student on the first batch: numbers, meshes, and what is printed."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 import tiny
 
 from mgsr_jax import sharding
+from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.rows import next_token_view
 from mgsr_jax.training.first_batch import (
     compare_first_batch,
@@ -140,3 +143,36 @@ def test_a_good_pair_has_one_line():
 def test_a_wrong_template_is_warned_of(changes, message):
     _, line = describe(VALUES | changes, 1000)
     assert line.startswith("warning: ") and message in line
+
+
+def test_several_teachers_have_a_line_each_and_warnings_of_their_own():
+    good = {"kl": 1.0, "teacher_loss": 2.0, "teacher_entropy": 2.0}
+    good |= {"student_loss": 3.0, "student_entropy": 2.5}
+    bad = good | {"teacher_loss": 4.0}
+    values = good | {f"{n}/math": v for n, v in good.items()}
+    values |= {f"{n}/code": v for n, v in bad.items()}
+    whole, math_, code, warning = describe(values, 50)
+    assert whole.startswith("first batch, nats per token: KL(teacher || student) 1.0")
+    assert math_.startswith("first batch, rows of math, nats per token: KL")
+    assert code.startswith("first batch, rows of code, nats per token: KL")
+    assert "teacher code reads the references" in warning
+
+
+@pytest.mark.slow
+def test_the_rows_of_each_teacher_are_compared_with_it():
+    """The means over the rows of one teacher are those of these rows alone."""
+    route = np.arange(8) % 2
+    student, first, second = tables.logits(0), tables.logits(1), tables.logits(4)
+    table, rows = tables.Table(), tables.ROWS
+    teacher = RoutedTeachers(("a", "b"), (table, tables.Table("other")), (0, 1))
+    settings = dict(vocab_size=tables.VOCAB, dtype=jnp.float32, chunk_size=64)
+    routed = dataclasses.replace(rows, teacher=jnp.asarray(route))
+    params = {"student": student}
+    several = compare_first_batch(
+        make_comparison(table, teacher, **settings), params, (first, second), [routed]
+    )
+    for i, (name, logits) in enumerate((("a", first), ("b", second))):
+        own = jax.tree.map(lambda x, i=i: x[route == i], rows)
+        one = make_comparison(table, table, **settings)
+        for key, value in compare_first_batch(one, params, logits, [own]).items():
+            assert several[f"{key}/{name}"] == pytest.approx(value, rel=1e-6)

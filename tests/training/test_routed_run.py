@@ -141,7 +141,11 @@ def test_a_run_resumes_bit_for_bit(project):
     )
     train(resumed, console=Console(file=io.StringIO()))
     jax.tree.map(np.testing.assert_array_equal, checkpoint(project / "resumed"), whole)
-    assert lines(project, "resumed")[-1]["train/loss"] > 0
+    losses = [
+        [line["train/loss"] for line in lines(project, name) if "train/loss" in line]
+        for name in ("straight", "resumed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 @pytest.mark.slow
