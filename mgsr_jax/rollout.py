@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, start
 from mgsr_jax.decoding.sampling import STUDENT_STREAM, row_keys, sample_keys
 from mgsr_jax.decoding.step_batch import joined, repeated, split
+from mgsr_jax.interventions.adaswitch import hand_over
 from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
+from mgsr_jax.interventions.skd import write_together
 from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.rows import Rows, blank_padding, prompts_only
 from mgsr_jax.scrg import revise
@@ -117,7 +119,7 @@ def _roll_out(
     shape = (decode_rows, config.samples, len(micro_batches))
     by_sample = sample_keys(key, config.samples)[None, :, None]
     key = jnp.broadcast_to(by_sample, shape).reshape(-1)
-    outcome = _respond(pair, state, key, decoding, config)
+    outcome = _respond(spec, pair, state, key, decoding)
     parts = config.samples * len(micro_batches)
     return (
         split(blank_padding(outcome.rows), parts),
@@ -127,18 +129,28 @@ def _roll_out(
 
 
 def _respond(
-    pair: Pair,
-    state: DecodeState,
-    key: RowKeys,
-    decoding: Decoding,
-    config: RolloutConfig,
+    spec: _Spec, pair: Pair, state: DecodeState, key: RowKeys, decoding: Decoding
 ) -> Outcome:
     """Extend prefilled prompts to responses; the teacher intervenes."""
+    config = spec.config
+    if config.intervention == "skd":
+        return write_together(
+            pair,
+            state,
+            key=key,
+            decoding=decoding,
+            acceptance=config.acceptance,
+            prefill_width=spec.prefill_width,
+        )
     keys = row_keys(key, state.rows.example, STUDENT_STREAM, 0)
     params = pair.student_params
     sampled = decode(pair.student, params, state, keys=keys, decoding=decoding)
     if config.intervention == "none":
         return Outcome(sampled.rows, _untouched(sampled.rows), None)
+    if config.intervention == "adaswitch":
+        return hand_over(
+            pair, sampled, key=key, decoding=decoding, switch=config.switch
+        )
     outcome, _ = revise(
         pair,
         sampled,

@@ -8,8 +8,10 @@ rollout.policy decides which steps generate (training/replay.py draws the choice
 
 rollout.intervention decides what the teacher may do to the student's responses:
 
-  none     nothing
-  scrg     correct one token a round, the student writes the rest again (scrg.py)
+  none       nothing
+  scrg       correct one token a round, the student writes the rest again (scrg.py)
+  skd        replace each token that it ranks low (interventions/skd.py)
+  adaswitch  write the rest, once the models diverge (interventions/adaswitch.py)
 """
 
 import dataclasses
@@ -17,14 +19,20 @@ from typing import Literal
 
 from mgsr_jax import settings
 from mgsr_jax.decoding.sampling import ANCESTRAL, GREEDY, Sampling
+from mgsr_jax.interventions.adaswitch import Switch
 from mgsr_jax.interventions.positions import Position, Rule
+from mgsr_jax.interventions.skd import Acceptance
 
 _READ_WITH = {
     "rounds": {"intervention": ("scrg",)},
     "position": {"intervention": ("scrg",)},
     "position_quantile": {"intervention": ("scrg",), "position": ("first",)},
     "position_discount": {"intervention": ("scrg",), "position": ("early",)},
-    "teacher_token": {"intervention": ("scrg",)},
+    "teacher_token": {"intervention": ("scrg", "skd", "adaswitch")},
+    "accept_top_k": {"intervention": ("skd",)},
+    "draft_tokens": {"intervention": ("skd",)},
+    "switch_ratio": {"intervention": ("adaswitch",)},
+    "switch_window": {"intervention": ("adaswitch",)},
 }
 """Settings that are read only together with these values of others."""
 
@@ -41,7 +49,8 @@ class RolloutConfig:
       capacity: with "replay", the sequences that the buffer holds.
       intervention: what the teacher may do to a response. "none": it trains on the
         samples unchanged. "scrg": it corrects one token a round, and the student writes
-        the rest again.
+        the rest again. "skd": it replaces each token that is not among its most
+        probable ones. "adaswitch": it writes the rest, once the models diverge.
       rounds: with "scrg", rounds of corrections.
       position: with "scrg", the corrected token, among those where student and teacher
         disagree. "argmax" (the paper): the largest KL(teacher || student). "first": the
@@ -52,6 +61,14 @@ class RolloutConfig:
       position_discount: with "early", above 0 and at most 1.
       teacher_token: how the teacher draws the tokens that it writes: "sample" (the
         papers), at temperature 1, or "argmax".
+      accept_top_k: with "skd", a token of the student is kept if it is among so many of
+        the teacher's most probable ones.
+      draft_tokens: with "skd", tokens that the student drafts before the teacher reads;
+        it changes only time and memory.
+      switch_ratio: with "adaswitch", the teacher takes over at the first token whose
+        KL(teacher || student) exceeds so many times its moving average.
+      switch_window: with "adaswitch", tokens of the moving average; the first
+        `switch_window` tokens of a response are always the student's.
       temperature: temperature of the student's sampling.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the fewest most probable tokens that hold this mass.
@@ -67,12 +84,16 @@ class RolloutConfig:
     initial_ratio: float = 0.0
     epsilon: float = 0.1
     capacity: int = 1000
-    intervention: Literal["none", "scrg"] = "scrg"
+    intervention: Literal["none", "scrg", "skd", "adaswitch"] = "scrg"
     rounds: int = 1
     position: Rule = "argmax"
     position_quantile: float = 0.9
     position_discount: float = 0.99
     teacher_token: Literal["sample", "argmax"] = "sample"
+    accept_top_k: int = 25
+    draft_tokens: int = 8
+    switch_ratio: float = 3.0
+    switch_window: int = 10
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -86,7 +107,9 @@ class RolloutConfig:
           ValueError: names the field, its value and the values that are allowed.
         """
         settings.check_choices(self, "rollout.")
-        settings.check_positive(self, "capacity", "samples", section="rollout.")
+        positive = "capacity", "samples", "accept_top_k", "draft_tokens"
+        positive += "switch_ratio", "switch_window"
+        settings.check_positive(self, *positive, section="rollout.")
         settings.check_not_negative(self, "top_k", "temperature", section="rollout.")
         for name in ("probability", "initial_ratio", "position_quantile"):
             if not 0 <= getattr(self, name) <= 1:
@@ -192,3 +215,13 @@ class RolloutConfig:
         """The rule for the token that SCRG corrects."""
         quantile, discount = self.position_quantile, self.position_discount
         return Position(self.position, quantile, discount)
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Settings of SKD."""
+        return Acceptance(self.accept_top_k, self.draft_tokens, self.teacher_sampling)
+
+    @property
+    def switch(self) -> Switch:
+        """Settings of AdaSwitch."""
+        return Switch(self.switch_ratio, self.switch_window, self.teacher_sampling)

@@ -17,6 +17,12 @@ from mgsr_jax.rows import NO_SPAN, next_token_view
 from mgsr_jax.sharding import make_mesh, put_batch
 
 EOS = 2
+INTERVENTIONS = {
+    "none": {},
+    "scrg": {},
+    "skd": dict(accept_top_k=6, draft_tokens=3),
+    "adaswitch": dict(switch_ratio=1.2, switch_window=2),
+}
 MODEL = models.from_config(
     {
         "model_type": "llama",
@@ -123,10 +129,12 @@ def test_a_sample_is_its_example_s_wherever_the_row_stands(pair):
 
 
 @pytest.mark.slow
-def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
+@pytest.mark.parametrize("name", ["scrg", "skd", "adaswitch"])
+def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair, name):
     rows = jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), ROWS)
     rows = dataclasses.replace(rows, example=np.arange(12, dtype=np.int32))
-    config = RolloutConfig("on", rounds=2)
+    settings = INTERVENTIONS[name] | (dict(rounds=2) if name == "scrg" else {})
+    config = RolloutConfig("on", intervention=name, **settings)
     want, want_info = roll(config, pair, rows=rows)
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
     parts = tuple(
@@ -152,12 +160,20 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
-def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "name"),
+    [
+        ((1, 1), "scrg"),
+        ((2, 2), "scrg"),
+        pytest.param((2, 2), "skd", marks=pytest.mark.exhaustive),
+        pytest.param((2, 2), "adaswitch", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh, name):
     """All parts of the first sample, then of the second, on any mesh."""
     rows = jax.tree.map(lambda x: np.concatenate([x, x[:3]]), ROWS)
     rows = dataclasses.replace(rows, example=np.arange(8, dtype=np.int32))
-    config = RolloutConfig("on", rounds=1)
+    config = RolloutConfig("on", intervention=name, **INTERVENTIONS[name])
     one, three = (
         make_rollout(
             MODEL,
@@ -194,10 +210,11 @@ def test_several_samples_are_rollouts_with_keys_of_their_own(pair, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("intervention", ["none", "scrg"])
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
 def test_a_horizon_cuts_responses_without_an_end_of_sequence(pair, intervention):
     free, _ = roll(RolloutConfig("on", intervention="none"), pair)
-    config = RolloutConfig("on", intervention=intervention)
+    settings = INTERVENTIONS[intervention]
+    config = RolloutConfig("on", intervention=intervention, **settings)
     rows, info = roll(config, pair, horizon=3)
     ends = np.minimum(rows.prompt_lengths + 3, 12)
     assert (rows.lengths <= ends).all()

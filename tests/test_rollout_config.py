@@ -27,6 +27,22 @@ from mgsr_jax.rollout_config import RolloutConfig
             dict(intervention="none", rounds=2),
             "rounds=2 is read only with rollout.intervention scrg, got none",
         ),
+        (dict(accept_top_k=0), "accept_top_k must be above 0, got 0"),
+        (dict(draft_tokens=0), "draft_tokens must be above 0, got 0"),
+        (dict(switch_ratio=0.0), "switch_ratio must be above 0, got 0.0"),
+        (dict(switch_window=0), "switch_window must be above 0, got 0"),
+        (
+            dict(accept_top_k=5),
+            "top_k=5 is read only with rollout.intervention skd, got scrg",
+        ),
+        (
+            dict(intervention="skd", switch_window=5),
+            "window=5 is read only with rollout.intervention adaswitch, got skd",
+        ),
+        (
+            dict(intervention="none", teacher_token="argmax"),
+            "rollout.intervention scrg or skd or adaswitch, got none",
+        ),
         (
             dict(position="early", position_quantile=0.5),
             "quantile=0.5 is read only with rollout.position first, got early",
@@ -44,3 +60,7 @@ def test_settings_of_the_chosen_intervention_are_accepted():
     RolloutConfig("on", rounds=3, teacher_token="argmax").check()
     RolloutConfig("on", position="first", position_quantile=0.5).check()
     RolloutConfig("on", position="early", position_discount=0.5).check()
+    skd = dict(accept_top_k=5, draft_tokens=4, teacher_token="argmax")
+    RolloutConfig("on", intervention="skd", **skd).check()
+    switch = dict(switch_ratio=2.0, switch_window=4)
+    RolloutConfig("on", intervention="adaswitch", **switch).check()

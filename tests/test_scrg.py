@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decode_reference import as_lists, full_logits
+from decode_reference import as_lists, draw, key_data, kl, logits_of
 
 from mgsr_jax import sharding
 from mgsr_jax.decoding import scoring
@@ -20,7 +20,6 @@ from mgsr_jax.decoding.sampling import (
     TEACHER_STREAM,
     Sampling,
     row_keys,
-    sample,
 )
 from mgsr_jax.interventions.outcome import Pair
 from mgsr_jax.interventions.positions import ARGMAX, Position, priorities
@@ -45,23 +44,6 @@ def several_chunks_per_row():
         yield
 
 
-def logits_of(named, tokens):
-    padded = jnp.asarray(tokens + [0] * (WIDTH - len(tokens)))
-    return np.asarray(full_logits(*named, padded), np.float64)
-
-
-def draw(logits, keys, b, position, temperature=1.0):
-    row_key = jax.random.wrap_key_data(keys[b])
-    key = jax.random.fold_in(row_key, position)[None]
-    return int(sample(jnp.asarray(logits, jnp.float32)[None], key)[0])
-
-
-def kl(teacher, student):
-    log_p = teacher - np.logaddexp.reduce(teacher)
-    log_q = student - np.logaddexp.reduce(student)
-    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
-
-
 def choose(found, searched, prompt, position, noise):
     """The rule's own words, for the disagreements (index, KL, token) of a round.
 
@@ -83,15 +65,13 @@ def reference(pair, rows, key, rounds, eos_ids, argmax=False, position=ARGMAX):
     """Per row: the tokens, (error position, KL) of every round, work of both models."""
     student, teacher = pair
 
-    def data(stream, round):
-        keys = row_keys(key, rows.example, stream, round)
-        return np.asarray(jax.random.key_data(keys))
+    data = partial(key_data, key, rows)
 
     def extend(tokens, b, keys):
         while len(tokens) < WIDTH and not (
             len(tokens) > prompt and tokens[-1] in eos_ids
         ):
-            logits = logits_of(student, tokens)[len(tokens) - 1]
+            logits = logits_of(student, tokens, WIDTH)[len(tokens) - 1]
             tokens = tokens + [draw(logits, keys, b, len(tokens))]
         return tokens
 
@@ -106,7 +86,7 @@ def reference(pair, rows, key, rounds, eos_ids, argmax=False, position=ARGMAX):
         corrected_to, log = prompt - 1, []
         generated, scored = len(tokens) - prompt, len(tokens) - 1
         for round in range(1, rounds + 1):
-            p, q = logits_of(teacher, tokens), logits_of(student, tokens)
+            p, q = logits_of(teacher, tokens, WIDTH), logits_of(student, tokens, WIDTH)
             keys, searched, found = data(TEACHER_STREAM, round), [], []
             for i in range(corrected_to + 1, len(tokens)):
                 before = p[i - 1]

@@ -129,38 +129,53 @@ def decode(
     Returns:
       The state with every row done.
     """
-    width = state.rows.tokens.shape[1]
     head = model.head_params(params)
 
     def extend(state: DecodeState, keys: RowKeys) -> DecodeState:
-        rows = state.rows
-        # A finished row takes part: it rewrites its last slot with the same values.
-        position = rows.lengths - 1
-        last = take(rows.tokens, position)[:, None]
-        hidden, cache = model.forward(
-            params, last, positions=position[:, None], cache=state.cache
-        )
-        logits = mask_vocab(model.unembed(head, hidden[:, 0]), decoding.vocab_size)
-        if n := decoding.no_repeat_ngram:
-            repeats = repeats_ngram(rows, n, logits.shape[-1])
-            logits = jnp.where(repeats, -jnp.inf, logits)
-        token_keys = jax.vmap(jax.random.fold_in)(keys, rows.lengths)
-        token = sample(logits, token_keys, decoding.sampling)
-        index = jnp.where(state.done, width, rows.lengths)
-        lengths = jnp.where(state.done, rows.lengths, rows.lengths + 1)
-        tokens = put(rows.tokens, index, token)
-        rows = dataclasses.replace(rows, tokens=tokens, lengths=lengths)
-        ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
-        return DecodeState(
-            rows=rows,
-            cache=cache,
-            hidden=put(state.hidden, position, hidden[:, 0]),
-            done=state.done | ended,
-        )
+        return extend_by_token(model, params, head, state, keys, decoding)
 
     done = state.done | decoding.is_full(state.rows)
     state = dataclasses.replace(state, done=done)
     return until_done(extend, state, keys, decoding.decode_rows)
+
+
+def extend_by_token(
+    model: Model,
+    params: Params,
+    head: Params,
+    state: DecodeState,
+    keys: RowKeys,
+    decoding: Decoding,
+) -> DecodeState:
+    """Extend every row that is not done by one token; as for `decode`.
+
+    Args:
+      head: `model.head_params(params)`.
+    """
+    rows, width = state.rows, state.rows.tokens.shape[1]
+    # A finished row takes part: it rewrites its last slot with the same values.
+    position = rows.lengths - 1
+    last = take(rows.tokens, position)[:, None]
+    hidden, cache = model.forward(
+        params, last, positions=position[:, None], cache=state.cache
+    )
+    logits = mask_vocab(model.unembed(head, hidden[:, 0]), decoding.vocab_size)
+    if n := decoding.no_repeat_ngram:
+        repeats = repeats_ngram(rows, n, logits.shape[-1])
+        logits = jnp.where(repeats, -jnp.inf, logits)
+    token_keys = jax.vmap(jax.random.fold_in)(keys, rows.lengths)
+    token = sample(logits, token_keys, decoding.sampling)
+    index = jnp.where(state.done, width, rows.lengths)
+    lengths = jnp.where(state.done, rows.lengths, rows.lengths + 1)
+    tokens = put(rows.tokens, index, token)
+    rows = dataclasses.replace(rows, tokens=tokens, lengths=lengths)
+    ended = is_eos(token, decoding.eos_ids) | decoding.is_full(rows)
+    return DecodeState(
+        rows=rows,
+        cache=cache,
+        hidden=put(state.hidden, position, hidden[:, 0]),
+        done=state.done | ended,
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "prefill_width", "dtype"))

@@ -33,7 +33,12 @@ def unread(model: Model, params: Params, rows: Rows) -> DecodeState:
 
 
 def read_whole(
-    model: Model, params: Params, rows: Rows, *, decode_rows: int | None = None
+    model: Model,
+    params: Params,
+    rows: Rows,
+    *,
+    decode_rows: int | None = None,
+    read_width: int | None = None,
 ) -> DecodeState:
     """Read each row in one forward pass, by the model's own attention kernel.
 
@@ -41,10 +46,14 @@ def read_whole(
       model, params: as trained, with stacked layers.
       rows: finished rows.
       decode_rows: rows that are read at a time; None reads all together.
+      read_width: no row is longer than this; default: their width S.
     """
 
     def extend(state: DecodeState, lengths: Int[Array, "B"]) -> DecodeState:
-        hidden, cache = model.forward(params, state.rows.tokens, cache=state.cache)
+        tokens = state.rows.tokens[:, :read_width]
+        hidden, cache = model.forward(params, tokens, cache=state.cache)
+        unread = state.hidden.shape[1] - hidden.shape[1]
+        hidden = jnp.pad(hidden, ((0, 0), (0, unread), (0, 0)))
         return DecodeState(
             rows=dataclasses.replace(state.rows, lengths=lengths),
             cache=cache,

@@ -100,8 +100,14 @@ def _intervention(rollout: RolloutConfig) -> str:
     """
     if rollout.intervention == "none":
         return "no intervention"
-    rounds = "1 round" if rollout.rounds == 1 else f"{rollout.rounds} rounds"
-    parts = ["SCRG", rounds, _position(rollout)]
+    if rollout.intervention == "skd":
+        parts = ["SKD", f"accept_top_k {rollout.accept_top_k}"]
+    elif rollout.intervention == "adaswitch":
+        ratio, window = f"{rollout.switch_ratio:g}", rollout.switch_window
+        parts = ["AdaSwitch", f"switch_ratio {ratio}", f"switch_window {window}"]
+    else:
+        rounds = "1 round" if rollout.rounds == 1 else f"{rollout.rounds} rounds"
+        parts = ["SCRG", rounds, _position(rollout)]
     if rollout.teacher_token != "sample":
         parts.append(f"teacher_token {rollout.teacher_token}")
     return ", ".join(parts)

@@ -51,7 +51,7 @@ class Method(NamedTuple):
     name: str = ""
     equation: object = None  # of (log p, log q) at a position
     samples: float | str = 0.0
-    rounds: int = 0
+    intervention: str = "none"
     sample_name: str = ""  # token loss of the student's rows, if it has its own
     sample_equation: object = None
     sampling: Sampling = ANCESTRAL
@@ -110,10 +110,12 @@ METHODS = {
         sample_name="skewed_reverse_kl",
         sample_equation=skewed_reverse_kl,
     ),
-    "mgsr": Method((1.0, 1.0, 1.0), "dac_kl", None, 0.5, 1),
+    "skd": Method(ONLY_TOKEN, "forward_kl", forward_kl, 1.0, "skd"),
+    "adaswitch": Method(ONLY_TOKEN, "forward_kl", forward_kl, 1.0, "adaswitch"),
+    "mgsr": Method((1.0, 1.0, 1.0), "dac_kl", None, 0.5, "scrg"),
     "mgsr_no_scrg": Method((1.0, 1.0, 1.0), "dac_kl", None, 0.5),
-    "mgsr_no_dac_kl": Method((1.0, 1.0, 1.0), "forward_kl", forward_kl, 0.5, 1),
-    "mgsr_no_span": Method((1.0, 1.0, 0.0), "dac_kl", None, 0.5, 1),
+    "mgsr_no_dac_kl": Method((1.0, 1.0, 1.0), "forward_kl", forward_kl, 0.5, "scrg"),
+    "mgsr_no_span": Method((1.0, 1.0, 0.0), "dac_kl", None, 0.5, "scrg"),
     "mgsr_no_rollouts": Method((1.0, 1.0, 1.0), "dac_kl"),
 }
 
@@ -234,7 +236,7 @@ def data_row(tokenizer, record):
 def sampled(run, method, prompt, key, example):
     """A response as tokens: no cache, one row, one token after the other.
 
-    Returns also the position that SCRG corrects; None without a correction.
+    Returns also the positions that the teacher writes.
     """
     width = WIDTH
 
@@ -253,28 +255,51 @@ def sampled(run, method, prompt, key, example):
         full[:, : values.shape[1]] = values
         return full
 
-    def extend(tokens, round_):
-        while len(tokens) < width and (len(tokens) == len(prompt) or tokens[-1] != EOS):
-            token = draw("student", tokens, len(tokens), STUDENT_STREAM, round_)
-            tokens = [*tokens, token]
+    def unfinished(tokens):
+        is_prompt = len(tokens) == len(prompt)
+        return len(tokens) < width and (is_prompt or tokens[-1] != EOS)
+
+    def extend(tokens, round_, role="student", stream=STUDENT_STREAM):
+        while unfinished(tokens):
+            tokens = [*tokens, draw(role, tokens, len(tokens), stream, round_)]
         return tokens
 
+    if method.intervention == "skd":
+        tokens, wrote = prompt, []
+        while unfinished(tokens):
+            i = len(tokens)
+            token = draw("student", tokens, i, STUDENT_STREAM, 0)
+            if token not in np.argsort(-padded_logits("teacher", tokens)[i - 1])[:25]:
+                token = draw("teacher", tokens, i, TEACHER_STREAM, 0)
+                wrote.append(i)
+            tokens = [*tokens, token]
+        return tokens, wrote
     tokens = extend(prompt, 0)
-    if not method.rounds:
-        return tokens, None
+    if method.intervention == "none":
+        return tokens, []
     row = np.zeros((1, width), np.int32)
     row[0, : len(tokens)] = tokens
     p, q = (run.log_probs(role, row)[0] for role in ("teacher", "student"))
+    d = [forward_kl(p[t - 1], q[t - 1]) for t in range(len(tokens))]
+    if method.intervention == "adaswitch":
+        ready = range(len(prompt) + 10, len(tokens))
+        switches = [t for t in ready if d[t] > 3 * np.mean(d[t - 10 : t])]
+        if not switches:
+            return tokens, []
+        at = switches[0]
+        first = draw("teacher", tokens[:at], at, TEACHER_STREAM, 0)
+        tokens = extend([*tokens[:at], first], 0, "teacher", TEACHER_STREAM)
+        return tokens, list(range(at, len(tokens)))
     best = {}
     for t in range(len(prompt), len(tokens)):
         token = draw("teacher", tokens, t, TEACHER_STREAM, 1)
         if token != tokens[t]:
-            best[t] = forward_kl(p[t - 1], q[t - 1]), token
+            best[t] = d[t], token
     if not best:
-        return tokens, None
+        return tokens, []
     worst = max(best, key=best.get)
     tokens = [*tokens[:worst], best[worst][1]]
-    return (tokens if tokens[-1] == EOS else extend(tokens, 1)), worst
+    return (tokens if tokens[-1] == EOS else extend(tokens, 1)), [worst]
 
 
 def assert_rows(run, method, rows, rollout_key, records):
@@ -290,13 +315,11 @@ def assert_rows(run, method, rows, rollout_key, records):
             if batch.ground_truth[b]:
                 assert row == prompt + response
             elif rows.source == "generate" and checked < 3:  # the loop is slow
-                want, worst = sampled(run, method, prompt, rollout_key, example)
+                want, want_wrote = sampled(run, method, prompt, rollout_key, example)
                 assert row == want
                 checked += 1
-                if method.rounds:
-                    wrote = np.asarray(rows.interventions[0].teacher_wrote)[b]
-                    want_wrote = [] if worst is None else [worst]
-                    assert np.flatnonzero(wrote).tolist() == want_wrote
+                wrote = np.asarray(rows.interventions[0].teacher_wrote)[b]
+                assert np.flatnonzero(wrote).tolist() == want_wrote
     assert checked or rows.source != "generate"
 
 

@@ -36,6 +36,33 @@ def generate(model, params, rows, key, decoding):
     return result
 
 
+def logits_of(named, tokens, width, vocab_size=None):
+    """float64 logits at every position of a list of tokens."""
+    padded = jnp.asarray(tokens + [0] * (width - len(tokens)))
+    logits = np.asarray(full_logits(*named, padded), np.float64)
+    logits[:, vocab_size or logits.shape[1] :] = -np.inf
+    return logits
+
+
+def key_data(key, rows, stream, round):
+    """The keys of `row_keys`, as numbers."""
+    return np.asarray(jax.random.key_data(row_keys(key, rows.example, stream, round)))
+
+
+def draw(logits, keys, b, position):
+    """The token that row b has at a position, by `key_data`."""
+    row_key = jax.random.wrap_key_data(keys[b])
+    key = jax.random.fold_in(row_key, position)[None]
+    return int(sample(jnp.asarray(logits, jnp.float32)[None], key)[0])
+
+
+def kl(teacher, student):
+    """KL(teacher || student) of logits, in nats."""
+    log_p = teacher - np.logaddexp.reduce(teacher)
+    log_q = student - np.logaddexp.reduce(student)
+    return float(np.sum(np.exp(log_p) * (log_p - log_q), where=log_p > -np.inf))
+
+
 def as_lists(rows):
     """Prompt and response of every row."""
     return [

@@ -232,7 +232,7 @@ def test_a_plan_counts_every_teacher_once(config, on_data):
         "code": str(folder / "wide.json"),
         "law": config.teacher,
     }
-    rollout = RolloutConfig("on", rounds=0)
+    rollout = RolloutConfig("on", intervention="none")
     several = dataclasses.replace(config, teacher=teacher, rollout=rollout)
     plan, one = planned(several), planned(on_data)
     assert [program.name for program in plan.programs] == ["rollout", "train step"]
