@@ -66,14 +66,17 @@ def distributions(args, tokenizer):
 
 def kept_weights(p):
     """DAC-KL's mask over candidates `p` in descending order, [K], in numpy."""
-    rest = 1 - p[0]
-    level = 1 - (np.cumsum(p[1:]) - p[1:] / 2) / rest
+    others = p[p < p[0]]
+    rest = 1 - (p.sum() - others.sum())
+    above = (others > others[:, None]) @ others
+    equal = (others == others[:, None]) @ others
+    level = 1 - (above + equal / 2) / rest
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-np.clip(x, -700, 700)))
 
-    above, below = (level - LOWER) / WIDTH, (UPPER - level) / WIDTH
-    return np.concatenate([[1.0], sigmoid(above) * sigmoid(below)])
+    kept = sigmoid((level - LOWER) / WIDTH) * sigmoid((UPPER - level) / WIDTH)
+    return np.concatenate([np.ones(len(p) - len(others)), kept])
 
 
 def draw_position(axis, log_p, before, tokenizer):

@@ -5,14 +5,15 @@
 Logits of 16 bits make many classes of a position equally probable. Nothing here depends
 on their order in the vocabulary: equally probable classes have one quantile level, and
 where only some of them are among the K, these have the mean of the student's
-probability over all of them.
+log-probability over all of them. So a loss that sums log q is the mean over all choices
+of the K.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from mgsr_jax.losses._logits import clean, clean_pair, same_columns
 from mgsr_jax.losses._mesh_axes import Axis
@@ -32,8 +33,9 @@ class Candidates(NamedTuple):
       teacher: the teacher's log-probabilities; -inf for a class that cannot occur.
         [..., K]
       student: the student's, normalised over the whole vocabulary; for equals that are
-        not all candidates, the logarithm of the mean over all of them. [..., K]
-      student_mean: the student's probability, as the mean over equals. [..., K]
+        not all candidates, the mean over all of them. [..., K]
+      student_mean: the student's probability, as the mean over equals; for those that
+        are not all candidates the geometric mean. [..., K]
       level: teacher mass of the less probable classes plus half the mass of the equals,
         in units of the mass of all classes that are no targets. [..., K]
       is_target: True for the most probable class and its equals. [..., K]
@@ -55,7 +57,7 @@ class _Selection(NamedTuple):
       student: log q. [..., K]
       teacher_rest: log of the teacher's mass on classes that are no targets. [..., 1]
       last_equals: number of classes, candidates or not, that equal the last. [..., 1]
-      last_log_q: logarithm of the mean of q over these. [..., 1]
+      last_log_q: mean of log q over these. [..., 1]
     """
 
     key: Leaf
@@ -117,31 +119,18 @@ def _select(
     targets = jnp.sum(key == largest, axis=-1, keepdims=True).astype(jnp.float32)
     targets = jnp.where(largest == smallest, last_equals, targets)
     total = jnp.logaddexp(jnp.log(targets), rest)
-    log_q, last_log_q = _log_probs_at(vocabulary, student, indices, is_last)
+    # Subtracted before the sums, so that large logits cost no precision.
+    shifted = student - vocabulary.max(student)[..., None]
+    log_total = jnp.log(vocabulary.sum(jnp.exp(shifted)))[..., None]
+    sum_of_last = vocabulary.sum(jnp.where(is_last, shifted, 0.0))[..., None]
     return _Selection(
         key=key,
         teacher=key - largest - total,
-        student=log_q,
+        student=vocabulary.take(shifted, indices) - log_total,
         teacher_rest=rest - total,
         last_equals=last_equals,
-        last_log_q=last_log_q - jnp.log(last_equals),
+        last_log_q=sum_of_last / last_equals - log_total,
     )
-
-
-def _log_probs_at(
-    vocabulary: Vocabulary,
-    logits: Float[Array, "*B V"],
-    indices: Int[Array, "*B K"],
-    among: Bool[Array, "*B V"],
-) -> tuple[Float[Array, "*B K"], Float[Array, "*B 1"]]:
-    """Log-probabilities of the classes `indices`, and of `among` together."""
-    # Subtracted before the sum, so that large logits cost no precision.
-    largest = vocabulary.max(logits)[..., None]
-    log_total = jnp.log(vocabulary.sum(jnp.exp(logits - largest)))[..., None]
-    shifted = jnp.where(among, logits - largest, -jnp.inf)
-    mass = vocabulary.logsumexp(shifted)[..., None]
-    at_indices = vocabulary.take(logits, indices) - largest - log_total
-    return at_indices, mass - log_total
 
 
 def _of_top_k_teacher(
@@ -172,14 +161,14 @@ def _of_top_k_teacher(
     key = log_p[..., :num_candidates]
     last = log_p == key[..., -1:]
     count = jnp.sum(last, axis=-1, keepdims=True).astype(jnp.float32)
-    mass = Vocabulary().logsumexp(jnp.where(last, log_q, -jnp.inf))[..., None]
+    sum_of_last = jnp.sum(jnp.where(last, log_q, 0.0), axis=-1, keepdims=True)
     selection = _Selection(
         key=key,
         teacher=key,
         student=log_q[..., :num_candidates],
         teacher_rest=Vocabulary().logsumexp(others)[..., None],
         last_equals=count,
-        last_log_q=mass - jnp.log(count),
+        last_log_q=sum_of_last / count,
     )
     return _with_levels(selection)
 

@@ -83,7 +83,7 @@ def dac_kl(
 
     The order of the vocabulary changes nothing, also where logits of 16 bits are equal:
     the network reads the mean of q over equally probable classes, and where only some
-    of them are among the K, their q_k is the mean over all of them. A `TopKTeacher`
+    of them are among the K, the loss is the mean over all choices. A `TopKTeacher`
     holds the classes that were chosen when it was made: among equals the first.
 
     MGSR, arXiv 2407.10068, token-level loss. From the paper: the network, the mask, the

@@ -56,6 +56,10 @@ def _token(objective: Objective) -> list[str]:
     """The settings of the divergences and of token weights that are given."""
     read = (DIVERGENCE_SETTINGS.get(name, ()) for name in objective.divergences)
     fields = list(itertools.chain(*read))
+    if "dac_kl" in objective.divergences and objective.clip_signal != "prior":
+        fields.append("clip_signal")
+        if objective.clip_signal == "fidelity":
+            fields.append("fidelity_weight")
     if objective.temperature != 1:
         fields.append("temperature")
     if objective.token_weights != "uniform":

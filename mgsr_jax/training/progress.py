@@ -78,5 +78,6 @@ def limit_warning(values: Mapping[str, float]) -> str | None:
         return None
     return (
         f"DAC-KL's lower limit is {lower:.4f}, at the end of its range, so the clip "
-        "network no longer selects classes; raise objective.prior_weight"
+        "network no longer selects classes; raise objective.prior_weight or choose "
+        "another objective.clip_signal"
     )

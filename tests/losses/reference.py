@@ -207,14 +207,14 @@ def candidates(student, teacher, num_candidates, vocab_size):
     out = []
     for k in order:
         equals = z == z[k]
-        mean = logsumexp(log_q[equals]) - math.log(np.sum(equals))
         is_cut = np.sum(equals) > np.sum(equals[order])
+        log_q_k = np.mean(log_q[equals]) if is_cut else log_q[k]
+        mean = math.exp(log_q_k) if is_cut else np.mean(np.exp(log_q[equals]))
         level = 0.0  # of a target, whose weight is 1 anyway
         if z[k] < z.max() and log_rest > -np.inf:
             level = np.sum(np.exp(log_p[z < z[k]] - log_rest))
             level += np.sum(np.exp(log_p[equals] - log_rest)) / 2
-        log_q_k = mean if is_cut else log_q[k]
-        out.append((log_p[k], log_q_k, math.exp(mean), level, z[k] == z.max()))
+        out.append((log_p[k], log_q_k, mean, level, z[k] == z.max()))
     return tuple(np.array(column) for column in zip(*out, strict=True))
 
 

@@ -147,8 +147,14 @@ def test_the_order_of_the_vocabulary_changes_nothing(tied, num_candidates):
         got, (moved, got_student) = run(params, student[:, order], teacher[:, order])
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-            (got, moved, got_student),
-            (out, of_params, of_student[:, order]),
+            (got, got_student),
+            (out, of_student[:, order]),
+        )
+        # Divided by the width, 0.01, a level's rounding is a hundred times as large.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            moved,
+            of_params,
         )
 
 
