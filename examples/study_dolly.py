@@ -74,6 +74,7 @@ class DollyTask:
             "none",
             "SCRG argmax",
             "SCRG random",
+            "SKD",
             "MGSR",
         )
     }

@@ -45,10 +45,15 @@ INTERVENTIONS = {
     "SCRG first": rollout(position="first"),
     "SCRG early": rollout(position="early"),
     "SCRG random": rollout(position="random"),
+    "SKD": rollout(intervention="skd"),
+    "AdaSwitch": rollout(intervention="adaswitch"),
 }
 PARTS = {
     "MGSR, forward KL": mgsr(divergence="forward_kl"),
+    "MGSR, sharpened KL": mgsr(divergence="forward_kl", teacher_temperature=0.8),
     "MGSR, fixed limits": mgsr(divergence="dac_kl_fixed"),
+    "MGSR, fidelity": mgsr(clip_signal="fidelity"),
+    "MGSR, unnormalised": mgsr(clip_signal="unnormalised"),
     "MGSR, no span": recipe("mgsr_no_span"),
     "MGSR, no SCRG": recipe("mgsr_no_scrg"),
     "MGSR, no rollouts": recipe("mgsr_no_rollouts"),

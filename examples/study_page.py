@@ -97,6 +97,8 @@ QUESTIONS = (
     ("Is an early error better than the worst?", "SCRG early", "SCRG argmax"),
     ("Does truncation beat whole rollouts?", "truncate", "none"),
     ("Does SCRG beat truncation?", "SCRG argmax", "truncate"),
+    ("Does SKD beat SCRG?", "SKD", "SCRG argmax"),
+    ("Does AdaSwitch beat SCRG?", "AdaSwitch", "SCRG argmax"),
     ("Do plain rollouts beat the data's text?", "none", "KD"),
     ("Does MGSR beat KD?", "MGSR", "KD"),
     ("Does MGSR beat GKD?", "MGSR", "GKD"),
@@ -104,6 +106,9 @@ QUESTIONS = (
     ("Does MGSR beat SFT?", "MGSR", "SFT"),
     ("Within MGSR: does DAC-KL beat forward KL?", "MGSR", "MGSR, forward KL"),
     ("Do learned limits beat fixed ones?", "MGSR", "MGSR, fixed limits"),
+    ("Does a sharper teacher do as well?", "MGSR", "MGSR, sharpened KL"),
+    ("Is fidelity the better signal?", "MGSR, fidelity", "MGSR"),
+    ("Is the unnormalised loss the better signal?", "MGSR, unnormalised", "MGSR"),
     ("Does the span term help?", "MGSR", "MGSR, no span"),
     ("Does SCRG help?", "MGSR", "MGSR, no SCRG"),
     ("Do rollouts help?", "MGSR", "MGSR, no rollouts"),
@@ -121,9 +126,9 @@ plus the tokens that the teacher reads, prompts included. SFT has no teacher and
 as many steps as KD. Every method of a seed starts from the same student and stops at
 the same work. Each method's learning rate is the best of three for seed 0 on the
 validation file; the scores are those of the test file. SFT, KD, GKD, DistiLLM, ABKD,
-OPD and MGSR are the [recipes](training.md). "none", SCRG and "truncate"
-train by forward KL on the student's own responses in every step, and differ only in
-what happens to a response.
+OPD and MGSR are the [recipes](training.md). "none", SCRG, SKD, AdaSwitch and
+"truncate" train by forward KL on the student's own responses in every step, and differ
+only in what happens to a response.
 
 Numbers are mean ± standard deviation over the seeds. A difference is paired over seeds
 and prompts; its 95 % interval is a bootstrap over both ({draws:,} draws).
