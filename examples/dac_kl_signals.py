@@ -146,7 +146,7 @@ class Experiment:
         valid, found = next(self.rows["valid"]()), []
         for step in range(self.steps + 1):
             if step in steps:
-                values = self.measure(params, valid, OBJECTIVES[name])
+                values = self.measure(params, valid)
                 found.append({"signal": name, "step": step, **values})
             if step < self.steps:
                 rows = next(train), next(unseen)
@@ -172,17 +172,13 @@ class Experiment:
         updates, state = self.optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    @functools.partial(jax.jit, static_argnames=("self", "objective"))
-    def positions(
-        self, params: Params, rows: Rows, objective: Objective
-    ) -> dict[str, jax.Array]:
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def positions(self, params: Params, rows: Rows) -> dict[str, jax.Array]:
         """Limits, the teacher's entropy and the student's error at every position."""
         student = self.logits(self.student, params[STUDENT], rows)
         teacher = self.logits(self.teacher, self.teacher_params, rows)
         columns = {"vocab_size": self.vocab_size}
-        out = losses.dac_kl(
-            params[CLIP_NETWORK], student, teacher, width=objective.width, **columns
-        )
+        out = losses.dac_kl(params[CLIP_NETWORK], student, teacher, **columns)
         return {
             "lower": out.lower,
             "upper": out.upper,
@@ -192,13 +188,11 @@ class Experiment:
             "scored": next_token_view(rows).where,
         }
 
-    def measure(
-        self, params: Params, rows: Rows, objective: Objective
-    ) -> dict[str, object]:
+    def measure(self, params: Params, rows: Rows) -> dict[str, object]:
         """Mean and deviation of the measured values; correlations of the limits."""
         values = {
             name: np.asarray(value, np.float64)
-            for name, value in self.positions(params, rows, objective).items()
+            for name, value in self.positions(params, rows).items()
         }
         scored = values.pop("scored") > 0
         values = {name: value[scored] for name, value in values.items()}
@@ -242,8 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/dac_kl_signals"))
     parser.add_argument("--signals", nargs="+", default=list(OBJECTIVES))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--measure", type=int, nargs="+", default=[0, 100, 300])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--measure", type=int, nargs="+", default=[0, 50, 200])
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     console = Console()

@@ -60,7 +60,7 @@ LABELS = next_token_labels(TOKENS, MASK, SPAN_IDS)
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [None, VOCAB_SIZE])
 def test_the_scalar_and_every_metric_equal_the_reference(vocab_size):
-    want = by_hand(vocab_size=vocab_size, width=0.03, prior_weight=2.0)
+    want = by_hand(vocab_size=vocab_size, width=0.03, signal=("prior", 2.0))
     objective = dataclasses.replace(OBJECTIVE, width=0.03, prior_weight=2.0)
     loss, sums = mgsr_loss(
         CLIP, STUDENT, TEACHER, LABELS, objective, vocab_size=vocab_size
