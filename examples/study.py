@@ -29,7 +29,7 @@ import numpy as np
 import small_runs
 from rich.console import Console
 from small_runs import Method
-from study_files import locked, write_json
+from study_files import locked, train_or_go_on, write_json
 
 from mgsr_jax.evaluation.report import Series, read_metrics
 from mgsr_jax.rollout_config import RolloutConfig
@@ -159,7 +159,7 @@ def run_unit(task: Task, unit: Unit, output: Path, console: Console) -> None:
         rate=unit.rate,
     )
     config = dataclasses.replace(config, steps=step.steps(unit.budget, task))
-    student = small_runs.train_to_the_end(config, console).student
+    student = train_or_go_on(config, console).student
     used = work_by_step(config)
     record = {
         **dataclasses.asdict(unit),
@@ -185,7 +185,7 @@ def work_of_step(task: Task, name: str, output: Path, console: Console) -> Work:
         rate = task.learning_rates[0]
         config = task.config(method, start, folder, seed=0, rate=rate)
         config = dataclasses.replace(config, steps=PROBE_STEPS)
-        small_runs.train_to_the_end(config, console)
+        train_or_go_on(config, console)
         generates = np.array(series_of(config)["rollout/student_share"][1]) > 0
         means = {
             name: mean_over_kinds(values, generates, method.rollout)

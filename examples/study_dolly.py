@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from language_judge import total_variation
 from rich.console import Console
 from small_runs import Method
-from study_files import locked
+from study_files import locked, train_or_go_on
 from study_methods import INTERVENTIONS, RECIPES
 
 from mgsr_jax import models, sharding
@@ -139,7 +139,7 @@ class DollyTask:
             self.console.rule("dolly: teacher")
             config = self.config(RECIPES["SFT"], model, folder, seed=0, rate=5e-5)
             config = dataclasses.replace(config, steps=TEACHER_STEPS)
-            small_runs.train_to_the_end(config, self.console)
+            train_or_go_on(config, self.console)
         return folder / "student"
 
     def _warm_student(self) -> Path:
@@ -150,7 +150,7 @@ class DollyTask:
             both = Method(Objective(span=0.0, divergence="forward_kl"))
             config = self.config(both, cut, folder, seed=0, rate=1e-3)
             config = dataclasses.replace(config, steps=WARM_STEPS)
-            small_runs.train_to_the_end(config, self.console)
+            train_or_go_on(config, self.console)
         return folder / "student"
 
 

@@ -1,6 +1,7 @@
 """The study's toy task: students of little_english.py, whose quality is exact."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class ToyTask:
         with locked(folder / "start.lock", wait=True):
             student = folder / "start" / "student"
             if not student.exists():
+                shutil.rmtree(student.parent, ignore_errors=True)
                 self.workspace.train_start(folder, seed)
             return student
 

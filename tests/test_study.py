@@ -33,6 +33,7 @@ class TinyTask:
     tuned_by: str | None = None
     tokens: int = 2000
     seconds: float = 1.0
+    stops_in_score: bool = False
     learning_rates = (1e-3, 1e-2)
     methods = {name: RECIPES[name] for name in ("SFT", "KD", "GKD")}
 
@@ -54,6 +55,8 @@ class TinyTask:
         )
 
     def score(self, student):
+        if self.stops_in_score:
+            raise KeyboardInterrupt
         assert (student / "model.safetensors").exists()
         return {"valid": {"rank": 1.0}, "test": {"greedy": 2.0}}
 
@@ -142,7 +145,14 @@ def test_work_is_the_mean_over_steps_that_generate_and_steps_that_do_not():
 def test_a_unit_trains_until_its_budget_is_used(results, tmp_path, method):
     task = TinyTask(tiny.project(tmp_path))
     unit = study.Unit("tiny", method, 0, 1e-3)
-    study.run_unit(task, unit, tmp_path / "runs", Console(quiet=True))
+    arguments = task, unit, tmp_path / "runs", Console(quiet=True)
+    stale = tmp_path / "runs" / "tiny" / unit.name  # stopped before a checkpoint
+    (stale / "checkpoints").mkdir(parents=True)
+    task.stops_in_score = True
+    with pytest.raises(KeyboardInterrupt):
+        study.run_unit(*arguments)
+    task.stops_in_score = False
+    study.run_unit(*arguments)  # goes on behind the training
     found = json.loads(unit.result.read_text())
     work = found["work"]
     generated, scored = work["generated"], work["scored"]
