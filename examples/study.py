@@ -307,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_task(arguments: argparse.Namespace) -> Task:
     """The task that was asked for, with its models trained."""
-    output, console = arguments.output, Console()
+    output, console = arguments.output.resolve(), Console()
     if arguments.task == "dolly":
         from study_dolly import DollyTask
 
@@ -331,7 +331,7 @@ def main() -> None:
             f"unknown methods {unknown}; expected some of {list(task.methods)}"
         )
     chosen = Choice(methods, arguments.seeds, arguments.budget)
-    run_task(task, chosen, arguments.output)
+    run_task(task, chosen, arguments.output.resolve())
 
 
 if __name__ == "__main__":
