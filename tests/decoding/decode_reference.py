@@ -51,9 +51,13 @@ def key_data(key, rows, stream, round):
 
 def draw(logits, keys, b, position):
     """The token that row b has at a position, by `key_data`."""
-    row_key = jax.random.wrap_key_data(keys[b])
-    key = jax.random.fold_in(row_key, position)[None]
-    return int(sample(jnp.asarray(logits, jnp.float32)[None], key)[0])
+    return int(_draw(np.asarray(logits, np.float32), keys[b], position))
+
+
+@jax.jit
+def _draw(logits, row_key, position):
+    key = jax.random.fold_in(jax.random.wrap_key_data(row_key), position)
+    return sample(logits[None], key[None])[0]
 
 
 def kl(teacher, student):

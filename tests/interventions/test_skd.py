@@ -121,7 +121,7 @@ def test_blocks_equal_a_loop_over_single_tokens(pair, top_k, block, decode_rows)
     assert responses < got.info.student_generated.sum() or block == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_teacher_that_accepts_all_tokens_leaves_the_student_s_samples(pair):
     rows, key = tiny.prompts(LENGTHS, width=WIDTH), jax.random.key(4)
     got = run(pair, rows, key, Acceptance(tiny.VOCAB, 4))
