@@ -50,6 +50,8 @@ def choose(found, searched, prompt, position, noise):
     `searched` has the KL of every searched token, `noise` its random number.
     """
     if position.rule == "first":
+        if not found:
+            return None
         least = np.quantile(searched, position.quantile, method="higher")
         return next((x for x in found if x[1] >= least), None)
     scores = {
