@@ -29,9 +29,9 @@ def make_state(kernel=(8, 3), extra=()):
 
 
 def make_replay(capacity=3, width=4):
-    rows = ReplayBuffer.empty(capacity, width).rows
-    rows.tokens[:] = np.arange(capacity * width).reshape(capacity, width)
-    return vars(rows)
+    buffer = ReplayBuffer.empty(capacity, width)
+    buffer.rows.tokens[:] = np.arange(capacity * width).reshape(capacity, width)
+    return buffer.arrays
 
 
 def like(tree, place=None):

@@ -7,7 +7,13 @@ import pytest
 from losses import reference
 from losses.two_distributions import two_logits as logits
 
-from mgsr_jax.losses import at_bound, dac_kl, dac_kl_fixed, init_clip_network
+from mgsr_jax.losses import (
+    ClipPrior,
+    at_bound,
+    dac_kl,
+    dac_kl_fixed,
+    init_clip_network,
+)
 
 
 def test_the_network_predicts_the_start_limits_before_training():
@@ -46,9 +52,7 @@ def test_a_few_steps_train_the_network():
     @jax.jit
     def step(params):
         def loss(params):
-            out = dac_kl(
-                params, student, teacher, width=0.1, signal=losses.ClipPrior(0.0)
-            )
+            out = dac_kl(params, student, teacher, width=0.1, signal=ClipPrior(0.0))
             return jnp.mean(out.loss), out
 
         (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
