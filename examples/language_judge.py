@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import small_runs
 from jax.sharding import Mesh
 
-from mgsr_jax import sharding
+from mgsr_jax import losses, sharding
 from mgsr_jax.checkpoint import hf
 from mgsr_jax.data.batches import prompt_batches
 from mgsr_jax.data.encoding import Encoding
@@ -123,10 +123,11 @@ def total_variation(
     """1/2 sum |p - q| at every position, and which positions belong to the response."""
     view = next_token_view(rows)
 
-    def probabilities(model: Model, params: Params) -> jax.Array:
+    def logits(model: Model, params: Params) -> jax.Array:
         hidden, _ = model.forward(params, view.inputs)
-        return jax.nn.softmax(model.unembed(model.head_params(params), hidden))
+        return model.unembed(model.head_params(params), hidden)
 
-    p = probabilities(teacher, teacher_params)
-    q = probabilities(student, student_params)
-    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1), view.where
+    values = losses.total_variation(
+        logits(student, student_params), logits(teacher, teacher_params)
+    )
+    return values, view.where

@@ -29,7 +29,9 @@ import numpy as np
 import small_runs
 from rich.console import Console
 from small_runs import Method
+from study_dolly import DollyTask
 from study_files import locked, train_or_go_on, write_json
+from study_toy import ToyTask
 
 from mgsr_jax.evaluation.report import Series, read_metrics
 from mgsr_jax.rollout_config import RolloutConfig
@@ -48,7 +50,7 @@ class Task(Protocol):
     Attributes:
       name: of the folder of its results.
       methods: the methods by name.
-      learning_rates: rates that seed 0 is trained with.
+      rates: learning rates that seed 0 is trained with.
       tuned_by: task whose rates are taken in place of a sweep; None: none.
       tokens: a budget: tokens that the student generates plus those that the teacher
         reads.
@@ -57,7 +59,7 @@ class Task(Protocol):
 
     name: str
     methods: Mapping[str, Method]
-    learning_rates: Sequence[float]
+    rates: Sequence[float]
     tuned_by: str | None
     tokens: int
     seconds: float
@@ -165,7 +167,7 @@ def run_unit(task: Task, unit: Unit, output: Path, console: Console) -> None:
         **dataclasses.asdict(unit),
         "work": {name: round(float(x.sum()), 3) for name, x in used.items()},
         **task.score(student),
-        "curves": curves(Path(config.output)),
+        "curves": curves(series_of(config)),
         "settings": settings_of(config),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
@@ -178,21 +180,25 @@ def work_of_step(task: Task, name: str, output: Path, console: Console) -> Work:
     Where some steps generate, it is the mean over both kinds, by their probability.
     """
     file = RESULTS / task.name / f"{small_runs.run_name(name)}-step.json"
-    if not file.exists():
-        console.print(f"{name}: measuring the work of {PROBE_STEPS} steps")
-        method, start = task.methods[name], task.start(0)
-        folder = output / task.name / f"{small_runs.run_name(name)}-step"
-        rate = task.learning_rates[0]
-        config = task.config(method, start, folder, seed=0, rate=rate)
-        config = dataclasses.replace(config, steps=PROBE_STEPS)
-        train_or_go_on(config, console)
-        generates = np.array(series_of(config)["rollout/student_share"][1]) > 0
-        means = {
-            name: mean_over_kinds(values, generates, method.rollout)
-            for name, values in work_by_step(config).items()
-        }
-        write_json(file, means)
+    folder = output / task.name / file.stem
+    with locked(folder.with_suffix(".lock"), wait=True):
+        if not file.exists():
+            console.print(f"{name}: measuring the work of {PROBE_STEPS} steps")
+            method, start, rate = task.methods[name], task.start(0), min(task.rates)
+            config = task.config(method, start, folder, seed=0, rate=rate)
+            config = dataclasses.replace(config, steps=PROBE_STEPS)
+            train_or_go_on(config, console)
+            write_json(file, mean_work(config))
     return Work(**json.loads(file.read_text()))
+
+
+def mean_work(config: TrainConfig) -> dict[str, float]:
+    """Expected work of a step of a run, by the fields of `Work`."""
+    generates = np.array(series_of(config)["rollout/student_share"][1]) > 0
+    return {
+        name: mean_over_kinds(values, generates, config.rollout)
+        for name, values in work_by_step(config).items()
+    }
 
 
 def mean_over_kinds(
@@ -228,18 +234,16 @@ def series_of(config: TrainConfig) -> Series:
     return read_metrics(Path(config.output) / "metrics.jsonl")
 
 
-def curves(run: Path, points: int = 40) -> dict[str, list[list[float]]]:
+def curves(series: Series, points: int = 40) -> dict[str, list[list[float]]]:
     """Steps and values of a run's losses: means of at most `points` stretches."""
-    series = read_metrics(run / "metrics.jsonl")
     found = {}
     for name, (steps, values) in series.items():
         if name.startswith(("train/loss", "valid/", "rollout/", "train/lower")):
             parts = min(points, len(steps))
-            means = (
+            found[name] = [
                 [round(float(part.mean()), 5) for part in np.array_split(axis, parts)]
                 for axis in (np.array(steps), np.array(values))
-            )
-            found[name] = list(means)
+            ]
     return found
 
 
@@ -253,7 +257,7 @@ def settings_of(config: TrainConfig) -> dict[str, object]:
 def best_rate(task: Task, method: str) -> float | None:
     """The rate with the best score on the validation file; None: not known yet."""
     swept = task.tuned_by or task.name
-    units = [Unit(swept, method, 0, rate) for rate in task.learning_rates]
+    units = [Unit(swept, method, 0, rate) for rate in task.rates]
     if not all(unit.result.exists() for unit in units):
         return None
     ranks = [json.loads(u.result.read_text())["valid"]["rank"] for u in units]
@@ -267,7 +271,7 @@ def known_units(task: Task, chosen: Choice) -> list[Unit]:
         for method in chosen.methods:
             sweeps = seed == 0 and task.tuned_by is None and chosen.budget == "tokens"
             best = best_rate(task, method)
-            rates = task.learning_rates if sweeps else [best] if best else []
+            rates = task.rates if sweeps else [best] if best else []
             units += [
                 Unit(task.name, method, seed, rate, chosen.budget) for rate in rates
             ]
@@ -309,13 +313,9 @@ def make_task(arguments: argparse.Namespace) -> Task:
     """The task that was asked for, with its models trained."""
     output, console = arguments.output.resolve(), Console()
     if arguments.task == "dolly":
-        from study_dolly import DollyTask
-
         if arguments.model is None or arguments.data is None:
             raise SystemExit("dolly needs --model and --data")
         return DollyTask(arguments.model, arguments.data, output, console)
-    from study_toy import ToyTask
-
     return ToyTask(int(arguments.task.removeprefix("toy-")), output, console)
 
 

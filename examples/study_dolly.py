@@ -78,7 +78,7 @@ class DollyTask:
             "MGSR",
         )
     }
-    learning_rates: Sequence[float] = (1e-4, 3e-4)
+    rates: Sequence[float] = (1e-4, 3e-4)
     tuned_by: str | None = None
     tokens, seconds = 90_000, 900.0
 

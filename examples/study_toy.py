@@ -35,7 +35,7 @@ class ToyTask:
         "truncate": truncated(HORIZON),
         **PARTS,
     }
-    learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
     tokens, seconds = 500_000, 20.0
 
     def __init__(self, examples: int, output: Path, console: Console):

@@ -28,7 +28,7 @@ def signals():
 
 
 def test_the_meta_gradient_is_the_change_of_the_held_out_loss_per_step(signals):
-    """Of a student with one matrix; compared with central differences."""
+    """The student is one matrix; central differences are the reference."""
     features, held_features = normal((6, 3)), normal((5, 3), seed=1)
     teacher, held_teacher = normal((6, 12), seed=2), normal((5, 12), seed=3)
     student = normal((3, 12), seed=4, scale=0.3)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decode_reference import as_lists, draw, key_data, kl, logits_of
+from decode_reference import as_lists, draw, key_data, kl, logits_of, sampled, tiny_pair
 
 from mgsr_jax import sharding
 from mgsr_jax.decoding import scoring
-from mgsr_jax.decoding.decode import Decoding, decode, start
+from mgsr_jax.decoding.decode import Decoding
 from mgsr_jax.decoding.sampling import (
     ANCESTRAL,
     GREEDY,
@@ -21,7 +21,6 @@ from mgsr_jax.decoding.sampling import (
     Sampling,
     row_keys,
 )
-from mgsr_jax.interventions.outcome import Pair
 from mgsr_jax.interventions.positions import ARGMAX, Position, priorities
 from mgsr_jax.scrg import locate_error, revise
 
@@ -32,8 +31,7 @@ LENGTHS = (1, 4, 2, 6, 11)
 
 @pytest.fixture(scope="module")
 def pair():
-    settings = dict(scale=3.0, num_hidden_layers=1)
-    return tiny.llama(0, **settings), tiny.llama(1, width=24, **settings)
+    return tiny_pair(3.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,16 +111,7 @@ def reference(pair, rows, key, rounds, eos_ids, argmax=False, position=ARGMAX):
 
 @partial(jax.jit, static_argnames=("pair", "rounds", "teacher_sampling", "position"))
 def rollout(pair, params, rows, key, decoding, **settings):
-    student, teacher = pair
-    copy = student.decode_params(params[0], jnp.float32)
-    state = decode(
-        student,
-        copy,
-        start(student, params[0], rows),
-        keys=row_keys(key, rows.example, STUDENT_STREAM, 0),
-        decoding=decoding,
-    )
-    models = Pair(student, copy, teacher, params[1])
+    models, state = sampled(pair, params, rows, key, decoding)
     return state, *revise(models, state, key=key, decoding=decoding, **settings)
 
 
@@ -169,7 +158,7 @@ def assert_equals_the_loop(pair, got, want):
     ],
 )
 def test_revision_equals_regeneration_from_scratch(pair, rounds, argmax, decode_rows):
-    """With `decode_rows` a row shares its place in the decoder with other rows."""
+    """`decode_rows` below the number of rows makes them take turns in the decoder."""
     rows, key = tiny.prompts(LENGTHS, width=WIDTH), jax.random.key(4)
     settings = dict(rounds=rounds, argmax=argmax)
     _, *got = run(pair, rows, key, decode_rows=decode_rows, **settings)

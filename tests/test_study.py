@@ -34,7 +34,7 @@ class TinyTask:
     tokens: int = 2000
     seconds: float = 1.0
     stops_in_score: bool = False
-    learning_rates = (1e-3, 1e-2)
+    rates = (1e-3, 1e-2)
     methods = {name: RECIPES[name] for name in ("SFT", "KD", "GKD")}
 
     def start(self, seed):

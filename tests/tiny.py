@@ -1,5 +1,7 @@
 """Tiny models and rows that several test files share."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,31 @@ def train_config(project, name, **changes):
         tensorboard=False,
     )
     return TrainConfig(**settings | changes)
+
+
+def metrics(project, name):
+    """The lines of a run's metrics."""
+    lines = (project / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def checkpoint(folder):
+    """Everything that the latest checkpoint of a run holds."""
+    import orbax.checkpoint as ocp
+
+    from mgsr_jax.checkpoint import state
+
+    with state.open_manager(folder / "checkpoints") as manager:
+        found = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(),
+                host=ocp.args.JsonRestore(),
+                replay=ocp.args.StandardRestore(),
+            ),
+        )
+    key = jax.random.key_data(found.state.pop("key"))
+    return dict(found.items()) | {"key": key}
 
 
 def log_probs(model, params, tokens) -> np.ndarray:

@@ -119,9 +119,7 @@ def _select(
     targets = jnp.sum(key == largest, axis=-1, keepdims=True).astype(jnp.float32)
     targets = jnp.where(largest == smallest, last_equals, targets)
     total = jnp.logaddexp(jnp.log(targets), rest)
-    # Subtracted before the sums, so that large logits cost no precision.
-    shifted = student - vocabulary.max(student)[..., None]
-    log_total = jnp.log(vocabulary.sum(jnp.exp(shifted)))[..., None]
+    shifted, log_total = _shifted(vocabulary, student)
     sum_of_last = vocabulary.sum(jnp.where(is_last, shifted, 0.0))[..., None]
     return _Selection(
         key=key,
@@ -131,6 +129,17 @@ def _select(
         last_equals=last_equals,
         last_log_q=sum_of_last / last_equals - log_total,
     )
+
+
+def _shifted(
+    vocabulary: Vocabulary, logits: Float[Array, "*B V"]
+) -> tuple[Float[Array, "*B V"], Float[Array, "*B 1"]]:
+    """Logits minus the largest, and the log of their total: log q is the difference.
+
+    Taken apart, so that large logits cost no precision and sums no array of log q.
+    """
+    shifted = logits - vocabulary.max(logits)[..., None]
+    return shifted, jnp.log(vocabulary.sum(jnp.exp(shifted)))[..., None]
 
 
 def _of_top_k_teacher(
@@ -151,8 +160,7 @@ def _of_top_k_teacher(
         vocabulary: Vocabulary, student: Array, where: Array | None, indices: Array
     ) -> Array:
         student = clean(vocabulary, student, where, vocab_size)
-        shifted = student - vocabulary.max(student)[..., None]
-        log_total = jnp.log(vocabulary.sum(jnp.exp(shifted)))[..., None]
+        shifted, log_total = _shifted(vocabulary, student)
         return vocabulary.take(shifted, indices) - log_total
 
     log_q = over_vocabulary(local, vocab_axis, (student_logits,), where, indices)

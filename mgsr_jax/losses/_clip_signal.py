@@ -1,4 +1,4 @@
-"""What DAC-KL's clip network minimises: the loss itself and a term for its limits.
+"""Signals of DAC-KL's clip network: the loss itself and a term for its limits.
 
 Every signal is a function of the mask w and of both distributions. The student's
 gradient is that of the divergence to the clipped teacher, whatever the signal.

@@ -97,7 +97,7 @@ def _rollouts(rollout: RolloutConfig) -> str:
 
 
 def _intervention(rollout: RolloutConfig) -> str:
-    """What the teacher does to a response.
+    """The teacher's changes to a response, in words.
 
     >>> _intervention(RolloutConfig(rounds=3, position="early", position_discount=0.9))
     'SCRG, 3 rounds, early (position_discount=0.9)'

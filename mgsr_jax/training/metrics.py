@@ -85,7 +85,7 @@ def step_metrics(
 def _intervention_metrics(
     generated: tuple[Rows, ...], interventions: tuple[InterventionInfo, ...]
 ) -> Metrics:
-    """What the teacher wrote in the rows of one step."""
+    """Metrics of the teacher's tokens in the rows of one step."""
     rows, info = (
         jax.tree.map(lambda *parts: jnp.concatenate(parts), *micro_batches)
         for micro_batches in (generated, interventions)

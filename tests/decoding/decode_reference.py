@@ -5,8 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
+from mgsr_jax.decoding.decode import decode, start
 from mgsr_jax.decoding.sampling import STUDENT_STREAM, row_keys, sample
+from mgsr_jax.interventions.outcome import Pair
 
 
 @partial(jax.jit, static_argnums=0)
@@ -42,6 +45,26 @@ def logits_of(named, tokens, width, vocab_size=None):
     logits = np.asarray(full_logits(*named, padded), np.float64)
     logits[:, vocab_size or logits.shape[1] :] = -np.inf
     return logits
+
+
+def tiny_pair(scale):
+    """A student and a teacher of one layer, each a model and its parameters."""
+    settings = dict(scale=scale, num_hidden_layers=1)
+    return tiny.llama(0, **settings), tiny.llama(1, width=24, **settings)
+
+
+def sampled(models, params, rows, key, decoding):
+    """Both models as an intervention takes them, and the student's samples."""
+    student, teacher = models
+    copy = student.decode_params(params[0], jnp.float32)
+    state = decode(
+        student,
+        copy,
+        start(student, params[0], rows),
+        keys=row_keys(key, rows.example, STUDENT_STREAM, 0),
+        decoding=decoding,
+    )
+    return Pair(student, copy, teacher, params[1]), state
 
 
 def key_data(key, rows, stream, round):

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decode_reference import as_lists, draw, key_data, kl, logits_of
+from decode_reference import as_lists, draw, key_data, kl, logits_of, sampled, tiny_pair
 
-from mgsr_jax.decoding.decode import Decoding, decode, start
-from mgsr_jax.decoding.sampling import STUDENT_STREAM, TEACHER_STREAM, row_keys
+from mgsr_jax.decoding.decode import Decoding
+from mgsr_jax.decoding.sampling import STUDENT_STREAM, TEACHER_STREAM
 from mgsr_jax.interventions.adaswitch import Switch, find_switch, hand_over
-from mgsr_jax.interventions.outcome import Pair
 
 WIDTH = 14
 EOS = (1, 3)
@@ -22,23 +21,13 @@ LENGTHS = (1, 4, 2, 6, 11)
 
 @pytest.fixture(scope="module")
 def pair():
-    settings = dict(scale=2.0, num_hidden_layers=1)
-    return tiny.llama(0, **settings), tiny.llama(1, width=24, **settings)
+    return tiny_pair(2.0)
 
 
 @partial(jax.jit, static_argnames=("models", "switch"))
 def run_jitted(models, params, rows, key, decoding, switch):
-    student, teacher = models
-    copy = student.decode_params(params[0], jnp.float32)
-    state = decode(
-        student,
-        copy,
-        start(student, params[0], rows),
-        keys=row_keys(key, rows.example, STUDENT_STREAM, 0),
-        decoding=decoding,
-    )
-    models = Pair(student, copy, teacher, params[1])
-    return hand_over(models, state, key=key, decoding=decoding, switch=switch)
+    pair, state = sampled(models, params, rows, key, decoding)
+    return hand_over(pair, state, key=key, decoding=decoding, switch=switch)
 
 
 def run(pair, rows, key, switch, *, eos_ids=EOS, **changes):

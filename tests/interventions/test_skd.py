@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decode_reference import as_lists, draw, generate, key_data, kl, logits_of
+from decode_reference import (
+    as_lists,
+    draw,
+    generate,
+    key_data,
+    kl,
+    logits_of,
+    tiny_pair,
+)
 
 from mgsr_jax.decoding.decode import Decoding, start
 from mgsr_jax.decoding.sampling import STUDENT_STREAM, TEACHER_STREAM
@@ -22,8 +30,7 @@ LENGTHS = (1, 4, 2, 6, 11)
 
 @pytest.fixture(scope="module")
 def pair():
-    settings = dict(scale=2.0, num_hidden_layers=1)
-    return tiny.llama(0, **settings), tiny.llama(1, width=24, **settings)
+    return tiny_pair(2.0)
 
 
 @partial(jax.jit, static_argnames=("models", "acceptance"))

@@ -18,7 +18,7 @@ import yaml
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from safetensors.numpy import load_file
-from test_trainer import assert_same, changed, checkpoint, config, run, sft, stop_after
+from test_trainer import assert_same, changed, config, run, sft, stop_after
 from tiny import LLAMA
 
 from mgsr_jax import losses, models, sharding
@@ -208,7 +208,7 @@ def test_the_whole_method_trains_adapters(project, straight):
     assert {line.get("rollout/student_share") for line in lines} >= {0.0, 1.0}
     valid = [line["valid/loss"] for line in lines if "valid/loss" in line]
     assert valid[-1] < valid[0]
-    saved = checkpoint(project / "straight")["state"]["params"]["student"]
+    saved = tiny.checkpoint(project / "straight")["state"]["params"]["student"]
     assert set(saved) == {LORA}
     text = (project / "straight" / "config.yaml").read_text()
     assert yaml.safe_load(text)["lora"]["alpha"] == 8.0
@@ -219,7 +219,7 @@ def test_two_steps_a_restart_and_two_more_equal_four(project, straight):
     halves = dataclasses.replace(settings, output=str(project / "halves"))
     stop_after(2, halves)
     run(dataclasses.replace(halves, resume=True))
-    assert_same(checkpoint(project / "halves"), checkpoint(project / "straight"))
+    assert_same(tiny.checkpoint(project / "halves"), tiny.checkpoint(project / "straight"))
     exports = (weights(project / name / "student") for name in ("halves", "straight"))
     assert_same(*exports)
 
@@ -294,7 +294,7 @@ def test_the_exports_are_the_student(project, straight, tmp_path):
     assert_same(weights(tmp_path / "merged"), weights(result.student))
     ids = np.arange(3, 15)[None]
     model = dataclasses.replace(models.from_config(settings.student), lora=ADAPTERS)
-    saved = checkpoint(project / "straight")["state"]["params"]["student"]
+    saved = tiny.checkpoint(project / "straight")["state"]["params"]["student"]
     saved = jax.tree.map(jnp.asarray, saved)
     own = hf.load_params(settings.student, model) | saved
     hidden, _ = model.forward(own, jnp.asarray(ids))

@@ -1,4 +1,4 @@
-"""The data of a run: what is refused, and what the log says."""
+"""Data that a run refuses, and the lines of the log about data."""
 
 import io
 import json

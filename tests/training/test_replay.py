@@ -73,7 +73,7 @@ def test_the_choice_is_the_key_s():
 
 
 def numbered(first, count, width=5):
-    """Host rows whose every field says which one it is."""
+    """Host rows with their number in every field."""
     index = np.arange(first, first + count, dtype=np.int32)
     wide = np.broadcast_to(index[:, None], (count, width))
     return Rows(wide, index, index + 1, -wide, index, index % 2 == 1, wide % 3 == 0)

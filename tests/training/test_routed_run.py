@@ -7,13 +7,12 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from rich.console import Console
 
 from mgsr_jax import models, sharding
-from mgsr_jax.checkpoint import hf, state
+from mgsr_jax.checkpoint import hf
 from mgsr_jax.commands.parser import main
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout_config import RolloutConfig
@@ -67,25 +66,6 @@ def config(project, name, **changes):
     return tiny.train_config(project, name, **settings | changes)
 
 
-def lines(project, name):
-    text = (project / name / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def checkpoint(folder):
-    with state.open_manager(folder / "checkpoints") as manager:
-        found = manager.restore(
-            manager.latest_step(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(),
-                host=ocp.args.JsonRestore(),
-                replay=ocp.args.StandardRestore(),
-            ),
-        )
-    key = jax.random.key_data(found.state.pop("key"))
-    return dict(found.items()) | {"key": key}
-
-
 def command(project, name, *options):
     """The options of a short run on a mesh of three axes."""
     teacher = json.dumps(teachers(project))
@@ -108,7 +88,7 @@ def test_a_run_from_the_command_line_reports_each_teacher(project, capfd):
     assert "data.train: rows by teacher: math 32, code 16" in error
     assert "data.valid: rows by teacher: math 8, code 4" in error
     assert "first batch, rows of math, nats per token: KL(teacher || student)" in error
-    first, *steps = lines(project, "run")
+    first, *steps = tiny.metrics(project, "run")
     assert {f"start/kl/{name}" for name in ("math", "code")} <= first.keys()
     valid = [line for line in steps if "valid/sft" in line]
     trained = [line for line in steps if "train/loss" in line]
@@ -132,7 +112,7 @@ def test_a_run_resumes_bit_for_bit(project):
     )
     settings = dataclasses.replace(settings, mesh=MeshConfig(2, 2, 2))
     train(settings, console=Console(file=io.StringIO()))
-    whole = checkpoint(project / "straight")
+    whole = tiny.checkpoint(project / "straight")
     assert whole["replay"]["teacher"].tolist().count(1) in range(1, 8)
     shutil.copytree(project / "straight", project / "resumed")
     shutil.rmtree(project / "resumed" / "checkpoints" / "6")
@@ -140,9 +120,15 @@ def test_a_run_resumes_bit_for_bit(project):
         settings, output=str(project / "resumed"), resume=True
     )
     train(resumed, console=Console(file=io.StringIO()))
-    jax.tree.map(np.testing.assert_array_equal, checkpoint(project / "resumed"), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, tiny.checkpoint(project / "resumed"), whole
+    )
     losses = [
-        [line["train/loss"] for line in lines(project, name) if "train/loss" in line]
+        [
+            line["train/loss"]
+            for line in tiny.metrics(project, name)
+            if "train/loss" in line
+        ]
         for name in ("straight", "resumed")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6

@@ -10,14 +10,13 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 import yaml
 from rich.console import Console
 
 from mgsr_jax import models, sharding
-from mgsr_jax.checkpoint import hf, state
+from mgsr_jax.checkpoint import hf
 from mgsr_jax.commands.cache_teacher import write_teacher_cache
 from mgsr_jax.objective import Objective
 from mgsr_jax.rollout_config import RolloutConfig
@@ -50,26 +49,6 @@ def config(project, name, **changes):
 
 def run(config):
     return train(config, console=Console(file=io.StringIO()))
-
-
-def metrics(project, name):
-    lines = (project / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def checkpoint(folder):
-    """Everything that the latest checkpoint holds."""
-    with state.open_manager(folder / "checkpoints") as manager:
-        found = manager.restore(
-            manager.latest_step(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(),
-                host=ocp.args.JsonRestore(),
-                replay=ocp.args.StandardRestore(),
-            ),
-        )
-    key = jax.random.key_data(found.state.pop("key"))
-    return dict(found.items()) | {"key": key}
 
 
 def assert_same(left, right):
@@ -118,7 +97,7 @@ def straight(project):
 def test_the_whole_method_trains(project, straight):
     settings, result = straight
     assert result.finished and result.step == 6
-    lines = metrics(project, "straight")
+    lines = tiny.metrics(project, "straight")
     trained = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
     for name in (
@@ -142,13 +121,15 @@ def test_three_steps_a_restart_and_three_more_equal_six(project, straight):
     settings, _ = straight
     halves = dataclasses.replace(settings, output=str(project / "halves"))
     stop_after(3, halves)
-    assert checkpoint(project / "halves")["state"]["step"] == 3
+    assert tiny.checkpoint(project / "halves")["state"]["step"] == 3
     result = run(dataclasses.replace(halves, resume=True))
     assert result.step == 6
-    assert_same(checkpoint(project / "halves"), checkpoint(project / "straight"))
+    assert_same(
+        tiny.checkpoint(project / "halves"), tiny.checkpoint(project / "straight")
+    )
     drop = ("train/tokens_per_second",)
     for one, other in zip(
-        metrics(project, "halves"), metrics(project, "straight"), strict=True
+        tiny.metrics(project, "halves"), tiny.metrics(project, "straight"), strict=True
     ):
         assert {k: v for k, v in one.items() if k not in drop} == {
             k: v for k, v in other.items() if k not in drop
@@ -156,7 +137,7 @@ def test_three_steps_a_restart_and_three_more_equal_six(project, straight):
 
 
 def stop_after(step, settings):
-    """A run that is told to stop by a signal when it has made `step` steps."""
+    """Train, and stop the run by a signal after `step` steps."""
 
     class Teller(Console):
         def print(self, *args, **kwargs):
@@ -190,7 +171,7 @@ def test_the_export_is_the_student_for_transformers(project, straight):
     with torch.no_grad():
         want = theirs(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4)
-    saved = checkpoint(project / "straight")["state"]["params"]["student"]
+    saved = tiny.checkpoint(project / "straight")["state"]["params"]["student"]
     rows = ours.config.vocab_size  # padded in training, with rows that stay zero
     table = saved["embed"]["embedding"]
     np.testing.assert_array_equal(params["embed"]["embedding"], table[:rows])
@@ -220,7 +201,7 @@ def test_mesh_and_micro_batches_do_not_change_the_losses(project):
             [
                 [line.get(f"train/{name}") for name in ("loss", "dac_kl", "span")]
                 + [line.get("rollout/teacher_position")]
-                for line in metrics(project, name)
+                for line in tiny.metrics(project, name)
                 if "train/loss" in line
             ]
         )
@@ -232,7 +213,7 @@ def test_sft_needs_no_teacher(project, monkeypatch):
     monkeypatch.setattr("mgsr_jax.training.trainer.peak_memory", lambda: peak)
     result = run(sft(project, "sft", steps=None, epochs=1.0))
     assert result.step == 6
-    lines = [line for line in metrics(project, "sft") if "train/loss" in line]
+    lines = [line for line in tiny.metrics(project, "sft") if "train/loss" in line]
     assert lines[-1]["train/sft"] < lines[0]["train/sft"]
     assert "train/dac_kl" not in lines[-1]
     assert all(line["device/peak_gib"] == 1.5 for line in lines)
@@ -247,7 +228,7 @@ def test_a_teacher_in_int8_says_nearly_the_same(project, two_devices):
             project, dtype, teacher_dtype=dtype, steps=1, mesh=MeshConfig()
         )
         run(settings)
-        found = metrics(project, dtype)
+        found = tiny.metrics(project, dtype)
         assert any("train/loss" in line for line in found)
         (before, _) = [line for line in found if "valid/loss" in line]
         first.append([before[f"valid/{name}"] for name in ("teacher_sft", "dac_kl")])
@@ -269,7 +250,7 @@ def test_narrow_rows_are_validated_as_wide_ones_are(project, two_devices, monkey
         settings = sft(project, name, steps=2, mesh=MeshConfig())
         spec = dataclasses.replace(settings.data, buckets=buckets)
         run(dataclasses.replace(settings, data=spec))
-        first.append(metrics(project, name)[1]["valid/loss"])
+        first.append(tiny.metrics(project, name)[1]["valid/loss"])
         assert widths == ({50} if buckets else {56})
         widths.clear()
     np.testing.assert_allclose(*first, rtol=1e-6)
@@ -318,10 +299,10 @@ def test_a_run_from_the_cache_is_the_run_with_the_teacher(project, cached, two_d
     for name, cache in (("from_cache", cached.teacher_cache), ("from_teacher", None)):
         output = str(project / name)
         run(dataclasses.replace(settings, output=output, teacher_cache=cache))
-        trained.append(checkpoint(project / name)["state"]["params"])
+        trained.append(tiny.checkpoint(project / name)["state"]["params"])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *trained)
     lines = [
-        [line for line in metrics(project, name) if "train/loss" in line]
+        [line for line in tiny.metrics(project, name) if "train/loss" in line]
         for name in ("from_cache", "from_teacher")
     ]
     assert {line["rollout/student_share"] for line in lines[0]} == {0.0, 1.0}
@@ -351,8 +332,11 @@ def test_without_rollouts_the_cache_stands_for_the_teacher(
     assert set(loaded) == {cached.student}
     told = console.file.getvalue()
     assert "the teacher is not loaded" in told and "1.0000 of its probability" in told
-    assert_same(checkpoint(project / "offline_halves"), checkpoint(project / "offline"))
-    lines = [line for line in metrics(project, "offline") if "train/loss" in line]
+    assert_same(
+        tiny.checkpoint(project / "offline_halves"),
+        tiny.checkpoint(project / "offline"),
+    )
+    lines = [line for line in tiny.metrics(project, "offline") if "train/loss" in line]
     assert all(line["train/dac_kl"] > 0 for line in lines)
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     assert result.validation.keys() == {"loss", "sft"}
@@ -375,7 +359,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(project):
         Diverged, match=r"step \d+: .*not finite.*Last checkpoint: step"
     ):
         run(settings)
-    saved = checkpoint(project / "diverged")["state"]["params"]
+    saved = tiny.checkpoint(project / "diverged")["state"]["params"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
 
 
@@ -465,7 +449,11 @@ def test_a_run_goes_on_over_another_mesh_and_split(project):
         patch.setattr(sharding.jax, "devices", lambda: two)
         assert run(again).step == 4
     losses = [
-        [line["train/loss"] for line in metrics(project, name) if "train/loss" in line]
+        [
+            line["train/loss"]
+            for line in tiny.metrics(project, name)
+            if "train/loss" in line
+        ]
         for name in ("whole", "moved")
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
