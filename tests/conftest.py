@@ -1,12 +1,22 @@
 """The rig: eight CPU devices, and every check that production runs without."""
 
 import atexit
+import gc
 import os
 import tempfile
 from collections.abc import Generator
 
 import jax
 import pytest
+
+# Compilation takes most of the tests' time. Without most of XLA's optimisations it is
+# twice as quick. `MGSR_TEST_COMPILER=full` compiles as users do.
+QUICK = os.environ.get("MGSR_TEST_COMPILER", "quick") == "quick"
+if QUICK:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of commands in tests
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,3 +54,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_in_memory() -> Generator[None]:
+    """Forget the programs of a module: a worker of all modules would hold 5 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def full_compiler() -> Generator[None]:
+    """Compile as users do; sums without optimisations are less precise."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", QUICK)

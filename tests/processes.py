@@ -16,12 +16,12 @@ def free_port():
 
 def environment(devices, **more):
     """Environment with `devices` CPU devices and no variable of a launcher."""
+    launchers = "SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_", "MEGASCALE_"
+    compiler = "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(
-            ("SLURM_", "OMPI_", "JAX_", "XLA_", "TPU_", "MEGASCALE_")
-        )
+        if name in compiler or not name.startswith(launchers)
     }
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return kept | settings | more

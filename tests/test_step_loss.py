@@ -442,6 +442,7 @@ def test_a_step_never_holds_the_logits_of_all_tokens():
         (1, 2, 4),
     ],
 )
+@pytest.mark.usefixtures("full_compiler")
 def test_sharded_transformers_do_not_change_the_gradient(sizes):
     """Every kind of sharding with two micro-batches, against one device."""
     model = models.from_config(LLAMA | {"num_attention_heads": 8})

@@ -13,8 +13,6 @@ from losses import chunk_problem, hlo
 from mgsr_jax import losses
 from mgsr_jax.losses import chunked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # V = 8 * 17 and no other size has a factor of 17. 16 rows of 11 tokens: 22 tokens on
 # each of eight devices, 88 on each of two, in chunks of 6 with one token of overlap.
 B, T, D, WIDER, V, TOKENS, K = 16, 11, 5, 6, 136, 130, 4

@@ -9,8 +9,6 @@ import pytest
 
 from mgsr_jax.losses import chunked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("overlap", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 10])

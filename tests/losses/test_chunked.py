@@ -29,8 +29,6 @@ from losses.chunk_problem import (
 from mgsr_jax import losses
 from mgsr_jax.losses import chunked, default_chunk_size, project
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [2, 6, 8, 500])

@@ -27,8 +27,6 @@ from losses.every_loss import (
 from mgsr_jax import losses
 from mgsr_jax.losses._per_token import jitted_per_token
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 V = 10
 
 

@@ -12,8 +12,6 @@ from losses import every_loss, hlo
 
 from mgsr_jax import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # 17 or 34 columns per device, and no other size has a factor of 17: a collective that
 # moves columns shows it in its sizes, in any shape. 100 tokens: one of four devices has
 # tokens and padding, the next one only padding.

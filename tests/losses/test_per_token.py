@@ -11,8 +11,6 @@ from losses.two_distributions import EVERY, normal, value_and_gradient
 
 from mgsr_jax import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 every = pytest.mark.parametrize("loss", EVERY.values(), ids=EVERY)
 
 

@@ -17,8 +17,6 @@ from losses.chunk_problem import (
 
 from mgsr_jax.losses import Projection, _projection, chunked, project
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_the_gradient_is_summed_block_by_block(monkeypatch):
     """Blocks of 16 rows: the last one starts earlier and counts no row twice."""
