@@ -219,7 +219,9 @@ def test_two_steps_a_restart_and_two_more_equal_four(project, straight):
     halves = dataclasses.replace(settings, output=str(project / "halves"))
     stop_after(2, halves)
     run(dataclasses.replace(halves, resume=True))
-    assert_same(tiny.checkpoint(project / "halves"), tiny.checkpoint(project / "straight"))
+    assert_same(
+        tiny.checkpoint(project / "halves"), tiny.checkpoint(project / "straight")
+    )
     exports = (weights(project / name / "student") for name in ("halves", "straight"))
     assert_same(*exports)
 
