@@ -19,6 +19,7 @@ import jsonargparse
 from mgsr_jax import __version__
 from mgsr_jax.commands.cache_teacher import cache_teacher
 from mgsr_jax.commands.chat import chat
+from mgsr_jax.commands.compilation_cache import use_compilation_cache
 from mgsr_jax.commands.convert import convert
 from mgsr_jax.commands.evaluate import evaluate
 from mgsr_jax.commands.exit_status import DIVERGED, DONE, MISTAKE
@@ -202,4 +203,6 @@ def _run(name: str, settings: jsonargparse.Namespace) -> int:
     if (record := config_class(COMMANDS[name])) is not None:
         fields = [field.name for field in dataclasses.fields(record)]
         values["config"] = record(**{field: values.pop(field) for field in fields})
+    if name != "plan":  # its programs are another machine's
+        use_compilation_cache()
     return COMMANDS[name](**values)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mgsr_jax.losses import threshold
 from mgsr_jax.losses import top_k as largest
 from mgsr_jax.rows import Rows
 from mgsr_jax.sharding import constrain
@@ -114,11 +115,8 @@ def _filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "
 def _nucleus(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
     """The fewest most probable tokens that hold the mass `top_p`; at least one."""
     scale = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probs = jax.nn.softmax(ordered / scale, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
-    return logits >= least[:, None]
+    probs = jax.nn.softmax(logits / scale, axis=-1)
+    return logits >= threshold(logits, probs, sampling.top_p)
 
 
 def _first_max(x: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -49,6 +49,7 @@ from mgsr_jax.losses._teacher import (
     held_mass,
     top_k_teacher,
 )
+from mgsr_jax.losses._threshold import threshold
 from mgsr_jax.losses._token_weights import (
     acceptance_weights,
     discrepancy_weights,
@@ -102,6 +103,7 @@ __all__ = [
     "symmetric_kl",
     "taid",
     "teacher_entropy_weights",
+    "threshold",
     "top_k",
     "top_k_teacher",
     "total_variation",

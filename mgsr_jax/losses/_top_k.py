@@ -3,6 +3,9 @@
 XLA gathers the whole operand of a top-k on every device, even where only leading axes
 are split (jax 0.10, all back ends): for logits that is the batch times V. Rows do not
 depend on each other; `top_k` declares that to XLA's partitioner.
+
+TPUs and GPUs have a kernel only for a small K. Beyond it `lax.top_k` sorts all of V,
+which takes longer than the rest of a loss. `top_k` finds the same classes without that.
 """
 
 import functools
@@ -18,6 +21,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from mgsr_jax.losses._mesh_axes import manual_axes
+from mgsr_jax.losses._threshold import threshold
+
+TPU_KERNEL, GPU_KERNEL = 128, 16
+"""The largest K that a kernel finds; read from the programs of jax 0.11 and 0.12."""
 
 
 def top_k(
@@ -55,12 +62,64 @@ def top_k(
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    # XLA sorts -0 below 0, although the two are equal.
+    x = jnp.where(x == 0, jnp.zeros_like(x), x)
+    if k <= GPU_KERNEL:
+        values, indices = lax.top_k(x, k)
+    else:
+        values, indices = lax.platform_dependent(
+            x,
+            tpu=functools.partial(_in_parts, k=k),
+            cuda=functools.partial(_by_threshold, k=k),
+            rocm=functools.partial(_by_threshold, k=k),
+            default=functools.partial(_sorted, k=k),
+        )
     # Without a barrier XLA merges a later slice of the K with the slice in top_k, and
     # then sorts all of V (40 times the time on CPU). Each result has a barrier of its
     # own: XLA (jax 0.10) aborts on one around both before an all-gather.
-    # XLA sorts -0 below 0, although the two are equal.
-    values, indices = lax.top_k(jnp.where(x == 0, jnp.zeros_like(x), x), k)
     return lax.optimization_barrier(values), lax.optimization_barrier(indices)
+
+
+def _sorted(x: Array, k: int) -> tuple[Array, Array]:
+    values, indices = lax.top_k(x, k)
+    return values, indices
+
+
+def _in_parts(x: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` in parts that the TPU's kernel finds.
+
+    A part is searched where the parts before it found nothing. The smallest float
+    counts as -inf.
+    """
+    lowest = jnp.finfo(x.dtype).min
+    left, found = jnp.maximum(x, lowest), []
+    column = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    for start in range(0, k, TPU_KERNEL):
+        values, indices = lax.top_k(left, min(TPU_KERNEL, k - start))
+        found.append((values, indices))
+        last, index = values[..., -1:], indices[..., -1:]
+        is_found = (left > last) | ((left == last) & (column <= index))
+        left = jnp.where(is_found, -jnp.inf, left)
+    values, indices = (
+        jnp.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)
+    )
+    return jnp.where(values == lowest, -jnp.inf, values), indices
+
+
+def _by_threshold(x: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` by the k-th largest value; only k values are sorted."""
+    kth = threshold(x, jnp.ones_like(x, jnp.float32), k)
+    is_larger, is_kth = x > kth, x == kth
+    missing = k - jnp.sum(is_larger, axis=-1, keepdims=True)
+    is_found = is_larger | (is_kth & (jnp.cumsum(is_kth, axis=-1) <= missing))
+    # The number of classes found so far reaches n at the n-th of them.
+    search = jnp.vectorize(
+        lambda count: jnp.searchsorted(count, jnp.arange(1, k + 1)),
+        signature="(v)->(k)",
+    )
+    indices = search(jnp.cumsum(is_found, axis=-1, dtype=jnp.int32))
+    values, order = lax.top_k(jnp.take_along_axis(x, indices, axis=-1), k)
+    return values, jnp.take_along_axis(indices, order, axis=-1)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.distributed import DistributedConfig
 from mgsr_jax.training.measurement_config import PeriodicEvaluation, check_best_metric
 from mgsr_jax.training.optimizer import OptimizerConfig
+from mgsr_jax.training.profile import ProfileConfig
 from mgsr_jax.training.teacher_config import TeacherFolders, check_teachers
 
 
@@ -71,6 +72,7 @@ class TrainConfig:
       log_every: steps between lines in the metrics files.
       resume: continue from the run folder's latest checkpoint.
       tensorboard: write TensorBoard files next to metrics.jsonl.
+      profile: steps whose trace is written.
     """
 
     student: str
@@ -105,6 +107,7 @@ class TrainConfig:
     log_every: int = 10
     resume: bool = False
     tensorboard: bool = True
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def check(self) -> None:
         """Refuse settings of a run that cannot work together, before a file is read.
@@ -150,6 +153,7 @@ class TrainConfig:
         self.mesh.check()
         self.distributed.check()
         self.evaluate.check()
+        self.profile.check()
         _check_parts(self)
         _check_replay(self)
         _check_teacher(self)

@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     "save_every",
     "keep_checkpoints",
     "tensorboard",
+    "profile",
 )
 """Settings that do not change what a resumed run computes."""
 

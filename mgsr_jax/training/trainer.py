@@ -31,6 +31,7 @@ from mgsr_jax.training.measurements import VALID, Measurements, due
 from mgsr_jax.training.metrics import Means, MetricsLog, peak_memory, step_metrics
 from mgsr_jax.training.optimizer import learning_rate_schedule
 from mgsr_jax.training.periodic_evaluation import load_evaluation
+from mgsr_jax.training.profile import StepTrace
 from mgsr_jax.training.programs import make_programs
 from mgsr_jax.training.progress import StepProgress, limit_warning
 from mgsr_jax.training.run_folder import (
@@ -185,14 +186,18 @@ class _Run:
         timer = time.monotonic()
         if start == 0:
             self._measure(0)
+        trace = StepTrace(config.profile, self.output)
         title = "SFT" if self.inputs.teacher is None else "distilling"
         with StepProgress(
             self.console, start=start, steps=steps, title=title
         ) as progress:
             for step in range(start + 1, steps + 1):
+                trace.before(step)
                 self._make_step(step)
                 progress.advance(step)
                 last = stop_requested(step) or step == steps
+                if trace.after(step, self.state, last=last):
+                    self.console.print(f"trace: {trace.folder}")
                 if last or self._pauses(step):
                     self._settle()
                 if last or due(step, config.log_every):

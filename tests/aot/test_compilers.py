@@ -77,8 +77,9 @@ def settings(folder, tpu, teacher_dtype, mesh):
         chunk_size=CHUNK,
         dtype="bfloat16",
         teacher_dtype=teacher_dtype,
-        objective=Objective(num_candidates=64),
-        rollout=RolloutConfig("on"),
+        # More than any compiler's kernel for a top-k finds.
+        objective=Objective(num_candidates=256),
+        rollout=RolloutConfig("on", sampling=TOP_P),
         mesh=MeshConfig(**mesh),
         # The partitioner cannot split this kernel, on a mesh that splits everything.
         attention="flash" if tpu else "xla",
@@ -131,6 +132,17 @@ def test_no_array_has_the_size_of_tokens_times_vocabulary(planned):
                 sizes.remove(columns)
                 tokens = BATCH * LENGTH // plan.mesh.size
                 assert int(np.prod(sizes)) < tokens, (program.name, dimensions)
+
+
+def test_no_program_sorts_the_vocabulary(planned):
+    plan, _ = planned
+    columns = {PADDED, PADDED // plan.mesh.shape["tensor"], VOCAB}
+    for program in plan.programs:
+        for line in program.text.splitlines():
+            if re.search(r" sort\(|cub\$DeviceRadixSort|SegmentedSort", line):
+                sizes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", line)
+                last = {int(dimensions.split(",")[-1]) for dimensions in sizes}
+                assert not last & columns, (program.name, line)
 
 
 def test_no_program_uses_the_host(planned):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsr_jax import sharding
-from mgsr_jax.decoding.sampling import GREEDY, Sampling, sample
+from mgsr_jax.decoding.sampling import GREEDY, Sampling, _filtered, sample
 from mgsr_jax.planning.compiled import collectives
 
 
@@ -52,6 +52,22 @@ def test_filters_compare_all_columns_of_a_sharded_vocabulary(sampling):
     np.testing.assert_array_equal(got, want)
     # Rows keep their devices: two of eight per device, in float32.
     assert sent == {"all-gather": (1, 2 * 64 * 4)}
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 0.95])
+def test_the_nucleus_holds_the_fewest_tokens_of_its_mass(top_p):
+    """Compared with a loop over the sorted tokens."""
+    logits = 2 * jax.random.normal(jax.random.key(3), (6, 50))
+    logits = logits.at[0, 10:].set(-jnp.inf).at[1].set(jnp.round(logits[1]))
+    kept = _filtered(logits, Sampling(top_p=top_p, temperature=0.7)) > -jnp.inf
+    for row, found in zip(np.asarray(logits, np.float64), kept, strict=True):
+        probs = np.exp(row / 0.7) / np.exp(row / 0.7).sum()
+        nucleus, mass = np.zeros(50, bool), 0.0
+        for value in np.unique(row)[::-1]:  # equal tokens together
+            if mass < top_p:
+                nucleus |= row == value
+            mass += probs[row == value].sum()
+        np.testing.assert_array_equal(found, nucleus & (row > -np.inf))
 
 
 def test_bfloat16_logits_are_sampled_in_float32():
