@@ -62,15 +62,15 @@ test-latest:  ## the quick tests with the newest Python and packages, or with JA
 
 test-trl:  ## the divergences against TRL's, in an environment of its own
 	$(MAKE) VENV=.venv-trl .venv-trl/installed-test-trl
-	.venv-trl/bin/python -m pytest tests/peers/test_trl.py
+	.venv-trl/bin/python -m pytest $(TYPES) tests/peers/test_trl.py
 
 test-tunix:  ## the adapters inside google-tunix, in an environment of its own
 	$(MAKE) VENV=.venv-tunix .venv-tunix/installed-test-tunix
-	.venv-tunix/bin/python -m pytest tests/integrations
+	.venv-tunix/bin/python -m pytest $(TYPES) tests/integrations
 
 test-aot:  ## the programs under the TPU and GPU compilers, in an environment of its own
 	$(MAKE) VENV=.venv-aot .venv-aot/installed-test-aot
-	.venv-aot/bin/python -m pytest tests/aot
+	.venv-aot/bin/python -m pytest $(TYPES) tests/aot
 
 bench:  ## speed and memory beside torch, transformers and TRL, into benchmarks/RESULTS.md
 	$(MAKE) VENV=.venv-bench .venv-bench/installed-bench

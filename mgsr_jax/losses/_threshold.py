@@ -21,8 +21,8 @@ def threshold(
       t = min {x_v : sum_{u : x_u > x_v} w_u < limit}
 
     With weights of one and the limit k, t is the k-th largest value. With probabilities
-    and the limit p, the values of at least t are the nucleus of mass p. Equal values are
-    all in it, or none. -inf where all weights together are below the limit.
+    and the limit p, values of at least t are the nucleus of mass p: of equal values all
+    or none. -inf where all weights together are below the limit.
 
     >>> threshold(jnp.array([3.0, 1.0, 2.0]), jnp.array([0.5, 0.2, 0.3]), 0.6)
     Array([2.], dtype=float32)
