@@ -5,12 +5,11 @@ Floats are compared as integers in the same order. Bisection then finds any thre
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt
 
 PASSES = 32  # one for each bit
-SIGN = np.uint32(1 << 31)
+SIGN = 1 << 31
 
 
 def threshold(
@@ -51,10 +50,12 @@ def _ordered_bits(x: Float[Array, "*B V"]) -> UInt[Array, "*B V"]:
     """Unsigned integers in the order of the float32 values."""
     x = jnp.where(x == 0, 0.0, x).astype(jnp.float32)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >= SIGN, ~bits, bits | SIGN)
+    sign = jnp.uint32(SIGN)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _floats(keys: UInt[Array, "*B V"]) -> Float[Array, "*B V"]:
     """The values of `_ordered_bits`."""
-    bits = jnp.where(keys >= SIGN, keys & ~SIGN, ~keys)
+    sign = jnp.uint32(SIGN)
+    bits = jnp.where(keys >= sign, keys & ~sign, ~keys)
     return lax.bitcast_convert_type(bits, jnp.float32)
