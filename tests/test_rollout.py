@@ -181,7 +181,8 @@ def test_samples_do_not_depend_on_how_a_step_is_divided(
     config = RolloutConfig("on", intervention=name, **INTERVENTIONS[name])
     want, want_info = roll(config, pair, rows=rows)
     config = dataclasses.replace(config, decode_rows=decode_rows)
-    rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
+    student = dataclasses.replace(MODEL, split_decoder=True)
+    rollout = make_rollout(student, MODEL, config, eos_ids=(EOS,), vocab_size=29)
     parts = [
         jax.tree.map(lambda x, i=i: np.split(x, micro_batches)[i], rows)
         for i in range(micro_batches)

@@ -135,7 +135,11 @@ def decode(
         return extend_by_token(model, params, head, state, keys, decoding)
 
     done = state.done | decoding.is_full(state.rows)
-    state = dataclasses.replace(state, done=done)
+    # Before the loop: what it carries keeps this placement.
+    (rows, done, keys), hidden = model.place_decoding(
+        (state.rows, done, keys), state.hidden
+    )
+    state = DecodeState(rows, state.cache, hidden, done)
     return until_done(extend, state, keys, decoding.decode_rows)
 
 

@@ -45,7 +45,7 @@ from mgsr_jax.decoding.sampling import (
 )
 from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
 from mgsr_jax.losses import forward_kl
-from mgsr_jax.sharding import constrain
+from mgsr_jax.sharding import BATCH, constrain
 from mgsr_jax.typing import Leaf, Params, PRNGKey, RowKeys
 
 
@@ -93,9 +93,13 @@ class _Pool:
 
 @dataclasses.dataclass(frozen=True)
 class _Skd:
-    """Models and settings that stay the same in every block."""
+    """Models and settings that stay the same in every block.
+
+    The heads are all-gathered over fsdp once, not once per block.
+    """
 
     pair: Pair
+    student_head: Params
     teacher_head: Params
     decoding: Decoding
     acceptance: Acceptance
@@ -122,9 +126,9 @@ def write_together(
       prefill_width: no prompt is longer than this; default: the rows' width S.
     """
     rows = state.rows
-    # All-gathered over fsdp once, not once per block.
-    head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
-    skd = _Skd(pair, head, decoding, acceptance)
+    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
+    teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
+    skd = _Skd(pair, student_head, teacher_head, decoding, acceptance)
     read = read_whole(
         pair.teacher,
         pair.teacher_params,
@@ -246,8 +250,7 @@ def _kl(
     teacher_logits: Float[Array, "B V"],
 ) -> Float[Array, "B"]:
     """KL(teacher || student) in nats for the token at each row's index."""
-    model = skd.pair.student
-    head = model.head_params(skd.pair.student_params)
-    student_logits = model.unembed(head, take(drafted.hidden, index - 1))
+    before = constrain(take(drafted.hidden, index - 1), BATCH)
+    student_logits = skd.pair.student.unembed(skd.student_head, before)
     vocab_size = skd.decoding.vocab_size
     return forward_kl(student_logits, teacher_logits, vocab_size=vocab_size)

@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "distributed",
     "micro_batches",
     "rollout.decode_rows",
+    "rollout.split_weights",
     "chunk_size",
     "attention",
     "remat",

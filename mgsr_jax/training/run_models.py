@@ -69,7 +69,12 @@ def read_models(config: TrainConfig) -> tuple[LanguageModel, Teachers | None]:
         )
 
     student = fitted(student)
-    student = dataclasses.replace(student, remat=config.remat, lora=config.lora)
+    student = dataclasses.replace(
+        student,
+        remat=config.remat,
+        lora=config.lora,
+        split_decoder=config.rollout.split_weights,
+    )
     if config.lora.rank:
         lora.targeted(student, config.lora)  # raises if no kernel matches
     teachers = tuple(map(fitted, teachers))
