@@ -20,7 +20,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,7 +27,7 @@ from mgsr_jax.decoding.continuous_batching import until_done
 from mgsr_jax.decoding.decode import (
     DecodeState,
     Decoding,
-    extend_by_token,
+    extend,
     put,
     take,
 )
@@ -186,13 +185,14 @@ def _write_block(skd: _Skd, pool: _Pool, keys: tuple[RowKeys, RowKeys]) -> _Pool
 
 def _draft(skd: _Skd, state: DecodeState, keys: RowKeys) -> DecodeState:
     """The student's state after a block of its tokens, fewer where a row ends."""
-    model, params = skd.pair.student, skd.pair.student_params
-    head = model.head_params(params)
-
-    def extend(_: Int[Array, ""], state: DecodeState) -> DecodeState:
-        return extend_by_token(model, params, head, state, keys, skd.decoding)
-
-    return lax.fori_loop(0, skd.acceptance.draft_tokens, extend, state)
+    return extend(
+        skd.pair.student,
+        skd.pair.student_params,
+        state,
+        keys,
+        skd.decoding,
+        tokens=skd.acceptance.draft_tokens,
+    )
 
 
 def _read(
