@@ -56,8 +56,8 @@ def make_rollout(
     `horizon` is the most tokens of a response, or None; it is traced, so another number
     does not compile the rollout again.
 
-    As many rows as a micro-batch has are decoded at a time. The caches of all rows of
-    the step are kept meanwhile, the teacher's too if it intervenes.
+    `config.decode_rows` rows of all micro-batches are decoded at a time. The caches of
+    all rows of the step are kept meanwhile, the teacher's too if it intervenes.
 
     Args:
       student, teacher: the models.
@@ -87,7 +87,7 @@ class _Spec:
     prefill_width: int | None
     dtype: DTypeLike
 
-    def decoding(self, decode_rows: int, width: int, horizon: Leaf | None) -> Decoding:
+    def decoding(self, width: int, horizon: Leaf | None) -> Decoding:
         """How rows of this width are extended."""
         return Decoding(
             max_length=width,
@@ -95,7 +95,7 @@ class _Spec:
             eos_ids=self.eos_ids,
             sampling=self.config.sampling,
             vocab_size=self.vocab_size,
-            decode_rows=decode_rows,
+            decode_rows=self.config.decode_rows,
         )
 
 
@@ -113,10 +113,10 @@ def _roll_out(
     student, config = spec.student, spec.config
     params = student.decode_params(student_params, spec.dtype)
     pair = Pair(student, params, spec.teacher, teacher_params)
-    decode_rows, width = micro_batches[0].tokens.shape
-    decoding = spec.decoding(decode_rows, width, horizon)
+    rows, width = micro_batches[0].tokens.shape
+    decoding = spec.decoding(width, horizon)
     state = _prefilled(spec, student_params, micro_batches)
-    shape = (decode_rows, config.samples, len(micro_batches))
+    shape = (rows, config.samples, len(micro_batches))
     by_sample = sample_keys(key, config.samples)[None, :, None]
     key = jnp.broadcast_to(by_sample, shape).reshape(-1)
     outcome = _respond(spec, pair, state, key, decoding)

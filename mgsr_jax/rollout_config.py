@@ -74,6 +74,14 @@ class RolloutConfig:
       top_p: keep the fewest most probable tokens that hold this mass.
       samples: responses to each prompt of a step. batch_size counts prompts: a step has
         `samples` times as many generated rows, in as many more micro-batches.
+      decode_rows: rows that are decoded at a time, over all devices and all
+        micro-batches; a row that ends makes room for one that waits. A multiple of
+        mesh.data x mesh.fsdp. none: all generated rows of a step, which reads the
+        weights least often. Fewer rows take less memory and give the same samples.
+      split_weights: split the weights that decode over mesh.fsdp and mesh.tensor, so
+        that a device reads only its own part for each token; devices exchange sums of
+        activations, two a layer. false: mesh.fsdp replicates them, for devices whose
+        network is slow. Evaluations during training decode in the same way.
       max_new_tokens: tokens at which a response is cut; it then has no end-of-sequence.
         A list such as [[0, 64], [0.3, 256]] sets them by the share of training that is
         done: 64 at first, 256 from 30 % on. none: up to data.max_length.
@@ -98,6 +106,8 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     samples: int = 1
+    decode_rows: int | None = None
+    split_weights: bool = True
     max_new_tokens: int | tuple[tuple[float, int], ...] | None = None
 
     def check(self) -> None:
@@ -108,7 +118,7 @@ class RolloutConfig:
         """
         settings.check_choices(self, "rollout.")
         positive = "capacity", "samples", "accept_top_k", "draft_tokens"
-        positive += "switch_ratio", "switch_window"
+        positive += "switch_ratio", "switch_window", "decode_rows"
         settings.check_positive(self, *positive, section="rollout.")
         settings.check_not_negative(self, "top_k", "temperature", section="rollout.")
         for name in ("probability", "initial_ratio", "position_quantile"):

@@ -157,8 +157,8 @@ def _detect(
     """Each row's error position, and the teacher's token for it."""
     pair, rows = scrg.pair, carry.student.rows
     vocab_size = scrg.decoding.vocab_size
-    student_head = pair.student.head_params(pair.student_params)
     # All-gathered over fsdp once per round, not once per chunk of positions.
+    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
     teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
     kl = token_kl(
         (

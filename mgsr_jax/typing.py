@@ -90,6 +90,12 @@ class Model(Protocol):
         """An empty cache with `length` slots per row."""
         ...
 
+    def place_decoding(
+        self, per_row: Any, hidden: Float[Array, "B S D"]
+    ) -> tuple[Any, Float[Array, "B S D"]]:
+        """Arrays with a first axis of rows, and hidden states, split for decoding."""
+        ...
+
     def decode_params(self, params: Params, dtype: DTypeLike) -> Params:
         """A copy for decoding: cast, with one subtree per layer instead of a stack."""
         ...

@@ -43,6 +43,9 @@ class Table:
     def init_cache(self, batch, length, dtype):
         raise NotImplementedError
 
+    def place_decoding(self, per_row, hidden):
+        raise NotImplementedError
+
     def decode_params(self, params, dtype):
         raise NotImplementedError
 

@@ -130,12 +130,13 @@ def test_a_sample_is_its_example_s_wherever_the_row_stands(pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scrg", "skd", "adaswitch"])
-def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair, name):
+def test_micro_batches_that_share_the_decoder_have_the_samples_of_one_batch(pair, name):
     rows = jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), ROWS)
     rows = dataclasses.replace(rows, example=np.arange(12, dtype=np.int32))
     settings = INTERVENTIONS[name] | (dict(rounds=2) if name == "scrg" else {})
     config = RolloutConfig("on", intervention=name, **settings)
     want, want_info = roll(config, pair, rows=rows)
+    config = dataclasses.replace(config, decode_rows=3)
     rollout = make_rollout(MODEL, MODEL, config, eos_ids=(EOS,), vocab_size=29)
     parts = tuple(
         jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], rows) for i in range(4)
@@ -157,6 +158,45 @@ def test_micro_batches_that_share_the_slots_have_the_samples_of_one_batch(pair, 
         )
         for got, whole in zip(infos[i], want_info, strict=True):
             np.testing.assert_allclose(got, whole[here], rtol=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "mesh", "micro_batches", "decode_rows"),
+    [
+        ("scrg", (1, 1), 4, None),
+        ("scrg", (1, 1), 2, 5),
+        ("scrg", (1, 8), 2, None),
+        ("scrg", (2, 4), 1, 8),
+        ("none", (2, 4), 1, 8),
+        ("skd", (2, 4), 1, 8),
+        ("adaswitch", (2, 4), 1, 8),
+    ],
+)
+def test_samples_do_not_depend_on_how_a_step_is_divided(
+    pair, name, mesh, micro_batches, decode_rows
+):
+    rows = jax.tree.map(lambda x: np.concatenate([x, x, x, x[:1]]), ROWS)
+    rows = dataclasses.replace(rows, example=np.arange(16, dtype=np.int32))
+    config = RolloutConfig("on", intervention=name, **INTERVENTIONS[name])
+    want, want_info = roll(config, pair, rows=rows)
+    config = dataclasses.replace(config, decode_rows=decode_rows)
+    student = dataclasses.replace(MODEL, split_decoder=True)
+    rollout = make_rollout(student, MODEL, config, eos_ids=(EOS,), vocab_size=29)
+    parts = [
+        jax.tree.map(lambda x, i=i: np.split(x, micro_batches)[i], rows)
+        for i in range(micro_batches)
+    ]
+    devices = jax.devices()[: mesh[0] * mesh[1]]
+    with jax.set_mesh(mesh := make_mesh(*mesh, devices=devices)):
+        placed = tuple(put_batch(mesh, part) for part in parts)
+        samples, infos, _ = jax.device_get(rollout(*pair, placed, jax.random.key(5)))
+    got, info = (
+        jax.tree.map(lambda *x: np.concatenate(x), *parts) for parts in (samples, infos)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for field, want_field in zip(info, want_info, strict=True):
+        np.testing.assert_allclose(field, want_field, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from mgsr_jax.rollout_config import RolloutConfig
             "rounds=2 is read only with rollout.intervention scrg, got none",
         ),
         (dict(accept_top_k=0), "accept_top_k must be above 0, got 0"),
+        (dict(decode_rows=0), "decode_rows must be above 0, got 0"),
         (dict(draft_tokens=0), "draft_tokens must be above 0, got 0"),
         (dict(switch_ratio=0.0), "switch_ratio must be above 0, got 0.0"),
         (dict(switch_window=0), "switch_window must be above 0, got 0"),

@@ -84,9 +84,14 @@ def load(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the embedding "
             f"has only {rows} rows; use the model's own tokenizer"
         )
-    if mesh is not None and (tensor := mesh.shape["tensor"]) > 1:
-        padded = tensor * math.ceil(rows / tensor)
-        model = dataclasses.replace(model, vocab_rows=padded, tensor=tensor)
+    if mesh is not None:
+        tensor = mesh.shape["tensor"]
+        model = dataclasses.replace(
+            model,
+            vocab_rows=tensor * math.ceil(rows / tensor),
+            tensor=tensor,
+            split_decoder=True,
+        )
     return LoadedModel(
         folder, model, tokenizer, Encoder(tokenizer, encoding or ALPACA), mesh
     )

@@ -115,8 +115,8 @@ def verdict(plan: "Plan") -> str:
         f"{_gib(plan.peak)} of {room} at the peak, more than {MARGIN:.0%}"
     )
     return (
-        f"does not fit: {reason}; use more micro_batches, remat: true, a larger "
-        "mesh.fsdp or more devices"
+        f"does not fit: {reason}; use more micro_batches, remat: true, fewer "
+        "rollout.decode_rows, a larger mesh.fsdp or more devices"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from mgsr_jax.decoding.continuous_batching import until_done
@@ -25,6 +26,13 @@ from mgsr_jax.decoding.sampling import (
 )
 from mgsr_jax.rows import Rows, prompts_only
 from mgsr_jax.typing import Leaf, Model, Params, PRNGKey, RowKeys
+
+TOKENS_PER_CHECK = 8
+"""Tokens between two checks whether every row has ended.
+
+The next token waits for a check: all devices exchange a flag, and on a GPU the host
+reads it. Finished rows meanwhile write nothing.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -129,17 +137,38 @@ def decode(
     Returns:
       The state with every row done.
     """
-    head = model.head_params(params)
 
-    def extend(state: DecodeState, keys: RowKeys) -> DecodeState:
-        return extend_by_token(model, params, head, state, keys, decoding)
+    def extend_rows(state: DecodeState, keys: RowKeys) -> DecodeState:
+        return extend(model, params, state, keys, decoding, tokens=TOKENS_PER_CHECK)
 
     done = state.done | decoding.is_full(state.rows)
-    state = dataclasses.replace(state, done=done)
-    return until_done(extend, state, keys, decoding.decode_rows)
+    # Before the loop: what it carries keeps this placement.
+    (rows, done, keys), hidden = model.place_decoding(
+        (state.rows, done, keys), state.hidden
+    )
+    state = DecodeState(rows, state.cache, hidden, done)
+    return until_done(extend_rows, state, keys, decoding.decode_rows)
 
 
-def extend_by_token(
+def extend(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    keys: RowKeys,
+    decoding: Decoding,
+    *,
+    tokens: int,
+) -> DecodeState:
+    """Extend every row by `tokens` tokens, fewer where it ends; as for `decode`."""
+    head = model.head_params(params)
+
+    def extend_by_one(_: Int[Array, ""], state: DecodeState) -> DecodeState:
+        return _extend_by_token(model, params, head, state, keys, decoding)
+
+    return lax.fori_loop(0, tokens, extend_by_one, state)
+
+
+def _extend_by_token(
     model: Model,
     params: Params,
     head: Params,
@@ -147,15 +176,11 @@ def extend_by_token(
     keys: RowKeys,
     decoding: Decoding,
 ) -> DecodeState:
-    """Extend every row that is not done by one token; as for `decode`.
-
-    Args:
-      head: `model.head_params(params)`.
-    """
+    """Extend every row that is not done by one token."""
     rows, width = state.rows, state.rows.tokens.shape[1]
-    # A finished row takes part: it rewrites its last slot with the same values.
-    position = rows.lengths - 1
-    last = take(rows.tokens, position)[:, None]
+    # A finished row takes part, but a position S writes nothing.
+    position = jnp.where(state.done, width, rows.lengths - 1)
+    last = take(rows.tokens, rows.lengths - 1)[:, None]
     hidden, cache = model.forward(
         params, last, positions=position[:, None], cache=state.cache
     )

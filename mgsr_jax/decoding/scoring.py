@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from mgsr_jax.decoding.decode import Decoding
 from mgsr_jax.losses import forward_kl
 from mgsr_jax.rows import Rows
+from mgsr_jax.sharding import BATCH, constrain
 
 SCORED_POSITIONS = 16
 """Positions of the decoded rows whose logits exist at a time."""
@@ -36,6 +37,8 @@ def token_kl(
       decoding: `vocab_size`, and the rows that are decoded at a time.
     """
     batch, width = rows.tokens.shape
+    # Decoding splits hidden states along D: they are exchanged once, not per chunk.
+    hidden = constrain(hidden, BATCH)
     # Scaled by the share of rows that are decoded together, so that a chunk holds the
     # same number of tokens.
     chunk = max(1, SCORED_POSITIONS * (decoding.decode_rows or batch) // batch)

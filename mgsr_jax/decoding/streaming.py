@@ -1,6 +1,5 @@
 """One response, token by token: for programs that show text while it is written."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, start
+from mgsr_jax.decoding.decode import DecodeState, Decoding, extend, start
 from mgsr_jax.decoding.sampling import STUDENT_STREAM, row_keys
 from mgsr_jax.rows import Rows, from_lists
 from mgsr_jax.typing import Model, Params, PRNGKey, RowKeys
@@ -52,8 +51,7 @@ def stream(
     prefill_width = min(width, max(_NARROWEST, 1 << (len(prompt) - 1).bit_length()))
     state = _prefill(model, params, rows, prefill_width=prefill_width, dtype=dtype)
     for length in range(len(prompt) + 1, decoding.max_length + 1):
-        until = dataclasses.replace(decoding, max_length=length)
-        state = _extend(model, params, state, keys, until)
+        state = _extend_by_token(model, params, state, keys, decoding)
         token = int(state.rows.tokens[0, length - 1])
         yield token
         if token in decoding.eos_ids:
@@ -68,9 +66,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _extend(
+def _extend_by_token(
     model: Model, params: Params, state: DecodeState, keys: RowKeys, decoding: Decoding
 ) -> DecodeState:
-    """The state with the row extended to `decoding.max_length`, unless it ends."""
-    state = dataclasses.replace(state, done=jnp.zeros_like(state.done))
-    return decode(model, params, state, keys=keys, decoding=decoding)
+    return extend(model, params, state, keys, decoding, tokens=1)

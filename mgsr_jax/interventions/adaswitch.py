@@ -68,8 +68,8 @@ def hand_over(
     read = read_whole(
         teacher, pair.teacher_params, rows, decode_rows=decoding.decode_rows
     )
-    student_head = pair.student.head_params(pair.student_params)
     # All-gathered over fsdp once, not once per chunk of positions.
+    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
     teacher_head = constrain(teacher.head_params(pair.teacher_params), P("tensor"))
     kl = token_kl(
         (

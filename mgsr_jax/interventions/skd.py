@@ -20,7 +20,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,7 +27,7 @@ from mgsr_jax.decoding.continuous_batching import until_done
 from mgsr_jax.decoding.decode import (
     DecodeState,
     Decoding,
-    extend_by_token,
+    extend,
     put,
     take,
 )
@@ -45,7 +44,7 @@ from mgsr_jax.decoding.sampling import (
 )
 from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
 from mgsr_jax.losses import forward_kl
-from mgsr_jax.sharding import constrain
+from mgsr_jax.sharding import BATCH, constrain
 from mgsr_jax.typing import Leaf, Params, PRNGKey, RowKeys
 
 
@@ -93,9 +92,13 @@ class _Pool:
 
 @dataclasses.dataclass(frozen=True)
 class _Skd:
-    """Models and settings that stay the same in every block."""
+    """Models and settings that stay the same in every block.
+
+    The heads are all-gathered over fsdp once, not once per block.
+    """
 
     pair: Pair
+    student_head: Params
     teacher_head: Params
     decoding: Decoding
     acceptance: Acceptance
@@ -122,9 +125,9 @@ def write_together(
       prefill_width: no prompt is longer than this; default: the rows' width S.
     """
     rows = state.rows
-    # All-gathered over fsdp once, not once per block.
-    head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
-    skd = _Skd(pair, head, decoding, acceptance)
+    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
+    teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
+    skd = _Skd(pair, student_head, teacher_head, decoding, acceptance)
     read = read_whole(
         pair.teacher,
         pair.teacher_params,
@@ -182,13 +185,14 @@ def _write_block(skd: _Skd, pool: _Pool, keys: tuple[RowKeys, RowKeys]) -> _Pool
 
 def _draft(skd: _Skd, state: DecodeState, keys: RowKeys) -> DecodeState:
     """The student's state after a block of its tokens, fewer where a row ends."""
-    model, params = skd.pair.student, skd.pair.student_params
-    head = model.head_params(params)
-
-    def extend(_: Int[Array, ""], state: DecodeState) -> DecodeState:
-        return extend_by_token(model, params, head, state, keys, skd.decoding)
-
-    return lax.fori_loop(0, skd.acceptance.draft_tokens, extend, state)
+    return extend(
+        skd.pair.student,
+        skd.pair.student_params,
+        state,
+        keys,
+        skd.decoding,
+        tokens=skd.acceptance.draft_tokens,
+    )
 
 
 def _read(
@@ -246,8 +250,7 @@ def _kl(
     teacher_logits: Float[Array, "B V"],
 ) -> Float[Array, "B"]:
     """KL(teacher || student) in nats for the token at each row's index."""
-    model = skd.pair.student
-    head = model.head_params(skd.pair.student_params)
-    student_logits = model.unembed(head, take(drafted.hidden, index - 1))
+    before = constrain(take(drafted.hidden, index - 1), BATCH)
+    student_logits = skd.pair.student.unembed(skd.student_head, before)
     vocab_size = skd.decoding.vocab_size
     return forward_kl(student_logits, teacher_logits, vocab_size=vocab_size)

@@ -12,6 +12,7 @@ from mgsr_jax.models._cache import LayerCache, NewKeysAndValues, write_cache
 from mgsr_jax.models._causal_attention import Kind, causal_attention
 from mgsr_jax.models._linear import linear
 from mgsr_jax.models._model_config import ModelConfig
+from mgsr_jax.models._placement import Placement
 from mgsr_jax.models._rope import Rope
 
 
@@ -52,6 +53,7 @@ class Attention(nnx.Module):
     ):
         self.head_dim, self.rope = config.head_dim, rope
         self.kind: Kind = "xla"
+        self.placement = Placement()
         query = config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
 
@@ -83,6 +85,10 @@ class Attention(nnx.Module):
         q_BTNH = self.query(x_BTD).reshape(heads)
         k_BTKH = self.key(x_BTD).reshape(heads)
         v_BTKH = self.value(x_BTD).reshape(heads)
+        if cache is not None:
+            q_BTNH, k_BTKH, v_BTKH = map(
+                self.placement.place_heads, (q_BTNH, k_BTKH, v_BTKH)
+            )
         if self.has_head_norm:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.rope is not None:
@@ -95,9 +101,24 @@ class Attention(nnx.Module):
             out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask)
         else:
             assert mask is not None  # a query must not see the slots after its own
-            k_BKSH, v_BKSH = (
-                write_cache(*old_and_new, positions).astype(q_BTNH.dtype)
-                for old_and_new in zip(cache, new, strict=True)
-            )
-            out_BTNH = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, mask)
-        return self.output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), new
+            out_BTNH = self._attend_to_cache(q_BTNH, new, cache, positions, mask)
+        out_BTF = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        if cache is not None:
+            out_BTF = self.placement.place_columns(out_BTF)
+        return self.output(out_BTF), new
+
+    def _attend_to_cache(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        new: NewKeysAndValues,
+        cache: LayerCache,
+        positions: Int[Array, "#B T"],
+        mask: Bool[Array, "#B 1 T S"],
+    ) -> Float[Array, "B T N H"]:
+        """Attention to a cache that has the new keys and values too."""
+        k_BKSH, v_BKSH = (
+            write_cache(old, values, positions, self.placement).astype(q_BTNH.dtype)
+            for old, values in zip(cache, new, strict=True)
+        )
+        out_BTNH = attend_to_cache(q_BTNH, k_BKSH, v_BKSH, mask)
+        return self.placement.place_cached(out_BTNH)

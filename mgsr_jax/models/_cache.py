@@ -1,19 +1,17 @@
-"""The key/value cache: what is written to it, where it is placed, who sees what.
+"""The key/value cache: what is written to it, and who sees what.
 
 Suffixes are the dimension letters of `mgsr_jax.typing`.
 """
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mgsr_jax.sharding import axis_size, constrain
-from mgsr_jax.typing import BATCH_AXES, Cache
+from mgsr_jax.models._placement import Placement
+from mgsr_jax.typing import Cache
 
 LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 """Keys and values of one layer. A head's slots are contiguous, as attention reads them.
@@ -21,8 +19,6 @@ LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
 NewKeysAndValues = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
 """One layer's keys and values of the tokens just read, not yet in the cache."""
-
-Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +84,7 @@ def write_cache(
     cache: Float[Array, "B K S H"],
     values: Float[Array, "B K T H"],
     positions: Int[Array, "#B T"],
+    placement: Placement,
 ) -> Float[Array, "B K S H"]:
     """Write the values of position p to slot p; positions beyond the cache are dropped.
 
@@ -99,29 +96,20 @@ def write_cache(
         cache, positions, values.astype(cache.dtype)
     )
     # Without this, XLA splits the cache like the queries and all-gathers it per token.
-    return place_cache(written)
-
-
-def place_cache(cache: Tree) -> Tree:
-    """Split rows over the mesh, and heads over its tensor axis if they divide."""
-
-    def place(x: Float[Array, "B K S H"]) -> Float[Array, "B K S H"]:
-        divides = x.shape[1] % axis_size("tensor") == 0
-        return constrain(x, P(BATCH_AXES, "tensor" if divides else None))
-
-    return jax.tree.map(place, cache)
+    return placement.place_cache(written)
 
 
 def write_layers(
     cache: Cache,
     new: Iterable[NewKeysAndValues],
     positions: Int[Array, "B T"] | None,
+    placement: Placement,
 ) -> Cache:
     """Write keys and values of all layers at `positions` (None: at the first slots)."""
 
     def write(old: Array, new: Array) -> Array:
         if positions is None:
             return old.at[:, :, : new.shape[2]].set(new.astype(old.dtype))
-        return write_cache(old, new, positions)
+        return write_cache(old, new, positions, placement)
 
-    return place_cache(jax.tree.map(write, cache, tuple(new)))
+    return placement.place_cache(jax.tree.map(write, cache, tuple(new)))

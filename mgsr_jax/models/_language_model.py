@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from mgsr_jax import sharding
 from mgsr_jax.losses import project
@@ -18,7 +19,6 @@ from mgsr_jax.models._architecture import Architecture, Block, EmbedAndNorm
 from mgsr_jax.models._cache import (
     NewKeysAndValues,
     Visibility,
-    place_cache,
     write_layers,
 )
 from mgsr_jax.models._causal_attention import Kind
@@ -31,9 +31,12 @@ from mgsr_jax.models._layers import (
     transposed,
 )
 from mgsr_jax.models._model_config import ModelConfig
+from mgsr_jax.models._placement import Placement, decoder_rules, fitted
 from mgsr_jax.models.lora import LORA, LoraConfig
 from mgsr_jax.models.quantized import dequantized
 from mgsr_jax.typing import LAYERS, Cache, Params, PRNGKey, RowKeys
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class LanguageModel:
       tensor: number of parts that heads, MLPs and the vocabulary are split into.
       lora: settings of the adapters that parameters may hold under "lora".
       attention: implementation that reads whole rows; see `causal_attention`.
+      split_decoder: whether `decode_params` are split over fsdp and tensor; else over
+        tensor, and fsdp replicates them. Caches are split to match.
     """
 
     config: ModelConfig
@@ -58,6 +63,7 @@ class LanguageModel:
     tensor: int = 1
     lora: LoraConfig = LoraConfig()
     attention: Kind = "xla"
+    split_decoder: bool = False
 
     def __post_init__(self) -> None:
         heads = self.config.num_heads
@@ -145,13 +151,20 @@ class LanguageModel:
         adapters = self._adapters(params)
         slots = None if cache is None else length
         visibility = Visibility.of(tokens, positions, slots, self._windows(length))
+        decodes = isinstance(params[LAYERS], tuple)  # from `decode_params`
+        placement = self._placement(decodes=decodes)
+        # Once, so that no layer exchanges what it computes from positions.
+        tokens, positions = placement.place_rows((tokens, positions))
+        gathered = sharding.gathered(self.partition_rules)
+        rules = self._decode_rules if decodes else gathered
         embed_and_norm: EmbedAndNorm = nnx.merge(
-            self._graphs[0], self._gathered(_without_layers(params))
+            self._graphs[0], _constrained(_without_layers(params), rules)
         )
-        x_BTD = sharding.constrain(
-            embed_and_norm.embed_tokens(tokens, visibility.positions), sharding.BATCH
+        x_BTD = placement.place_rows(
+            embed_and_norm.embed_tokens(tokens, visibility.positions)
         )
-        run = checkpointed(self._run_layer(visibility, dropout_keys), remat=self.remat)
+        run_layer = self._run_layer(visibility, placement, dropout_keys)
+        run = checkpointed(run_layer, remat=self.remat)
         # A cache that is filled from its start holds nothing to read yet.
         to_read = None if positions is None else cache
         x_BTD, new = run_layers(
@@ -162,11 +175,14 @@ class LanguageModel:
             keep_new=cache is not None,
         )
         if cache is not None:
-            cache = write_layers(cache, new, positions)
-        return embed_and_norm.apply_final_norm(x_BTD), cache
+            cache = write_layers(cache, new, positions, placement)
+        return placement.place_rows(embed_and_norm.apply_final_norm(x_BTD)), cache
 
     def _run_layer(
-        self, visibility: Visibility, dropout_keys: RowKeys | None
+        self,
+        visibility: Visibility,
+        placement: Placement,
+        dropout_keys: RowKeys | None,
     ) -> RunLayer:
         """A function that computes one layer from its own parameters."""
 
@@ -177,11 +193,12 @@ class LanguageModel:
                 self._graphs[1], dequantized(inputs.params, x_BTD.dtype)
             )
             block.attention.kind = self.attention
+            block.attention.placement = placement
             keys = _layer_keys(dropout_keys, inputs.number)
             lora.attach(block, inputs.adapters, self.lora, keys)
             mask = visibility.mask(inputs.window)
             x_BTD, new = block(x_BTD, visibility.positions, mask, inputs.cache)
-            return sharding.constrain(x_BTD, sharding.BATCH), new
+            return placement.place_rows(x_BTD), new
 
         return run
 
@@ -202,26 +219,38 @@ class LanguageModel:
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         """An empty cache: keys and values for each layer, both [B, K, S, H].
 
-        On a mesh rows are split, and heads over the tensor axis if they divide.
+        On a mesh they are split as `Placement` says.
 
         Raises:
           ValueError: `length` exceeds the model's position limit.
         """
         self._check_length(length)
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return place_cache(
+        return self._placement(decodes=True).place_cache(
             tuple(
                 (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
                 for _ in range(self.config.num_layers)
             )
         )
 
+    def place_decoding(
+        self, per_row: Tree, hidden: Float[Array, "B S D"]
+    ) -> tuple[Tree, Float[Array, "B S D"]]:
+        """What a decoding loop carries, split over the mesh as its products need it.
+
+        Args:
+          per_row: arrays whose first axis is rows.
+          hidden: hidden states of the tokens read so far.
+        """
+        placement = self._placement(decodes=True)
+        return placement.place_rows(per_row), placement.place_columns(hidden)
+
     def decode_params(self, params: Params, dtype: DTypeLike) -> Params:
         """A copy for decoding in `dtype`, with a tuple of one subtree per layer.
 
         Matrices of the layers are [out, in], as `kernel_first` reads them. Adapters are
-        merged into the kernels. On a mesh the copy is split only over the tensor axis,
-        so that no token waits for an all-gather of weights.
+        merged into the kernels. On a mesh the copy is split as `split_decoder` says; no
+        token waits for an all-gather of weights.
         """
         adapters = self._adapters(params)
 
@@ -234,23 +263,33 @@ class LanguageModel:
             layer_adapters = jax.tree.map(lambda x: x[i], adapters)
             # One layer at a time: merged kernels are float32 until they are cast.
             merged = lora.merge_layers(layer_params, layer_adapters, self.lora)
-            gathered = self._gathered({LAYERS: jax.tree.map(copy, merged)})
-            return transposed(gathered[LAYERS])
+            copied = {LAYERS: jax.tree.map(copy, merged)}
+            return transposed(_constrained(copied, self._decode_rules)[LAYERS])
 
-        embed_and_norm = self._gathered(jax.tree.map(copy, _without_layers(params)))
+        own = jax.tree.map(copy, _without_layers(params))
+        embed_and_norm = _constrained(own, self._decode_rules)
         layers = tuple(layer(i) for i in range(self.config.num_layers))
         return {**embed_and_norm, LAYERS: layers}
 
-    def _gathered(self, params: Params) -> Params:
-        """`params`, all-gathered over the fsdp axis.
+    def decode_specs(self, params: Params) -> PyTree:
+        """Specs of the decoder's copy on the ambient mesh, with layers still stacked.
 
-        `params` holds either one layer, or everything but the layers.
+        Args:
+          params: all parameters or a part of them, or their shapes.
         """
-        rules = sharding.gathered(self.partition_rules)
-        specs = sharding.partition_specs(rules, params, strict=False)
-        if LAYERS in params:  # one layer has no leading axis L
-            specs = jax.tree.map(lambda spec: P(*spec[1:]), specs, is_leaf=_is_spec)
-        return sharding.constrain(params, specs)
+        specs = sharding.partition_specs(self._decode_rules, params, strict=False)
+        return fitted(specs, params)
+
+    @property
+    def _decode_rules(self) -> sharding.Rules:
+        if self.split_decoder:
+            return decoder_rules(self.partition_rules, self.config.num_kv_heads)
+        return sharding.gathered(self.partition_rules)
+
+    def _placement(self, *, decodes: bool) -> Placement:
+        kv_heads = self.config.num_kv_heads
+        split = self.split_decoder
+        return Placement.of(split=split, decodes=decodes, kv_heads=kv_heads)
 
     def _adapters(self, params: Params) -> Params:
         """Adapters that `params` holds; {} if there are none."""
@@ -284,6 +323,14 @@ def _arrays(module: nnx.Module) -> Params:
 def _without_layers(params: Params) -> Params:
     """Parameters of the model's `EmbedAndNorm`."""
     return {k: tree for k, tree in params.items() if k not in (LAYERS, LORA)}
+
+
+def _constrained(params: Params, rules: sharding.Rules) -> Params:
+    """`params` on the ambient mesh; they hold one layer or none."""
+    specs = sharding.partition_specs(rules, params, strict=False)
+    if LAYERS in params:  # one layer has no leading axis L
+        specs = jax.tree.map(lambda spec: P(*spec[1:]), specs, is_leaf=_is_spec)
+    return sharding.constrain(params, fitted(specs, params))
 
 
 def _is_spec(x: object) -> bool:

@@ -295,8 +295,9 @@ def _teacher_bytes(run: _Run) -> dict[str, int]:
 
 def _decoder_copy_bytes(run: _Run) -> int:
     params = shapes.cast(run.student.abstract_params(), run.config.dtype)
-    rules = sharding.gathered(run.student.partition_rules)
-    places = sharding.shardings(run.mesh, rules, params)
+    with jax.set_mesh(run.mesh):
+        specs = run.student.decode_specs(params)
+    places = sharding.placed(run.mesh, params, specs)
     return device_bytes(with_shardings(params, places))
 
 

@@ -27,6 +27,8 @@ _MAY_CHANGE = (
     "mesh",
     "distributed",
     "micro_batches",
+    "rollout.decode_rows",
+    "rollout.split_weights",
     "chunk_size",
     "attention",
     "remat",
@@ -101,7 +103,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in {**now, **before}
-        if name.partition(".")[0] not in _MAY_CHANGE
+        if not {name, name.partition(".")[0]} & set(_MAY_CHANGE)
         and before.get(name) != now.get(name)
     ]
 

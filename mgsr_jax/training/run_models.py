@@ -69,7 +69,12 @@ def read_models(config: TrainConfig) -> tuple[LanguageModel, Teachers | None]:
         )
 
     student = fitted(student)
-    student = dataclasses.replace(student, remat=config.remat, lora=config.lora)
+    student = dataclasses.replace(
+        student,
+        remat=config.remat,
+        lora=config.lora,
+        split_decoder=config.rollout.split_weights,
+    )
     if config.lora.rank:
         lora.targeted(student, config.lora)  # raises if no kernel matches
     teachers = tuple(map(fitted, teachers))
@@ -117,8 +122,9 @@ def check_sizes(
     """Refuse settings that the models or the devices do not support.
 
     Raises:
-      ValueError: rows are too long or do not divide over the mesh, or the devices do
-        not have the kernel of `attention`.
+      ValueError: rows are too long, the rows of a micro-batch or `rollout.decode_rows`
+        do not divide over the mesh, or the devices do not have the kernel of
+        `attention`.
     """
     encoding = config.data.encoding
     for role, model in _roles(student, teacher):
@@ -129,12 +135,19 @@ def check_sizes(
                 f"tokens, which is beyond the {role}'s {model.config.max_length} "
                 "positions; lower it"
             )
-    if config.micro_batch_size % (parts := sharding.row_parts(mesh)):
+    parts = sharding.row_parts(mesh)
+    if config.micro_batch_size % parts:
         raise ValueError(
             f"a micro-batch of {config.micro_batch_size} rows "
             f"(batch_size={config.batch_size} / micro_batches={config.micro_batches}) "
             f"does not divide over the {parts} parts of the mesh {dict(mesh.shape)}; "
             f"use a multiple of {parts}"
+        )
+    if (config.rollout.decode_rows or 0) % parts:
+        raise ValueError(
+            f"rollout.decode_rows={config.rollout.decode_rows} does not divide over "
+            f"the {parts} parts of the mesh {dict(mesh.shape)}; use a multiple of "
+            f"{parts}, or leave it out to decode all rows of a step together"
         )
     platform = mesh.devices.flat[0].platform
     expected = _PLATFORMS.get(config.attention, platform)

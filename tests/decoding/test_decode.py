@@ -1,6 +1,7 @@
 """The decoder against a Python loop that recomputes everything for every token."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import decode_reference as reference
@@ -12,9 +13,10 @@ import tiny
 from decode_reference import as_lists
 
 from mgsr_jax import sharding
-from mgsr_jax.decoding.decode import Decoding, decode, generate, start
+from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, generate, start
 from mgsr_jax.decoding.sampling import GREEDY, STUDENT_STREAM, Sampling, row_keys
 from mgsr_jax.planning.compiled import collectives
+from mgsr_jax.typing import Params
 
 EOS = (1, 3)
 ENDLESS = (99,)  # no token of the vocabulary
@@ -93,25 +95,25 @@ class Counted:
 
 @pytest.mark.slow
 def test_decoding_stops_at_the_most_new_tokens(student):
-    """Every response has at most so many tokens, and the loop ends there too."""
+    """Every response has at most so many tokens; the loop ends at the next check."""
     model, params = student
-    rows = tiny.prompts()
+    rows = tiny.prompts(width=20)
     counted = Counted(model)
     state = start(model, params, rows)
     calls = {}
-    for horizon in (3, 5):
+    for horizon in (3, 8, 9):
         counted.calls = 0
         ended = decode(
             counted,
             model.decode_params(params, jnp.float32),
             state,
             keys=row_keys(jax.random.key(7), rows.example, STUDENT_STREAM, 0),
-            decoding=Decoding(14, ENDLESS, max_new_tokens=horizon),
+            decoding=Decoding(20, ENDLESS, max_new_tokens=horizon),
         )
         jax.effects_barrier()
         calls[horizon] = counted.calls
         np.testing.assert_array_equal(ended.rows.lengths, rows.prompt_lengths + horizon)
-    assert calls == {3: 3, 5: 5}
+    assert calls == {3: 8, 8: 8, 9: 16}
 
 
 def test_a_full_row_is_unchanged(student):
@@ -247,50 +249,120 @@ def test_lengths_keys_and_temperatures_do_not_recompile(student):
     assert generate._cache_size() == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("decode_rows", [None, 8])
-def test_mesh_changes_nothing(student, decode_rows):
-    model, params = student
-    rows, key = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2) * 2), jax.random.key(11)
-    want = generate(model, params, rows, key=key, decoding=TO_14)
-    mesh = sharding.make_mesh(data=4, fsdp=2)
-    placed = jax.device_put(
+def placed(model, params, mesh):
+    return jax.device_put(
         params, sharding.shardings(mesh, model.partition_rules, params)
     )
-    decoding = dataclasses.replace(TO_14, decode_rows=decode_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode_rows", [None, 8])
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [((4, 2, 1), False), ((4, 2, 1), True), ((1, 8, 1), True), ((2, 2, 2), True)],
+)
+def test_mesh_changes_nothing(decode_rows, sizes, split):
+    """4 key and value heads: 2 and 4 devices divide them, 8 do not."""
+    model, params = tiny.llama(scale=3.0, num_key_value_heads=4, vocab_size=32)
+    rows, key = tiny.prompts((1, 4, 2, 6, 3, 3, 5, 2) * 2), jax.random.key(11)
+    decoding = dataclasses.replace(TO_14, vocab_size=tiny.VOCAB)
+    want = generate(model, params, rows, key=key, decoding=decoding)
+    model = dataclasses.replace(model, tensor=sizes[2], split_decoder=split)
+    mesh = sharding.make_mesh(*sizes)
+    decoding = dataclasses.replace(decoding, decode_rows=decode_rows)
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, rows))
-        got = generate(model, placed, batch, key=key, decoding=decoding)
+        on_mesh = placed(model, params, mesh)
+        got = generate(model, on_mesh, batch, key=key, decoding=decoding)
     assert as_lists(jax.device_get(got)) == as_lists(jax.device_get(want))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 2, 4)])
-def test_decoding_moves_no_weights_between_devices(sizes):
-    model, _ = tiny.llama(width=64, intermediate_size=128)
-    model = dataclasses.replace(model, tensor=sizes[2], vocab_rows=32)
-    mesh = sharding.make_mesh(*sizes)
-    params = model.init(jax.random.key(0))
-    placed = jax.device_put(
-        params, sharding.shardings(mesh, model.partition_rules, params)
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A compiled decoding on a mesh, its result, and the weights that it read."""
+
+    text: str
+    state: DecodeState
+    copy: Params
+
+
+@functools.cache
+def decoded(sizes, *, split, kv_heads, decode_rows=None):
+    model, params = tiny.llama(
+        width=128, intermediate_size=128, num_key_value_heads=kv_heads, vocab_size=64
     )
+    model = dataclasses.replace(model, tensor=sizes[2], split_decoder=split)
+    mesh = sharding.make_mesh(*sizes)
     rows = jax.tree.map(np.asarray, tiny.prompts((3,) * 16))
-    decoding = dataclasses.replace(TO_14, vocab_size=tiny.VOCAB)
+    decoding = dataclasses.replace(
+        TO_14, vocab_size=tiny.VOCAB, decode_rows=decode_rows
+    )
+
+    def run(copy, state):
+        keys = row_keys(jax.random.key(0), state.rows.example, 0, 0)
+        return decode(model, copy, state, keys=keys, decoding=decoding)
+
     with jax.set_mesh(mesh):
-        copy = jax.jit(lambda p: model.decode_params(p, jnp.float32))(placed)
-        state = jax.jit(lambda p, r: start(model, p, r))(
-            placed, sharding.put_batch(mesh, rows)
-        )
+        on_mesh = placed(model, params, mesh)
+        copy = jax.jit(lambda p: model.decode_params(p, jnp.float32))(on_mesh)
+        batch = sharding.put_batch(mesh, rows)
+        state = jax.jit(lambda p, r: start(model, p, r))(on_mesh, batch)
+        compiled = jax.jit(run).lower(copy, state).compile()
+        return OnMesh(compiled.as_text(), compiled(copy, state), copy)
 
-        def run(copy, state):
-            keys = row_keys(jax.random.key(0), state.rows.example, 0, 0)
-            return decode(model, copy, state, keys=keys, decoding=decoding)
 
-        text = jax.jit(run).lower(copy, state).compile().as_text()
-    smallest = 64 * 64 * 4 // sizes[2]  # bytes of a device's part of a matrix
-    for line in text.splitlines():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "split", "kv_heads", "decode_rows"),
+    [
+        ((2, 4, 1), False, 2, None),
+        ((2, 2, 2), False, 2, None),
+        ((1, 2, 4), False, 2, None),
+        ((2, 4, 1), True, 4, None),
+        ((2, 4, 1), True, 4, 8),
+        ((2, 4, 1), True, 2, None),
+        ((2, 2, 2), True, 4, None),
+        ((1, 2, 4), True, 1, None),
+        ((1, 8, 1), True, 2, None),
+    ],
+)
+def test_decoding_moves_activations_but_no_weights(sizes, split, kv_heads, decode_rows):
+    run = decoded(sizes, split=split, kv_heads=kv_heads, decode_rows=decode_rows)
+    rows = decode_rows or 16
+    hidden = 4 * 128 * rows // sizes[0]  # bytes, of the rows that share a copy
+    smallest = 4 * 128 * 32 * kv_heads  # keys or values, all-gathered over fsdp
+    smallest //= sizes[2] if kv_heads % sizes[2] == 0 else 1
+    moved = set()
+    for line in run.text.splitlines():
         for kind, (_, size) in collectives(line).items():
-            assert size < smallest, (kind, line)
-    # Sharded over the tensor axis only: fsdp replicates the copy.
-    for leaf in jax.tree.leaves(copy):
-        assert "fsdp" not in str(leaf.sharding.spec)
+            # Weights are not gathered in a loop, nor for all tokens before it.
+            assert size < smallest, line
+            if "while/body" in line:
+                moved |= {(kind, size)}
+    largest = max((size for _, size in moved), default=0)
+    assert largest <= (2 * hidden if split else hidden)
+    assert not split or ("all-reduce", hidden) in moved
+    # Every matrix but those of heads that do not divide is split over all parts.
+    parts = 8 // sizes[0] if split else sizes[2]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.copy):
+        if leaf.ndim == 2 and "key" not in (name := jax.tree_util.keystr(path)):
+            if "value" not in name:
+                held = leaf.addressable_shards[0].data.size
+                assert held == leaf.size // parts, (name, leaf.sharding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"), [((2, 4, 1), 4), ((2, 4, 1), 2), ((2, 2, 2), 4)]
+)
+def test_a_split_decoder_has_the_log_probs_of_a_whole_copy(sizes, kv_heads):
+    states, log_probs = [], []
+    for split in (True, False):
+        run = decoded(sizes, split=split, kv_heads=kv_heads, decode_rows=None)
+        states.append(jax.device_get(run.state))
+        head = np.asarray(run.copy["head"]["embedding"])
+        log_probs.append(jax.nn.log_softmax(states[-1].hidden @ head.T))
+    assert as_lists(states[0].rows) == as_lists(states[1].rows)
+    for b, length in enumerate(states[0].rows.lengths):
+        got, want = (values[b, : length - 1] for values in log_probs)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

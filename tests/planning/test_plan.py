@@ -67,6 +67,7 @@ def test_parts_are_the_bytes_of_one_device(config):
     tables = 2 * 128 * 16 * 4 // 4
     assert plan.parts["student, float32"] > tables
     assert plan.parts["optimizer"] >= 2 * plan.parts["student, float32"]
+    assert plan.parts["decoder's copy, float32"] == plan.parts["student, float32"]
     step = plan.programs[1]
     names = ("student, float32", "optimizer", "clip network")
     assert step.aliased >= sum(plan.parts[name] for name in names)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
+from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import TrainConfig
 from mgsr_jax.training.data_config import DataConfig
 from mgsr_jax.training.run_folder import check_output, write_run_config
@@ -27,12 +28,14 @@ def started(tmp_path):
 def test_a_run_resumes_with_its_settings_and_may_log_more_often(started):
     resumes(started)
     resumes(started, log_every=1)
+    resumes(started, rollout=RolloutConfig(decode_rows=8))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 7}, "started: steps was None, is 7; a resumed"),
+        ({"rollout": RolloutConfig(top_k=8)}, "rollout.top_k was 0, is 8; a"),
         ({"data": dataclasses.replace(DATA, columns={})}, "was 'query', is None; a"),
         (
             {"data": DataConfig("b.jsonl", columns={"prompt": "query"})},

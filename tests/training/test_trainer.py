@@ -371,6 +371,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(project):
         (dict(epochs=1.0), "exactly one of steps and epochs"),
         (dict(batch_size=12), "micro-batch of 12 rows .* 8 parts"),
         (dict(micro_batches=3), "batch_size=8 does not divide"),
+        (
+            dict(rollout=RolloutConfig("on", decode_rows=4)),
+            "decode_rows=4 does not divide over the 8 parts .* use a multiple of 8",
+        ),
         (dict(teacher=None), "compare with a teacher, and none is set"),
         (dict(mesh=MeshConfig(3, 1)), "does not fill the 8 devices"),
         (
