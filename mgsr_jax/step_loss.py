@@ -122,7 +122,8 @@ def micro_batch_loss(
     student, view = spec.student, next_token_view(rows)
     cast = jax.tree.map(lambda p: p.astype(spec.dtype), params["student"])
     dropout = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
-    hidden, _ = student.forward(cast, view.inputs, **dropout)
+    with jax.named_scope("student"):
+        hidden, _ = student.forward(cast, view.inputs, **dropout)
     teacher, teacher_head = _teacher_chunk(spec, teacher_params, rows, teacher_outputs)
     head = student.head_params(params["student"])
     shared = {
@@ -150,6 +151,7 @@ def micro_batch_loss(
     )
 
 
+@jax.named_scope("loss")
 def chunk_loss(
     shared: Params, hidden: Float[Array, "N D"], chunk: Chunk, *, spec: StepLoss
 ) -> tuple[Float[Array, ""], dict[str, Sum]]:
@@ -250,6 +252,7 @@ def _without_overlap(targets: Targets, overlap: int) -> Targets:
     )
 
 
+@jax.named_scope("teacher")
 def _teacher_chunk(
     spec: StepLoss,
     teacher_params: PyTree,

@@ -242,6 +242,7 @@ def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
 
+@jax.named_scope("update")
 def _update(
     optimizer: optax.GradientTransformation,
     state: TrainState,

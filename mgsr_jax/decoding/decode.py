@@ -79,6 +79,7 @@ class DecodeState:
     done: Leaf
 
 
+@jax.named_scope("prefill")
 def start(
     model: Model,
     params: Params,
@@ -110,6 +111,7 @@ def start(
     )
 
 
+@jax.named_scope("decode")
 def decode(
     model: Model,
     params: Params,

@@ -11,17 +11,18 @@ from rich.console import Console
 from mgsr_jax import sharding
 from mgsr_jax.commands.exit_status import DONE, MISTAKE
 from mgsr_jax.commands.parser import main
-from mgsr_jax.commands.plan import print_plan, verdict
+from mgsr_jax.commands.plan_tables import print_plan, verdict
 from mgsr_jax.planning import machines
 from mgsr_jax.planning.compiled import CompiledProgram
 from mgsr_jax.planning.machines import GIB, Machine
 from mgsr_jax.planning.plan import Plan
+from mgsr_jax.planning.speeds import SPEEDS
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """Two CPU devices stand for the target."""
-    machine = Machine("v6e:1x2", tuple(jax.devices()[:2]), GIB)
+    machine = Machine("v6e:1x2", tuple(jax.devices()[:2]), GIB, SPEEDS["v6e"])
     monkeypatch.setattr(machines, "describe", lambda name, slices: machine)
     monkeypatch.setattr(machines, "use_no_device", lambda: None)
     return machine
@@ -93,10 +94,11 @@ def plan_of(peak, failure=None):
     collectives = {"all-gather": (2, 3 * GIB)}
     program = CompiledProgram("train step", 1.5, peak, GIB, 0, collectives, "")
     machine, mesh = (
-        Machine("v5e:2x4", (), 100 * GIB),
+        Machine("v5e:2x4", (), 100 * GIB, SPEEDS["v5e"]),
         sharding.make_mesh(4, 2, devices=jax.local_devices()),
     )
-    return Plan(machine, mesh, 2, {"optimizer": 2 * GIB}, (program,), failure)
+    parts = {"optimizer": 2 * GIB}
+    return Plan(machine, mesh, 2, parts, (program,), failure=failure)
 
 
 def test_the_verdict_is_one_line():

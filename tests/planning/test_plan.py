@@ -15,10 +15,11 @@ from mgsr_jax.objective import Objective
 from mgsr_jax.planning.compiled import CompiledProgram
 from mgsr_jax.planning.machines import GIB, Machine
 from mgsr_jax.planning.plan import Plan, plan_run, search_mesh
+from mgsr_jax.planning.speeds import SPEEDS
 from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
-FOUR = Machine("four", tuple(jax.devices()[:4]), GIB)
+FOUR = Machine("four", tuple(jax.devices()[:4]), GIB, SPEEDS["v5e"])
 
 
 PLANS: dict[str, Plan] = {}
@@ -130,7 +131,8 @@ def test_an_int8_teacher_is_smaller_than_a_bfloat16_one(on_data):
 def plan_with_peak(peak, memory=100 * GIB):
     program = CompiledProgram("train step", 1.0, peak, 0, 0, {}, "")
     mesh = sharding.make_mesh()
-    return Plan(Machine("t", (), memory), mesh, 2, {}, (program,))
+    machine = Machine("t", (), memory, SPEEDS["v5e"])
+    return Plan(machine, mesh, 2, {}, (program,))
 
 
 @pytest.mark.slow
@@ -148,7 +150,7 @@ def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(on_data):
 
 def test_a_search_leaves_out_sizes_that_do_not_divide(config):
     # Models 16 wide do not divide by 3; with fsdp 1, 2 and 6 there is no room.
-    six = Machine("six", tuple(jax.devices()[:6]), memory=1000)
+    six = dataclasses.replace(FOUR, devices=tuple(jax.devices()[:6]), memory=1000)
     even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
     assert search_mesh(even, six, print) is None
     with pytest.raises(ValueError, match="batch_size=10 does not divide over 6"):
