@@ -50,12 +50,12 @@ def _memory_tables(plan: "Plan") -> Iterator[Table]:
 def _time_tables(plan: "Plan") -> Iterator[Table]:
     """Work of a device, the time at full speed, and what costs most of it."""
     work = Table(
-        "each device's work (loops in full)",
-        "TFLOP in products",
+        "a device's work",
+        "TFLOP",
         "GiB read",
         "GiB written",
         "GiB sent within",
-        "GiB sent across",
+        "and across",
     )
     bounds = Table(
         "at full speed",
@@ -64,16 +64,17 @@ def _time_tables(plan: "Plan") -> Iterator[Table]:
         "memory s",
         "links s",
         "tokens/s",
-        "tokens/s a chip",
-        "MFU",
+        "a chip",
+        "MFU up to",
         "decode reads needed",
     )
     largest = Table("program", "largest parts", "at least s")
     for estimate in plan.estimates:
         cost = estimate.roofline.cost
         sizes = cost.read, cost.written, cost.within, cost.across
-        flops = f"{cost.total_flops / 1e12:.2f}"
-        work.add_row(estimate.program, flops, *map(_gib, sizes))
+        flops = f"{cost.total_flops / 1e12:,.1f}"
+        gib = (f"{size / _GIB:,.1f}" for size in sizes)
+        work.add_row(estimate.program, flops, *gib)
         bounds.add_row(estimate.program, *_bounds(plan, estimate))
         for name, seconds in estimate.largest:
             largest.add_row(estimate.program, name, _figure(seconds))
@@ -126,5 +127,5 @@ def _figure(seconds: float) -> str:
     return f"{seconds:.3g}"
 
 
-def _gib(size: int | float) -> str:
+def _gib(size: int) -> str:
     return f"{size / _GIB:.2f}"
