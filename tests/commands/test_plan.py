@@ -1,5 +1,6 @@
 """`mgsr plan`: its settings, tables and verdict."""
 
+import dataclasses
 import io
 import json
 import re
@@ -15,8 +16,10 @@ from mgsr_jax.commands.parser import main
 from mgsr_jax.commands.plan_tables import print_plan, verdict
 from mgsr_jax.planning import machines
 from mgsr_jax.planning.compiled import CompiledProgram
+from mgsr_jax.planning.estimate import Estimate
 from mgsr_jax.planning.machines import GIB, Machine
 from mgsr_jax.planning.plan import Plan
+from mgsr_jax.planning.roofline import Cost, Loop, Roofline, Work
 from mgsr_jax.planning.speeds import SPEEDS
 
 
@@ -124,3 +127,24 @@ def test_tables_show_memory_programs_and_collectives():
     assert text.startswith("v5e:2x4: 8 devices as data 4 x fsdp 2 x tensor 1, 2 micro")
     assert "optimizer 2.00" in text and "train step 50.00 1.00 1.5" in text
     assert "train step all-gather 2 3.00" in text
+
+
+def test_tables_show_work_bounds_and_trips():
+    speed = SPEEDS["v5e"]
+    cost = Cost({"bf16": 2 * speed.flops["bf16"]}, 3.0 * GIB, 1.0 * GIB, 2.0 * GIB)
+    stated = Loop("while.1", "decode/while/body/extend/while", 256, stated=True)
+    unknown = Loop("while.2", "while", None, stated=False)
+    works = Work("decode/dot", (stated,), cost), Work("other", (unknown,), Cost())
+    largest = (("decode/dot", 2.0),)
+    bounds = Estimate(
+        "train step", Roofline(works), 4000, cost.seconds(speed), 0.05, largest
+    )
+    console = Console(file=io.StringIO(), width=130)
+    print_plan(dataclasses.replace(plan_of(50 * GIB), estimates=(bounds,)), console)
+    text = " ".join(console.file.getvalue().replace("│", " ").split())
+    assert "train step 394.0 3.0 1.0 2.0 0.0" in text
+    # 4 GiB at 819 GB/s, 2 GiB at 200 GB/s; 8 chips.
+    assert "train step 2 2 0.00524 0.0107 2,000 250 100% 5%" in text
+    assert "train step decode/dot 2" in text
+    assert "decode/extend 256, while.2 unknown (counted once)" in text
+    assert "a step takes at least 2 s at full speed fits: 50.00" in text
