@@ -105,7 +105,7 @@ class Work(NamedTuple):
     """One operation, over all its executions.
 
     Attributes:
-      name: the operation with the scopes around it.
+      name: the operation with the scopes around it, and the compiler's kind of it.
       loops: the loops around it, from the outermost.
       cost: of all its executions.
     """
@@ -266,17 +266,18 @@ def without_loops(name: str) -> str:
 
 
 def operation_name(computation: Computation, instruction: Instruction) -> str:
-    """The scopes and the operation of an instruction.
+    """The scopes and the operation of an instruction, and the compiler's kind of it.
 
-    One that the compiler added has the name of what reads its result, or of its kind.
+    One that the compiler added has the scopes of what reads its result.
     """
+    kind = re.sub(r"(\.clone|[\d.])+$", "", instruction.name)
     readers = [instruction]
     for _ in range(_READERS):
         for reader in readers:
             if named := without_loops(scopes(reader.op_name)):
-                return named
+                return f"{named} ({kind})"
         readers = [user for r in readers for user in computation.users[r.name]]
-    return re.sub(r"[\d.]+$", "", instruction.name)
+    return kind
 
 
 def _is(pattern: str, name: str) -> bool:

@@ -169,7 +169,8 @@ def test_the_largest_parts_are_named_by_their_scopes():
 
     shapes = array(64, 2048), array(2048, 2048), array(2048, 64)
     (large, seconds), (small, _) = roofline_of(named, *shapes).largest(SPEEDS["v5e"], 2)
-    assert (large, small) == ("large/dot_general", "small/dot_general")
+    assert large.startswith("large/dot_general (")
+    assert small.startswith("small/dot_general (")
     assert seconds == close(FLOAT * (2048 + 64 + 64) * 2048 / 819e9)
 
 
@@ -177,3 +178,17 @@ def test_scopes_leave_out_what_jax_adds():
     name = "jit(step)/transpose(jvp(jit(main)))/while/body/closed_call/student/dot"
     assert scopes(name) == "while/body/student/dot"
     assert scopes("(jit(f)/jvp(loss)/psum:jit(f)/update/add)") == "jvp(loss)/psum"
+
+
+def test_what_the_compiler_adds_has_the_scopes_of_its_reader():
+    text = """
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %copy.3 = f32[8,8]{0,1} copy(%x)
+  %bitcast = f32[8,8]{1,0} bitcast(%copy.3)
+  ROOT %dot.1.clone.2 = f32[8,8]{1,0} dot(%bitcast, %x), lhs_contracting_dims={1}, \
+metadata={op_name="jit(f)/decode/while/body/dot_general"}
+}
+"""
+    names = [work.name for work in read_roofline(text).works]
+    assert names == ["decode/dot_general (copy)", "decode/dot_general (dot)"]
