@@ -205,6 +205,7 @@ def _correct(
     )
 
 
+@jax.named_scope("rewrite")
 def _rewrite(
     scrg: _Scrg, carry: _Carry, key: PRNGKey | RowKeys, round: Int[Array, ""]
 ) -> _Carry:
@@ -245,6 +246,7 @@ class _Search(NamedTuple):
     token: Int[Array, "B"]
 
 
+@jax.named_scope("locate_error")
 def locate_error(
     rows: Rows,
     kl: Float[Array, "B S"],

@@ -43,7 +43,8 @@ def until_done(
 ) -> State:
     """The `pool` of R rows after `extend` has been applied until every row is done.
 
-    On a mesh each device exchanges its own rows only.
+    On a mesh each device exchanges its own rows only. The loop over steps is named
+    "extend", the one over exchanges "exchange"; a roofline states their trips.
 
     Args:
       extend: takes a state of `decode_rows` rows, with their part of `per_row`, one
@@ -57,7 +58,8 @@ def until_done(
         `decode_rows` or R.
     """
     if decode_rows is None or decode_rows >= pool.done.shape[0]:
-        return _while_any_left(lambda pool: extend(pool, per_row), pool)
+        with jax.named_scope("extend"):
+            return _while_any_left(lambda pool: extend(pool, per_row), pool)
     shards = batch_shards()
     if decode_rows % shards or pool.done.shape[0] % shards:
         raise ValueError(
@@ -77,10 +79,12 @@ def until_done(
             should_exchange = (waiting > size) & (running <= size - idle)
             return jnp.any(running > 0) & ~jnp.any(should_exchange)
 
-        active = lax.while_loop(cond, lambda x: extend(x, active_per_row), active)
+        with jax.named_scope("extend"):
+            active = lax.while_loop(cond, lambda x: extend(x, active_per_row), active)
         return _scatter(pool, chosen, active)
 
-    return _while_any_left(exchange, pool)
+    with jax.named_scope("exchange"):
+        return _while_any_left(exchange, pool)
 
 
 def _while_any_left(advance: Callable[[State], State], pool: State) -> State:

@@ -87,6 +87,7 @@ class DecodeState:
     done: Leaf
 
 
+@jax.named_scope("prefill")
 def start(
     model: Model,
     params: Params,
@@ -118,6 +119,7 @@ def start(
     )
 
 
+@jax.named_scope("decode")
 def decode(
     model: Model,
     params: Params,

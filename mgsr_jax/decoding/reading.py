@@ -32,6 +32,7 @@ def unread(model: Model, params: Params, rows: Rows) -> DecodeState:
     )
 
 
+@jax.named_scope("read_whole")
 def read_whole(
     model: Model,
     params: Params,
@@ -64,6 +65,7 @@ def read_whole(
     return until_done(extend, unread(model, params, rows), rows.lengths, decode_rows)
 
 
+@jax.named_scope("read_on")
 def read_on(
     model: Model,
     params: Params,

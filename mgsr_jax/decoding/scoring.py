@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -17,6 +18,7 @@ SCORED_POSITIONS = 16
 Unembed = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
 
 
+@jax.named_scope("token_kl")
 def token_kl(
     unembed: tuple[Unembed, Unembed],
     hidden: tuple[Float[Array, "B S D"], Float[Array, "B S E"]],

@@ -17,6 +17,7 @@ whole response, the teacher reads it in one pass, and the row is cut back.
 import dataclasses
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -47,6 +48,7 @@ class Switch:
     teacher_sampling: Sampling = ANCESTRAL
 
 
+@jax.named_scope("hand_over")
 def hand_over(
     pair: Pair,
     sampled: DecodeState,

@@ -104,6 +104,7 @@ class _Skd:
     acceptance: Acceptance
 
 
+@jax.named_scope("write_together")
 def write_together(
     pair: Pair,
     state: DecodeState,

@@ -47,6 +47,7 @@ class ChunkLoop:
     chunk_size: int
     overlap: int
 
+    @jax.named_scope("chunks")
     def sums(
         self,
         shared: PyTree,
@@ -68,6 +69,7 @@ class ChunkLoop:
         value, metrics = lax.fori_loop(0, windows.chunks, add_chunk, zeros)
         return ChunkSums(value, metrics, jax.tree.map(lambda _: None, shared), None)
 
+    @jax.named_scope("chunks")
     def sums_and_gradients(
         self,
         shared: PyTree,

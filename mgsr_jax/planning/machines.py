@@ -7,13 +7,18 @@ JAX compiles for a machine's description as it does for the machine. TPUs need l
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from mgsr_jax.planning.compiled import CompilerOptions
+from mgsr_jax.planning.hlo_costs import InMemory
+from mgsr_jax.planning.speeds import SPEEDS, Speed
 
 GIB = 2**30
+_HOST = 5  # XLA's memory space of arrays on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +29,14 @@ class Machine:
       name: the name that `describe` was given.
       devices: devices that a program can be compiled for, but not run on.
       memory: bytes per device, including what the compiler and the driver reserve.
+      speed: the most that a device can do.
       compiler_options: XLA options that a real machine would choose by itself.
     """
 
     name: str
     devices: tuple[object, ...]
     memory: int
+    speed: Speed
     compiler_options: CompilerOptions = dataclasses.field(default_factory=dict)
 
 
@@ -101,7 +108,8 @@ def _gpus(name: str, kind: str, shape: str) -> Machine:
         "cuda", "", "plan-gpu", name, target_config=text, topology=shape
     )
     # Triton's tiles are found by trials on a GPU, so products go to cuBLAS.
-    return Machine(name, devices, gpu.memory, {"xla_gpu_enable_triton_gemm": False})
+    options: CompilerOptions = {"xla_gpu_enable_triton_gemm": False}
+    return Machine(name, devices, gpu.memory, SPEEDS[kind], options)
 
 
 def _tpus(name: str, kind: str, shape: str, slices: int) -> Machine:
@@ -111,7 +119,24 @@ def _tpus(name: str, kind: str, shape: str, slices: int) -> Machine:
     if kind == "v4":  # by default each chip has two devices
         options["chip_config_name"] = "megacore"
     devices = _topology("tpu", name, "plan-tpu", name, **options)
-    return Machine(name, devices, _TPUS[kind] * GIB)
+    return Machine(name, devices, _TPUS[kind] * GIB, SPEEDS[kind])
+
+
+def domains(devices: Sequence[Any]) -> tuple[int, ...]:
+    """The TPU slice or the GPU host of each device: links between them are slower."""
+    tpu = devices[0].platform == "tpu"
+    name = "slice_index" if tpu else "process_index"
+    return tuple(getattr(device, name, 0) for device in devices)
+
+
+def in_memory(device: Any) -> InMemory:
+    """Whether an array is in a device's main memory, by its memory space.
+
+    The compiler places arrays in a TPU's faster memories, and on the host.
+    """
+    if device.platform == "tpu":
+        return lambda array: array.space == 0
+    return lambda array: array.space != _HOST
 
 
 def use_no_device() -> None:

@@ -1,8 +1,9 @@
-"""Whether a run fits a machine that is not attached, and its communication.
+"""Whether a run fits a machine that is not attached, and how fast it can be at most.
 
 The run's own programs, the rollout and the training step, are compiled for the machine
-by its own compiler, which reports memory and collectives. A plan contains no speed, no
-numbers and no fragmentation of memory.
+by its own compiler, which reports memory and collectives. Their work is added up from
+their text. A plan contains no measured speed, no numbers and no fragmentation of
+memory.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from mgsr_jax.planning.compiled import (
     out_of_memory_line,
     with_shardings,
 )
+from mgsr_jax.planning.estimate import Estimate, estimate
 from mgsr_jax.planning.machines import Machine
 from mgsr_jax.routed_teachers import RoutedTeachers
 from mgsr_jax.rows import Rows
@@ -38,6 +40,8 @@ from mgsr_jax.training.run_models import (
     read_models,
 )
 from mgsr_jax.typing import CLIP_NETWORK, STUDENT
+
+ROLLOUT, TRAIN_STEP = "rollout", "train step"
 
 MARGIN = 0.92
 """Usable share of a device's memory; the rest is for fragments and the driver."""
@@ -60,6 +64,7 @@ class Plan:
       micro_batches: number of micro-batches per step.
       parts: name -> bytes per device of the arrays that stay in memory.
       programs: the compiled programs.
+      estimates: the bounds of each program's time.
       failure: the compiler's reason why the next program does not fit; None if all
         programs fit.
     """
@@ -69,6 +74,7 @@ class Plan:
     micro_batches: int
     parts: dict[str, int]
     programs: tuple[CompiledProgram, ...]
+    estimates: tuple[Estimate, ...] = ()
     failure: str | None = None
 
     @property
@@ -80,6 +86,12 @@ class Plan:
     def fits(self) -> bool:
         """Whether all programs leave the margin free."""
         return self.failure is None and self.peak <= MARGIN * self.machine.memory
+
+    @property
+    def floor(self) -> float:
+        """Seconds that a step takes at least; one that generates, if some steps do."""
+        floors = {estimate.program: estimate.floor for estimate in self.estimates}
+        return floors.get(ROLLOUT, 0.0) + floors.get(TRAIN_STEP, 0.0)
 
 
 def plan_run(config: TrainConfig, machine: Machine) -> Plan:
@@ -96,10 +108,10 @@ def plan_run(config: TrainConfig, machine: Machine) -> Plan:
 def search_mesh(
     config: TrainConfig, machine: Machine, report: Callable[[Plan], None]
 ) -> Plan | None:
-    """The plan with the smallest mesh.fsdp and fewest micro_batches that fits, or None.
+    """The plan with the smallest floor among those that fit, or None.
 
-    Each copy of the models takes as few devices as possible, then micro-batches are as
-    large as fits. mesh.tensor stays as it is. Sizes that do not divide are left out.
+    Every mesh.fsdp is tried with the fewest micro_batches that fit: fewer are never
+    slower. mesh.tensor stays as it is. Sizes that do not divide are left out.
 
     Args:
       report: called with the plan of every trial.
@@ -108,7 +120,7 @@ def search_mesh(
       ValueError: see `plan_run`; no mesh divides the models and the batch.
     """
     shards = len(machine.devices) // max(1, config.mesh.tensor)
-    opened = False
+    opened, fitting = False, []
     error = ValueError(
         f"batch_size={config.batch_size} does not divide over {shards} devices; use a "
         "multiple"
@@ -130,10 +142,11 @@ def search_mesh(
             plan = _compile(run)
             report(plan)
             if plan.fits:
-                return plan
+                fitting.append(plan)
+                break
     if not opened:
         raise error
-    return None
+    return min(fitting, key=lambda plan: plan.floor, default=None)
 
 
 def _divisors(n: int) -> list[int]:
@@ -193,12 +206,12 @@ def _has_room(run: _Run) -> bool:
 
 def _compile(run: _Run) -> Plan:
     """Compile one program after the other, until one does not fit."""
-    programs: list[CompiledProgram] = []
+    programs: list[tuple[CompiledProgram, int]] = []
     failure = None
     try:
         with jax.set_mesh(run.mesh):
-            for program in _compiled_programs(run):
-                programs.append(program)
+            for program, micro_batches in _compiled_programs(run):
+                programs.append((program, micro_batches))
     except RuntimeError as error:
         if "cuDNN" in str(error):
             raise ValueError(
@@ -214,12 +227,25 @@ def _compile(run: _Run) -> Plan:
         run.mesh,
         run.config.micro_batches,
         _parts(run),
-        tuple(programs),
+        tuple(program for program, _ in programs),
+        tuple(_estimate(run, *program) for program in programs),
         failure,
     )
 
 
-def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
+def _estimate(run: _Run, program: CompiledProgram, micro_batches: int) -> Estimate:
+    return estimate(
+        program,
+        run.config,
+        run.student,
+        machine=run.machine,
+        mesh=run.mesh,
+        micro_batches=micro_batches,
+    )
+
+
+def _compiled_programs(run: _Run) -> Iterator[tuple[CompiledProgram, int]]:
+    """The programs, and the micro-batches that each of them writes or scores."""
     options = run.machine.compiler_options
     rows = (shapes.row_shapes(run.config, run.mesh),) * run.config.micro_batches
     cached = shapes.cached_shapes(run.config, run.mesh, vocab_size=run.vocab_size)
@@ -227,26 +253,27 @@ def _compiled_programs(run: _Run) -> Iterator[CompiledProgram]:
     if encoding.teacher_prompt is not None:
         cached = shapes.row_shapes(run.config, run.mesh, encoding.teacher_width)
     outputs = (cached,) * run.config.micro_batches
-    steps = {"train step": (rows, outputs)}
+    steps = {TRAIN_STEP: (rows, outputs)}
     if run.programs.rollout is not None:
         key = jax.eval_shape(lambda: jax.random.key(0))
         has_horizon = run.config.rollout.max_new_tokens is not None
         horizon = jax.ShapeDtypeStruct((), jnp.int32) if has_horizon else None
         program, (samples, _, sample_outputs) = compile_program(
-            "rollout",
+            ROLLOUT,
             run.programs.rollout,
             (run.state.all_params[STUDENT], run.teacher_params, rows, key, horizon),
             options=options,
             resident=device_bytes(run.state.opt_state),
         )
-        yield program
+        yield program, len(samples)
         if encoding.teacher_prompt is not None:
             sample_outputs = (cached,) * len(samples)
         steps = _largest_steps(run.config, (rows, outputs), (samples, sample_outputs))
     for name, (rows, outputs) in steps.items():
         arguments = (run.state, run.teacher_params, rows, outputs)
         train_step = run.programs.train_step
-        yield compile_program(name, train_step, arguments, options=options)[0]
+        program, _ = compile_program(name, train_step, arguments, options=options)
+        yield program, len(rows)
 
 
 def _largest_steps(
@@ -254,11 +281,11 @@ def _largest_steps(
 ) -> dict[str, StepInputs]:
     """Inputs of the largest steps of a run whose student generates, by name."""
     if config.objective.needs_data:
-        return {"train step": (data[0] + samples[0], data[1] + samples[1])}
-    steps = {"train step": samples}
+        return {TRAIN_STEP: (data[0] + samples[0], data[1] + samples[1])}
+    steps = {TRAIN_STEP: samples}
     if not config.rollout.always_generates:
         # Unlike the step on samples, this step runs the teacher itself.
-        steps["train step on the data"] = data
+        steps[f"{TRAIN_STEP} on the data"] = data
     return steps
 
 

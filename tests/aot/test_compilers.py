@@ -115,6 +115,41 @@ def test_the_run_fits_and_the_plan_names_the_parts_of_memory(planned):
     assert len(parts) == 4 and step.arguments >= sum(parts)
 
 
+def test_every_loop_has_its_trips(planned):
+    """The compiler's, or those that the plan states for loops that data end."""
+    plan, _ = planned
+    for estimate in plan.estimates:
+        assert all(loop.trips is not None for loop in estimate.roofline.loops)
+    trips = dict(plan.estimates[0].assumed)
+    assert trips["decode/exchange/extend"] == LENGTH - 16
+
+
+def test_the_products_of_a_step_are_those_of_the_models(planned):
+    """2 FLOPs per weight and token, and twice that backwards.
+
+    A step has the data's rows and as many samples, whose teacher was run before. Rows
+    are padded, and heads compute what is scored.
+    """
+    plan, _ = planned
+    layer = WIDTH * (2 * WIDTH + 2 * WIDTH // 2 + 3 * 512)
+    head, tokens = WIDTH * PADDED, BATCH * (LENGTH - 1)
+    student, teacher = 2 * layer + head, 3 * layer + head
+    expected = 2 * tokens * (2 * 3 * student + teacher)
+    flops = plan.estimates[1].roofline.cost.total_flops * plan.mesh.size
+    assert 0.8 < flops / expected < 1.6, flops / expected
+
+
+def test_a_step_takes_time_and_decoding_reads_more_than_it_needs(planned):
+    plan, _ = planned
+    rollout, step = plan.estimates
+    assert rollout.useful is not None and 0 < rollout.useful < 1
+    for estimate in (rollout, step):
+        assert 0 < estimate.floor < 1 and 0 < estimate.mfu <= 1
+        assert len(estimate.largest) == 3
+    across = any(e.roofline.cost.across for e in plan.estimates)
+    assert across == (plan.machine.name in ("h200:1x2x4", "v5e:2x2"))
+
+
 def test_the_state_is_updated_in_place(planned):
     plan, _ = planned
     state = ("student, float32", "optimizer", "clip network")

@@ -13,12 +13,15 @@ from mgsr_jax.data import teacher_cache
 from mgsr_jax.models.lora import LoraConfig
 from mgsr_jax.objective import Objective
 from mgsr_jax.planning.compiled import CompiledProgram
+from mgsr_jax.planning.estimate import Estimate
 from mgsr_jax.planning.machines import GIB, Machine
 from mgsr_jax.planning.plan import Plan, plan_run, search_mesh
+from mgsr_jax.planning.roofline import Roofline
+from mgsr_jax.planning.speeds import SPEEDS
 from mgsr_jax.rollout_config import RolloutConfig
 from mgsr_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
-FOUR = Machine("four", tuple(jax.devices()[:4]), GIB)
+FOUR = Machine("four", tuple(jax.devices()[:4]), GIB, SPEEDS["v5e"])
 
 
 PLANS: dict[str, Plan] = {}
@@ -69,9 +72,42 @@ def test_parts_are_the_bytes_of_one_device(config):
     assert plan.parts["optimizer"] >= 2 * plan.parts["student, float32"]
     assert plan.parts["decoder's copy, float32"] == plan.parts["student, float32"]
     step = plan.programs[1]
+    rollout, training = plan.estimates
+    assert plan.floor == rollout.floor + training.floor
     names = ("student, float32", "optimizer", "clip network")
     assert step.aliased >= sum(plan.parts[name] for name in names)
     assert step.collectives and step.peak > step.arguments
+
+
+@pytest.mark.slow
+def test_every_loop_whose_trips_data_decide_has_them_stated(config):
+    """Eight rows, four at a time; responses of 8 tokens, half written again."""
+    four_rows = dataclasses.replace(config.rollout, decode_rows=4)
+    rollout, step = planned(dataclasses.replace(config, rollout=four_rows)).estimates
+    assert dict(rollout.assumed) == {
+        "decode/exchange": 2,
+        "decode/exchange/extend": 1,  # 8 tokens between two checks
+        "read_whole/exchange": 2,
+        "read_whole/exchange/extend": 1,
+        "token_kl": 1,
+        "locate_error": 1,
+        "rewrite/decode/exchange": 2,
+        "rewrite/decode/exchange/extend": 1,
+        "read_on/exchange": 2,
+        "read_on/exchange/extend": 1,
+    }
+    assert dict(step.assumed) == {"chunks": 1}
+    assert rollout.tokens == 8 * 8 and step.tokens == 2 * 8 * 8
+    assert rollout.useful is not None and 0 < rollout.useful < 1
+    assert step.useful is None and 0 < step.mfu <= 1
+
+
+@pytest.mark.exhaustive
+def test_skd_has_its_trips_stated(config):
+    skd = dataclasses.replace(config, rollout=RolloutConfig("on", intervention="skd"))
+    trips = dict(plan_run(skd, FOUR).estimates[0].assumed)
+    assert None not in trips.values()
+    assert trips["write_together/extend"] == 1  # one draft of 8 tokens
 
 
 @pytest.mark.slow
@@ -128,46 +164,55 @@ def test_an_int8_teacher_is_smaller_than_a_bfloat16_one(on_data):
     assert 0.4 < (plan.parts["teacher, int8"] - tables) / layers < 0.8
 
 
-def plan_with_peak(peak, memory=100 * GIB):
+def fake_plan(peak, memory=100 * GIB, *, run=None, floor=1.0):
+    """A plan with one program, of the mesh and micro-batches of `run`."""
     program = CompiledProgram("train step", 1.0, peak, 0, 0, {}, "")
-    mesh = sharding.make_mesh()
-    return Plan(Machine("t", (), memory), mesh, 2, {}, (program,))
+    bounds = Estimate("train step", Roofline(()), 0, {"memory": floor}, None, ())
+    mesh = run.mesh if run else sharding.make_mesh()
+    micro_batches = run.config.micro_batches if run else 2
+    machine = Machine("t", (), memory, SPEEDS["v5e"])
+    return Plan(machine, mesh, micro_batches, {}, (program,), (bounds,))
 
 
-@pytest.mark.slow
-def test_a_search_takes_the_smallest_mesh_and_the_fewest_micro_batches(on_data):
+def test_a_search_takes_the_smallest_floor_among_the_plans_that_fit(
+    config, monkeypatch
+):
+    floors = {1: 0.1, 2: 2.0, 4: 3.0}
     trials = []
-    config = dataclasses.replace(on_data, mesh=MeshConfig(), micro_batches=1)
-    roomy = dataclasses.replace(FOUR, memory=GIB)
-    best = search_mesh(config, roomy, trials.append)
-    assert best is not None and best.mesh.shape["fsdp"] == 1
-    assert best.micro_batches == 1 and trials == [best]
-    tiny_memory = dataclasses.replace(FOUR, memory=1000)
-    assert search_mesh(config, tiny_memory, trials.append) is None
-    assert trials == [best]  # the arrays that stay are too large: nothing is compiled
+
+    def compile_nothing(run):
+        fsdp, micro_batches = run.mesh.shape["fsdp"], run.config.micro_batches
+        # fsdp 1 fits with no number of micro-batches, 2 with three, 4 with one.
+        fits = fsdp == 4 or (fsdp == 2 and micro_batches == 3)
+        peak = (10 if fits else 95) * GIB
+        return fake_plan(peak, run=run, floor=floors[fsdp] / micro_batches)
+
+    monkeypatch.setattr("mgsr_jax.planning.plan._compile", compile_nothing)
+    even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
+    best = search_mesh(even, FOUR, trials.append)
+    assert best is not None and best.floor == 2.0 / 3
+    assert best.mesh.shape["fsdp"] == 2 and best.micro_batches == 3
+    tried = [(plan.mesh.shape["fsdp"], plan.micro_batches) for plan in trials]
+    # Two micro-batches of six rows do not divide over four devices.
+    assert tried == [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1)]
+
+
+def test_a_search_compiles_nothing_where_the_arrays_that_stay_are_too_large(
+    config, monkeypatch
+):
+    monkeypatch.setattr("mgsr_jax.planning.plan._compile", pytest.fail)
+    even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
+    small = dataclasses.replace(FOUR, memory=1000)
+    assert search_mesh(even, small, pytest.fail) is None
 
 
 def test_a_search_leaves_out_sizes_that_do_not_divide(config):
     # Models 16 wide do not divide by 3; with fsdp 1, 2 and 6 there is no room.
-    six = Machine("six", tuple(jax.devices()[:6]), memory=1000)
+    six = dataclasses.replace(FOUR, devices=tuple(jax.devices()[:6]), memory=1000)
     even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
     assert search_mesh(even, six, print) is None
     with pytest.raises(ValueError, match="batch_size=10 does not divide over 6"):
         search_mesh(dataclasses.replace(even, batch_size=10), six, print)
-
-
-def test_a_search_tries_sizes_in_order(config, monkeypatch):
-    tried = []
-
-    def compile_nothing(run):
-        tried.append((run.config.mesh.fsdp, run.config.micro_batches))
-        return plan_with_peak(95 * GIB)
-
-    monkeypatch.setattr("mgsr_jax.planning.plan._compile", compile_nothing)
-    even = dataclasses.replace(config, mesh=MeshConfig(), batch_size=12)
-    assert search_mesh(even, FOUR, lambda trial: None) is None
-    # Two micro-batches of six rows do not divide over four devices.
-    assert tried == [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)]
 
 
 @pytest.mark.slow
