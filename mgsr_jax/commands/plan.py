@@ -28,7 +28,7 @@ class PlanConfig(TrainConfig):
 def plan(
     config: PlanConfig, *, target: str, slices: int = 1, search: bool = False
 ) -> int:
-    """Report whether a run fits a machine that is not attached, and bounds of its time.
+    """Report whether a run fits a machine that is not attached, and its least time.
 
     The rollout and the training step are compiled for the target by its own compiler
     (the plan-tpu or plan-gpu extra); no device is used. The work of these programs and
