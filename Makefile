@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 LATEST_PYTHON ?= $(or $(shell $(PYTHON) .ci/newer_python.py),$(PYTHON))
 # A jax version for `make test-latest`; empty for the newest that pyproject.toml allows.
 JAX ?=
-# Checks shapes and types of every call: a third of the tests' time in Python.
-TYPES := --jaxtyping-packages=mgsr_jax,beartype.beartype
 PYTEST := -m pytest -n auto --dist loadfile
+# Without the checks of every call's shapes and types, which `make test` makes.
+UNCHECKED := --jaxtyping-packages=
 LATEST_VENV := .venv-latest$(JAX:%=-jax-%)
 
 .DEFAULT_GOAL := help
@@ -46,31 +46,31 @@ study-table: $(VENV)/installed-train  ## write docs/study.md from the study's re
 	$(BIN)/python examples/study_page.py
 
 test: $(VENV)/installed-test  ## the test suite without the longest tests: minutes
-	$(BIN)/python $(PYTEST) $(TYPES) -m "not exhaustive"
+	$(BIN)/python $(PYTEST) -m "not exhaustive"
 
 test-quick: $(VENV)/installed-test  ## the quick tests: for every change
-	$(BIN)/python $(PYTEST) $(TYPES) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: test  ## the test suite, then the longest tests
-	$(BIN)/python $(PYTEST) -m exhaustive
+	$(BIN)/python $(PYTEST) $(UNCHECKED) -m exhaustive
 
 test-latest:  ## the quick tests with the newest Python and packages, or with JAX=0.11.2
 	$(MAKE) PYTHON="$(LATEST_PYTHON)" VENV=$(LATEST_VENV) PINS=$(JAX:%=jax==%) $(LATEST_VENV)/installed-test
 	$(LATEST_VENV)/bin/python --version
 	$(LATEST_VENV)/bin/python -m pip list | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|transformers) '
-	$(LATEST_VENV)/bin/python $(PYTEST) -m "not slow"
+	$(LATEST_VENV)/bin/python $(PYTEST) $(UNCHECKED) -m "not slow"
 
 test-trl:  ## the divergences against TRL's, in an environment of its own
 	$(MAKE) VENV=.venv-trl .venv-trl/installed-test-trl
-	.venv-trl/bin/python -m pytest $(TYPES) tests/peers/test_trl.py
+	.venv-trl/bin/python -m pytest tests/peers/test_trl.py
 
 test-tunix:  ## the adapters inside google-tunix, in an environment of its own
 	$(MAKE) VENV=.venv-tunix .venv-tunix/installed-test-tunix
-	.venv-tunix/bin/python -m pytest $(TYPES) tests/integrations
+	.venv-tunix/bin/python -m pytest tests/integrations
 
 test-aot:  ## the programs under the TPU and GPU compilers, in an environment of its own
 	$(MAKE) VENV=.venv-aot .venv-aot/installed-test-aot
-	.venv-aot/bin/python -m pytest $(TYPES) tests/aot
+	.venv-aot/bin/python -m pytest tests/aot
 
 bench:  ## speed and memory beside torch, transformers and TRL, into benchmarks/RESULTS.md
 	$(MAKE) VENV=.venv-bench .venv-bench/installed-bench

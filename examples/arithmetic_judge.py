@@ -38,8 +38,8 @@ class Scores:
       seconds: time of its training with compilation.
     """
 
-    greedy_by_problem: Float[np.ndarray, "N"]
-    sampled_by_problem: Float[np.ndarray, "N"]
+    greedy_by_problem: Float[np.ndarray, " N"]
+    sampled_by_problem: Float[np.ndarray, " N"]
     kl: float
     scored: float = 0.0
     generated: float = 0.0

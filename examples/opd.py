@@ -309,7 +309,7 @@ def compare(
     return scores
 
 
-def over_seeds(by_seed: Sequence[Scores], field: str) -> Float[np.ndarray, "N"]:
+def over_seeds(by_seed: Sequence[Scores], field: str) -> Float[np.ndarray, " N"]:
     """A score of each problem, mean over the seeds' students."""
     return np.mean([getattr(scores, field) for scores in by_seed], axis=0)
 

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, put, take
@@ -41,7 +40,6 @@ from mgsr_jax.decoding.scoring import token_kl
 from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
 from mgsr_jax.interventions.positions import ARGMAX, Position, priorities
 from mgsr_jax.rows import Rows
-from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import PRNGKey, RowKeys
 
 CANDIDATES = 4
@@ -157,9 +155,7 @@ def _detect(
     """Each row's error position, and the teacher's token for it."""
     pair, rows = scrg.pair, carry.student.rows
     vocab_size = scrg.decoding.vocab_size
-    # All-gathered over fsdp once per round, not once per chunk of positions.
-    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
-    teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
+    student_head, teacher_head = pair.heads()
     kl = token_kl(
         (
             partial(pair.student.unembed, student_head),

@@ -1,4 +1,4 @@
-"""What `mgsr plan` prints of a plan: memory, communication and bounds of the time."""
+"""The tables of `mgsr plan`: memory, communication and bounds of the time."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -18,6 +18,15 @@ SCORED_POSITIONS = 16
 Unembed = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
 
 
+def positions_at_a_time(rows: int, decode_rows: int | None) -> int:
+    """Positions whose logits exist at a time.
+
+    Scaled by the share of rows that are decoded together, so that a chunk holds the
+    same number of tokens.
+    """
+    return max(1, SCORED_POSITIONS * (decode_rows or rows) // rows)
+
+
 @jax.named_scope("token_kl")
 def token_kl(
     unembed: tuple[Unembed, Unembed],
@@ -41,10 +50,7 @@ def token_kl(
     batch, width = rows.tokens.shape
     # Decoding splits hidden states along D: they are exchanged once, not per chunk.
     hidden = constrain(hidden, BATCH)
-    # Scaled by the share of rows that are decoded together, so that a chunk holds the
-    # same number of tokens.
-    chunk = max(1, SCORED_POSITIONS * (decoding.decode_rows or batch) // batch)
-    chunk = min(chunk, width - 1)
+    chunk = min(positions_at_a_time(batch, decoding.decode_rows), width - 1)
 
     def score(i: Int[Array, ""], kl: Float[Array, "B S"]) -> Float[Array, "B S"]:
         # The last chunk is shifted left to stay full; positions that overlap are

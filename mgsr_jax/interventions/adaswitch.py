@@ -20,7 +20,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mgsr_jax.decoding.decode import DecodeState, Decoding, decode, take
@@ -29,7 +28,6 @@ from mgsr_jax.decoding.sampling import ANCESTRAL, TEACHER_STREAM, Sampling, row_
 from mgsr_jax.decoding.scoring import token_kl
 from mgsr_jax.interventions.outcome import InterventionInfo, Outcome, Pair
 from mgsr_jax.rows import Rows
-from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import Leaf, PRNGKey, RowKeys
 
 
@@ -70,9 +68,7 @@ def hand_over(
     read = read_whole(
         teacher, pair.teacher_params, rows, decode_rows=decoding.decode_rows
     )
-    # All-gathered over fsdp once, not once per chunk of positions.
-    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
-    teacher_head = constrain(teacher.head_params(pair.teacher_params), P("tensor"))
+    student_head, teacher_head = pair.heads()
     kl = token_kl(
         (
             partial(pair.student.unembed, student_head),

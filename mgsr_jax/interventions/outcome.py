@@ -3,9 +3,11 @@
 import dataclasses
 from typing import NamedTuple
 
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.rows import Rows
+from mgsr_jax.sharding import constrain
 from mgsr_jax.typing import Model, Params
 
 
@@ -24,6 +26,17 @@ class Pair:
     student_params: Params
     teacher: Model
     teacher_params: Params
+
+    def heads(self) -> tuple[Params, Params]:
+        """The student's head and the teacher's, all-gathered over fsdp.
+
+        Taken before a loop, so that no chunk and no block gathers them again.
+        """
+        heads = (
+            self.student.head_params(self.student_params),
+            self.teacher.head_params(self.teacher_params),
+        )
+        return constrain(heads, P("tensor"))
 
 
 class InterventionInfo(NamedTuple):

@@ -20,7 +20,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mgsr_jax.decoding.continuous_batching import until_done
@@ -92,10 +91,7 @@ class _Pool:
 
 @dataclasses.dataclass(frozen=True)
 class _Skd:
-    """Models and settings that stay the same in every block.
-
-    The heads are all-gathered over fsdp once, not once per block.
-    """
+    """Models, their heads and settings, which stay the same in every block."""
 
     pair: Pair
     student_head: Params
@@ -126,9 +122,7 @@ def write_together(
       prefill_width: no prompt is longer than this; default: the rows' width S.
     """
     rows = state.rows
-    student_head = constrain(pair.student.head_params(pair.student_params), P("tensor"))
-    teacher_head = constrain(pair.teacher.head_params(pair.teacher_params), P("tensor"))
-    skd = _Skd(pair, student_head, teacher_head, decoding, acceptance)
+    skd = _Skd(pair, *pair.heads(), decoding, acceptance)
     read = read_whole(
         pair.teacher,
         pair.teacher_params,

@@ -19,7 +19,6 @@ from mgsr_jax.losses._logits import clean, clean_pair, same_columns
 from mgsr_jax.losses._mesh_axes import Axis
 from mgsr_jax.losses._over_vocabulary import over_vocabulary
 from mgsr_jax.losses._teacher import TopKTeacher, check_positions, top_k_log_probs
-from mgsr_jax.losses._top_k import top_k
 from mgsr_jax.losses._vocabulary import Vocabulary
 from mgsr_jax.typing import Leaf
 
@@ -153,8 +152,8 @@ def _of_top_k_teacher(
     """`find_candidates` for a teacher that is already cut to K classes and a tail."""
     check_positions(student_logits, teacher)
     log_p, log_tail, indices = top_k_log_probs(teacher, where)
-    log_p, order = top_k(log_p, log_p.shape[-1])
-    indices = jnp.take_along_axis(indices, order, axis=-1)
+    order = jnp.argsort(log_p, axis=-1, descending=True)
+    log_p, indices = (jnp.take_along_axis(x, order, axis=-1) for x in (log_p, indices))
 
     def local(
         vocabulary: Vocabulary, student: Array, where: Array | None, indices: Array

@@ -16,6 +16,13 @@ def axes_of_type(x: Array) -> tuple[Axis, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def explicit_axes(x: Array) -> set[str]:
+    """The mesh axes that the type of `x` can show."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
 def names(axes: Iterable[Axis]) -> tuple[str, ...]:
     """The names of all mesh axes in `axes`, in order."""
     flat = []

@@ -1,7 +1,7 @@
-"""The value above which a given weight lies, found without a sort.
+"""Thresholds of a row by the weight of what is greater, found by bisection.
 
-Floats are compared as integers in the same order. Bisection then finds any threshold in
-32 passes over a row. A sort of a row of V values takes more than 100 on a TPU.
+Floats are compared as integers in the same order, so 32 passes over a row find any
+threshold. A bitonic sort of V = 32,000 values makes 120.
 """
 
 import jax.numpy as jnp

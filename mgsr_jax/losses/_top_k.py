@@ -4,8 +4,8 @@ XLA gathers the whole operand of a top-k on every device, even where only leadin
 are split (jax 0.10, all back ends): for logits that is the batch times V. Rows do not
 depend on each other; `top_k` declares that to XLA's partitioner.
 
-TPUs and GPUs have a kernel only for a small K. Beyond it `lax.top_k` sorts all of V,
-which takes longer than the rest of a loss. `top_k` finds the same classes without that.
+TPUs and GPUs have a kernel only for a small K. Beyond it `lax.top_k` sorts all of V;
+`top_k` finds the same classes without a sort.
 """
 
 import functools
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from mgsr_jax.losses._mesh_axes import manual_axes
+from mgsr_jax.losses._mesh_axes import axes_of_type, explicit_axes, manual_axes
 from mgsr_jax.losses._threshold import threshold
 
 TPU_KERNEL, GPU_KERNEL = 128, 16
-"""The largest K that a kernel finds; read from the programs of jax 0.11 and 0.12."""
+"""The largest K for which the compiler calls a kernel."""
 
 
 def top_k(
@@ -42,6 +42,8 @@ def top_k(
         every shard_map. Inside two of them the partitioner's hook aborts XLA
         (jax 0.10).
     """
+    if explicit := explicit_axes(x):
+        return _over_explicit_rows(x, k, explicit)
     if rows_by_xla is None:
         rows_by_xla = not manual_axes()
     if not rows_by_xla:
@@ -59,6 +61,24 @@ def top_k(
 
     values, indices = per_row(x)
     return values, indices
+
+
+def _over_explicit_rows(
+    x: Float[Array, "*B V"], k: int, axes: set[str]
+) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
+    """`top_k` where types carry the sharding; V is all-gathered if it is split.
+
+    The partitioner's hook does not compile there (jax 0.12).
+    """
+    rows = P(*axes_of_type(x)[:-1])
+    on_device = jax.shard_map(
+        functools.partial(_top_k, k=k),
+        mesh=jax.typeof(x).sharding.mesh,
+        in_specs=rows,
+        out_specs=rows,
+        axis_names=axes,
+    )
+    return on_device(reshard(x, rows))
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:

@@ -236,7 +236,7 @@ class LanguageModel:
     def place_decoding(
         self, per_row: Tree, hidden: Float[Array, "B S D"]
     ) -> tuple[Tree, Float[Array, "B S D"]]:
-        """What a decoding loop carries, split over the mesh as its products need it.
+        """Split the arrays that a decoding loop carries as its products need them.
 
         Args:
           per_row: arrays whose first axis is rows.

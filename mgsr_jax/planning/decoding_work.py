@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from mgsr_jax import sharding
 from mgsr_jax.decoding.decode import TOKENS_PER_CHECK
 from mgsr_jax.decoding.reading import BLOCK
-from mgsr_jax.decoding.scoring import SCORED_POSITIONS
-from mgsr_jax.losses import default_chunk_size
+from mgsr_jax.decoding.scoring import positions_at_a_time
 from mgsr_jax.models import LanguageModel
 from mgsr_jax.training.config import TrainConfig
+from mgsr_jax.training.programs import tokens_per_chunk
 
 
 def new_tokens(config: TrainConfig) -> int:
@@ -39,11 +39,8 @@ def loop_trips(
     responses = config.batch_size * config.rollout.samples
     at_a_time = config.rollout.decode_rows or responses
     block = BLOCK if mesh.shape["fsdp"] == 1 else config.data.max_length
-    scored = max(1, SCORED_POSITIONS * at_a_time // responses)
-    columns = (student.vocab_rows or student.config.vocab_size) // student.tensor
-    chunk = config.chunk_size or default_chunk_size(
-        columns, mesh.devices.flat[0].platform
-    )
+    scored = positions_at_a_time(responses, at_a_time)
+    chunk = tokens_per_chunk(config, student, mesh)
     overlap = 1 if config.objective.span else 0
     tokens = math.ceil(rows / sharding.row_parts(mesh)) * new
     return {

@@ -42,11 +42,6 @@ class Estimate:
         return max(self.seconds.values())
 
     @property
-    def bound_by(self) -> str:
-        """The part that the floor is of."""
-        return max(self.seconds, key=lambda part: self.seconds[part])
-
-    @property
     def mfu(self) -> float:
         """Upper bound of the share of peak FLOP/s; what is computed again counts."""
         return self.seconds["compute"] / self.floor if self.floor else 0.0

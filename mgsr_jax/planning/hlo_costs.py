@@ -40,7 +40,7 @@ InMemory = Callable[[ArrayType], bool]
 
 
 def result(instruction: Instruction) -> Type:
-    """What an operation returns; of the start of an asynchronous one, in the end.
+    """The type of an operation's result, without what belongs to its bookkeeping.
 
     The type of a start is (operands, results, context), of a copy-start (result,
     operand, context), of an all-reduce-start only the results. The second result of a

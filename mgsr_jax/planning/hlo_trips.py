@@ -93,7 +93,7 @@ def _value(
     module: Module,
     arguments: dict[str, _Value] | None = None,
 ) -> _Value:
-    """What an instruction returns, in terms of the loop's carried values."""
+    """An instruction's result as a sum of constants and one carried value."""
     instruction = computation.instructions[name]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "parameter":

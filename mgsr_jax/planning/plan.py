@@ -110,8 +110,9 @@ def search_mesh(
 ) -> Plan | None:
     """The plan with the smallest floor among those that fit, or None.
 
-    Every mesh.fsdp is tried with the fewest micro_batches that fit: fewer are never
-    slower. mesh.tensor stays as it is. Sizes that do not divide are left out.
+    Every mesh.fsdp is tried with the fewest micro_batches that fit, because each
+    micro-batch reads and gathers the weights again. mesh.tensor stays as it is. Sizes
+    that do not divide are left out.
 
     Args:
       report: called with the plan of every trial.

@@ -32,6 +32,18 @@ class ProfileConfig:
         settings.check_positive(self, "start", section="profile.")
         settings.check_not_negative(self, "steps", section="profile.")
 
+    def check_start(self, steps: int) -> None:
+        """Refuse a trace that a run of `steps` steps does not reach.
+
+        Raises:
+          ValueError: names the setting and the run's length.
+        """
+        if self.steps and self.start > steps:
+            raise ValueError(
+                f"profile.start={self.start}, but the run ends with step {steps}; give "
+                "an earlier step, or leave profile.steps at 0 for no trace"
+            )
+
 
 class StepTrace:
     """Traces the steps of a `ProfileConfig`; every process writes its own file.

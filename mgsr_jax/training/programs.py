@@ -137,13 +137,18 @@ def _without_teacher(rollout: Rollout) -> Rollout:
 def _shared_arguments(
     config: TrainConfig, student: LanguageModel, mesh: Mesh, vocab_size: int
 ) -> _SharedArguments:
-    columns = (student.vocab_rows or student.config.vocab_size) // student.tensor
-    platform = mesh.devices.flat[0].platform
     return _SharedArguments(
         vocab_size=vocab_size,
         dtype=jnp.dtype(config.dtype),
-        chunk_size=config.chunk_size or default_chunk_size(columns, platform),
+        chunk_size=tokens_per_chunk(config, student, mesh),
     )
+
+
+def tokens_per_chunk(config: TrainConfig, student: LanguageModel, mesh: Mesh) -> int:
+    """Tokens whose logits are in a device's memory at once."""
+    columns = (student.vocab_rows or student.config.vocab_size) // student.tensor
+    platform = mesh.devices.flat[0].platform
+    return config.chunk_size or default_chunk_size(columns, platform)
 
 
 def init_trained(config: TrainConfig, student: LanguageModel, steps: int) -> Params:

@@ -81,6 +81,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     inputs = on_all_processes(lambda: prepare(config, console=console))
     if jax.process_count() > 1:
         check_equal(common_parts(inputs))
+    config.profile.check_start(inputs.steps)
     prompts = on_all_processes(lambda: load_evaluation(inputs, console=console))
     check_shared(Path(config.output))
     with jax.set_mesh(inputs.mesh):

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mgsr_jax.losses import _top_k, threshold
+from mgsr_jax.losses import _top_k, threshold, top_k
 
 DRAW = np.random.default_rng(0)
 ROWS = {
@@ -30,6 +32,22 @@ def test_no_platform_s_form_differs_from_a_sort(rows, dtype, k):
         assert found[0].dtype == values.dtype and found[1].dtype == indices.dtype
         np.testing.assert_array_equal(found[0], values)
         np.testing.assert_array_equal(found[1], indices)
+
+
+@pytest.mark.parametrize(
+    "spec", [P("data"), P(), P(None, "tensor"), P(("data", "tensor"))], ids=str
+)
+@pytest.mark.parametrize("k", [5, 40])
+def test_rows_whose_types_are_split_keep_their_devices(spec, k):
+    rows = jnp.asarray(DRAW.normal(size=(8, 64)), jnp.float32)
+    values, indices = jax.lax.top_k(rows, k)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        found = jax.jit(partial(top_k, k=k))(jax.device_put(rows, spec))
+    np.testing.assert_array_equal(found[0], values)
+    np.testing.assert_array_equal(found[1], indices)
+    kept = P(*spec[:1]) if spec != P(None, "tensor") else P()
+    assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, kept), 2)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

@@ -51,6 +51,13 @@ def test_impossible_steps_are_refused(settings):
         ProfileConfig(**settings).check()
 
 
+def test_a_trace_beyond_the_run_s_end_is_refused():
+    ProfileConfig(start=9).check_start(5)  # nothing is traced
+    ProfileConfig(steps=3, start=5).check_start(5)
+    with pytest.raises(ValueError, match="profile.start=6, but the run ends with s"):
+        ProfileConfig(steps=3, start=6).check_start(5)
+
+
 def test_the_parts_of_a_step_have_names():
     model, params = tiny.llama(0)
     teacher, teacher_params = tiny.llama(1)
